@@ -1,0 +1,404 @@
+"""AndersonAccelerator: the state machine observe -> extrapolate -> accept | reject."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.extrapolation import extrapolate
+from lightning_stableaa.options import (
+    ApplyTo,
+    HistoryPlacement,
+    OptimizerState,
+    Options,
+    Safeguard,
+    Smoothing,
+)
+from lightning_stableaa.points import PointStore
+from lightning_stableaa.report import StepReport
+from lightning_stableaa.safeguard import LossFunction
+from lightning_stableaa.smoother import Smoother
+from lightning_stableaa.status import Status
+from lightning_stableaa.watch import StepWatch, unwrap_optimizers
+from lightning_stableaa.weights import reset_momentum, trainable_parameters
+
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 1
+
+
+_COUNTERS = (
+    "optimizer_steps",
+    "attempted",
+    "accepted",
+    "loss_evaluations",
+    "_cycle_steps",
+    "_steps_since_attempt",
+)
+
+# Reports of the steps on which nothing is due: nothing to compute, nothing to allocate.
+_NO_STEP = StepReport(status=Status.NO_OPTIMIZER_STEP)
+_OPEN = StepReport(status=Status.CYCLE_OPEN)
+
+
+class AndersonAccelerator:
+    """Stable Anderson acceleration of an optimizer, for any training loop.
+
+    Call ``step`` after ``optimizer.step()``. Every ``store_every_n_steps`` real optimizer steps
+    the weights enter the history; every ``accelerate_every_n_steps`` candidates are formed from
+    it, and the best one replaces the weights if it lowers the loss.
+
+    Args:
+        optimizer: one optimizer, or several whose parameters move together. A step counts when
+            the optimizer really stepped: skipped steps (GradScaler) and steps without any
+            gradient do not.
+        history_depth: m >= 2, residuals kept.
+        store_every_n_steps: s >= 1, optimizer steps in one cycle.
+        accelerate_every_n_steps: optimizer steps between two extrapolations; a multiple of s.
+        warmup_steps: plain optimizer steps before the first extrapolation.
+        relaxation: beta in (0, 1], share of the mixed residual applied.
+        regularization: lambda >= 0, relative to the mean squared residual norm; one value, or a
+            grid from which the safeguard takes the best candidate. ``None`` is
+            ``options.GUARDED_GRID`` with a safeguard and ``options.UNGUARDED_GRID`` without.
+        max_extrapolation: longest jump, in units of the residual norm sqrt(tr(K)/m).
+        safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current
+            batch; ``"none"`` accepts every finite one.
+        optimizer_state: momentum on acceptance: ``"keep"``, ``"mix"`` (with the mixing weights of
+            the candidate; doubles the memory of the history) or ``"reset"``.
+        smoothing: ``None``, or the adaptive moving average of the iterates.
+        apply_to: ``"training"``: candidates replace the weights; ``"evaluation"``: they are only
+            seen inside ``evaluation_weights``; ``"both"``.
+        history: ``"replicated"``, ``"sharded"`` over the ranks, or ``"auto"``.
+        history_device: where the history lives, such as ``"cpu"``; ``None``: with the weights.
+        process_group: ranks that train the same weights; ``None`` is the default group.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong type, out of range or in conflict with
+            another one, or the optimizer is LBFGS.
+
+    Source: arXiv:2110.14813; the safeguard and the ridge relative to tr(K)/m are this project's.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | Sequence[Optimizer],
+        *,
+        history_depth: int = Options.history_depth,
+        store_every_n_steps: int = Options.store_every_n_steps,
+        accelerate_every_n_steps: int = Options.accelerate_every_n_steps,
+        warmup_steps: int = Options.warmup_steps,
+        relaxation: float = Options.relaxation,
+        regularization: float | Sequence[float] | None = Options.regularization,
+        max_extrapolation: float = Options.max_extrapolation,
+        safeguard: Safeguard = Options.safeguard,
+        optimizer_state: OptimizerState = Options.optimizer_state,
+        smoothing: Smoothing | None = Options.smoothing,
+        apply_to: ApplyTo = Options.apply_to,
+        history: HistoryPlacement = Options.history,
+        history_device: str | None = Options.history_device,
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.options = Options(
+            history_depth=history_depth,
+            store_every_n_steps=store_every_n_steps,
+            accelerate_every_n_steps=accelerate_every_n_steps,
+            warmup_steps=warmup_steps,
+            relaxation=relaxation,
+            regularization=regularization,
+            max_extrapolation=max_extrapolation,
+            safeguard=safeguard,
+            optimizer_state=optimizer_state,
+            smoothing=smoothing,
+            apply_to=apply_to,
+            history=history,
+            history_device=history_device,
+        )
+        self._optimizers = unwrap_optimizers(optimizer)
+        self._process_group = process_group
+        self.optimizer_steps = 0
+        self.attempted = 0
+        self.accepted = 0
+        self.loss_evaluations = 0
+        self.outcomes: Counter[Status] = Counter()
+        self._cycle_steps = 0
+        self._steps_since_attempt = 0
+        self._has_evaluation_weights = False
+        self._points: PointStore | None = None
+        self._smoother: Smoother | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._watch = StepWatch(self._optimizers, self._before_optimizer_step)
+
+    def step(self, loss_fn: LossFunction | None = None) -> StepReport:
+        """Take note of the optimizer step that was just made; extrapolate when it is due.
+
+        Args:
+            loss_fn: returns the scalar loss of the current batch, a tensor, at the current
+                weights. Called a few times when an extrapolation is due, with gradients enabled,
+                and never differentiated. Buffers that it changes are the caller's to restore:
+                see :func:`~lightning_stableaa.safeguard.undo_side_effects`.
+
+        Raises:
+            ValueError: the safeguard is ``"loss"`` and there is no ``loss_fn``.
+        """
+        if loss_fn is None and self.options.safeguard == "loss":
+            raise ValueError(
+                "safeguard='loss' needs a loss_fn, got None: call step(loss_fn) with the loss of "
+                "the current batch, or choose safeguard='none'"
+            )
+        if not self._watch.take():
+            return _NO_STEP
+        self.optimizer_steps += 1
+        self._cycle_steps += 1
+        self._steps_since_attempt += 1
+        if self._smoother is not None:
+            self._smoother.observe(self._cycle_steps)
+        if self._cycle_steps < self.options.store_every_n_steps:
+            return _OPEN
+        return self._close_cycle(loss_fn)
+
+    @property
+    def evaluation_weights_ready(self) -> bool:
+        """Whether ``evaluation_weights`` would show other weights than the optimizer's."""
+        return self._has_evaluation_weights
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """The parameters hold the accepted candidate inside (``apply_to`` evaluation or both)."""
+        if self._points is None or not self._has_evaluation_weights:
+            yield
+            return
+        disturbed = self._watch.disturbed
+        try:
+            with self._points.candidate_in_place():
+                yield
+        finally:
+            if not disturbed:
+                self._watch.mark()
+
+    def detach(self) -> None:
+        """Remove the hooks from the optimizers; the accelerator sees no further steps."""
+        self._watch.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bitwise continuation needs: plain containers and CPU tensors.
+
+        Loads under ``torch.load(weights_only=True)``.
+        """
+        if self._loaded is not None:  # loaded and not yet in use
+            return self._loaded
+        points, smoother = self._points, self._smoother
+        return {
+            "version": STATE_VERSION,
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
+            "outcomes": {status.value: count for status, count in self.outcomes.items()},
+            "fingerprint": None if points is None else self._fingerprint(points),
+            "points": None if points is None else points.state_dict(),
+            "smoother": None if smoother is None else smoother.state_dict(),
+            "evaluation": points.candidate.cpu()
+            if points is not None and self._has_evaluation_weights
+            else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``. Tensors stay where they are until the next step.
+
+        A history of other weights, or stored under other options, is dropped with a warning.
+
+        Raises:
+            ValueError: the state was written by a newer version of this package.
+        """
+        if state["version"] > STATE_VERSION:
+            raise ValueError(
+                f"the accelerator state has version {state['version']}, this package reads up to "
+                f"{STATE_VERSION}: update lightning-stableaa, or drop the state"
+            )
+        for name in _COUNTERS:
+            setattr(self, name, int(state["counters"][name]))
+        self.outcomes = Counter({Status(name): n for name, n in state["outcomes"].items()})
+        self._loaded = state
+        self._points = self._smoother = None  # built anew at the next step, from the state
+
+    def _before_optimizer_step(self) -> None:
+        """Make sure that the cycle about to begin, or to go on, has a start in the history."""
+        if self._points is None:
+            self._build()
+        elif self._watch.disturbed:
+            self._restart_cycle()
+        assert self._points is not None
+        if not self._points.history.chained and not self._averages_into_history():
+            self._points.push_weights()
+
+    def _build(self) -> None:
+        """Set up the history for the parameters as they are now, and fill it from a checkpoint."""
+        parameters = trainable_parameters(self._optimizers)
+        options = self.options
+        communicator = Communicator(self._process_group)
+        self._points = points = PointStore(
+            parameters,
+            depth=options.history_depth,
+            communicator=communicator,
+            sharded=options.history == "sharded" and communicator.world_size > 1,
+            device=torch.device(options.history_device) if options.history_device else None,
+            optimizers=self._optimizers if options.optimizer_state == "mix" else (),
+        )
+        if options.smoothing is not None:
+            self._smoother = Smoother(
+                options.smoothing,
+                cycle=options.store_every_n_steps,
+                read=points.read,
+                length=points.length,
+                dtype=points.weights.dtype,
+                device=points.device,
+                communicator=communicator if points.sharded else None,
+            )
+        self._has_evaluation_weights = False
+        state, self._loaded = self._loaded, None
+        if state is not None:
+            self._restore(state)
+        self._watch.follow(parameters)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        points = self._points
+        assert points is not None
+        if state["points"] is None:
+            return
+        expected, found = self._fingerprint(points), state["fingerprint"]
+        different = [key for key in expected if found.get(key) != expected[key]]
+        if different:
+            log.warning(
+                "the Anderson history of the checkpoint was dropped and starts anew: "
+                "it was stored with another %s",
+                ", ".join(different),
+            )
+            self._cycle_steps = 0
+            return
+        points.load_state_dict(state["points"])
+        if self._smoother is not None:
+            self._smoother.load_state_dict(state["smoother"])
+        if state["evaluation"] is not None:
+            points.candidate.copy_(state["evaluation"])
+            self._has_evaluation_weights = True
+
+    def _fingerprint(self, points: PointStore) -> dict[str, Any]:
+        """What must be equal for a stored history to be continued."""
+        smoothing = self.options.smoothing
+        return {
+            "parameter layout": points.weights.signature(),
+            "history_depth": self.options.history_depth,
+            "store_every_n_steps": self.options.store_every_n_steps,
+            "optimizer_state": self.options.optimizer_state == "mix",
+            "smoothing": None if smoothing is None else dataclasses.asdict(smoothing),
+            "world size": points.communicator.world_size if points.sharded else 1,
+        }
+
+    def _restart_cycle(self) -> None:
+        """Something else than the optimizer moved the weights: no residual across it."""
+        assert self._points is not None
+        log.debug("the weights were changed from outside; the open cycle is dropped")
+        self._points.break_chain()
+        self._cycle_steps = 0
+        if self._smoother is not None:
+            self._smoother.restart()
+        self._watch.mark()
+
+    def _averages_into_history(self) -> bool:
+        return self._smoother is not None and self._smoother.averages_into_history
+
+    def _close_cycle(self, loss_fn: LossFunction | None) -> StepReport:
+        self._cycle_steps = 0
+        points = self._points
+        assert points is not None
+        if not points.still_fits(trainable_parameters(self._optimizers)):
+            self._points = None  # built anew at the next step
+            return StepReport(status=Status.PARAMETERS_CHANGED)
+        rsd = self._store(points)
+        report = StepReport(
+            status=Status.STORED,
+            stored=True,
+            rsd=rsd,
+            smoothing_on=None if self._smoother is None else self._smoother.on,
+        )
+        if self._steps_since_attempt < self.options.accelerate_every_n_steps:
+            return report
+        if self.optimizer_steps < self.options.warmup_steps:
+            return dataclasses.replace(report, status=Status.WARMUP)
+        if points.history.residual_count < 2:
+            return dataclasses.replace(report, status=Status.HISTORY_TOO_SHORT)
+        return self._extrapolate(points, loss_fn, report)
+
+    def _store(self, points: PointStore) -> float | None:
+        """Append the end of the cycle to the history; return the RSD where it is watched."""
+        smoother = self._smoother
+        if smoother is None:
+            points.push_weights()
+            return None
+        averaged_before = smoother.averages_into_history
+        rsd = smoother.close()
+        if smoother.averages_into_history != averaged_before:
+            points.break_chain()  # the lag of an average is not a step of the optimizer
+        if smoother.averages_into_history:
+            points.push(smoother.average)
+            return rsd
+        if smoother.on:
+            points.load(smoother.average)
+            points.weights.write(points.candidate)
+            self._has_evaluation_weights = False
+            self._watch.mark()
+        points.push_weights()
+        return rsd
+
+    def _extrapolate(
+        self, points: PointStore, loss_fn: LossFunction | None, report: StepReport
+    ) -> StepReport:
+        self._steps_since_attempt = 0
+        self._has_evaluation_weights = False
+        found = extrapolate(points, self.options, loss_fn)
+        self.attempted += 1
+        self.outcomes[found.status] += 1
+        if loss_fn is not None:
+            self.loss_evaluations += 1 + len(self.options.regularization_grid)
+        if found.status is Status.REJECTED_NON_FINITE_HISTORY:
+            points.clear()
+        if found.jump is not None:
+            self.accepted += 1
+            self._take(points, found.jump)
+        return dataclasses.replace(
+            report,
+            status=found.status,
+            attempted=True,
+            accepted=found.accepted,
+            residual_norm=found.residual_norm,
+            jump_norm=found.jump_norm,
+            condition=found.condition,
+            regularization=found.regularization,
+            loss_before=found.loss_before,
+            loss_after=found.loss_after,
+        )
+
+    def _take(self, points: PointStore, jump: Tensor) -> None:
+        """Put the accepted candidate where ``apply_to`` wants it."""
+        into_training = self.options.apply_to != "evaluation"
+        if into_training:
+            self._adapt_momentum(points, jump)
+        points.form(jump)
+        self._has_evaluation_weights = self.options.apply_to != "training"
+        if into_training:
+            points.weights.write(points.candidate)
+            points.break_chain()
+        self._watch.mark()
+
+    def _adapt_momentum(self, points: PointStore, jump: Tensor) -> None:
+        if self.options.optimizer_state == "mix":
+            points.mix_momentum(jump)
+        elif self.options.optimizer_state == "reset":
+            reset_momentum(self._optimizers, points.parameters)

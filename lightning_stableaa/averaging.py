@@ -1,0 +1,99 @@
+"""The adaptive moving average without Anderson acceleration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_stableaa.options import Smoothing
+from lightning_stableaa.report import StepReport
+from lightning_stableaa.smoother import DEFAULT_WINDOW, Smoother
+from lightning_stableaa.status import Status
+from lightning_stableaa.watch import StepWatch, unwrap_optimizers
+from lightning_stableaa.weights import FlatTensors, trainable_parameters
+
+
+class WeightSmoother:
+    """Watches the RSD of the iterates; averages the weights while it is high, where asked to.
+
+    With ``apply_to="weights"`` the average of each window replaces the weights while smoothing is
+    on; with ``apply_to="history"`` there is no history here, and nothing is changed.
+
+    Args:
+        optimizer: one optimizer, or several whose parameters move together.
+        smoothing: the options; a window of ``None`` is 10 steps.
+    """
+
+    def __init__(self, optimizer: Optimizer | Sequence[Optimizer], smoothing: Smoothing) -> None:
+        self.smoothing = smoothing
+        self._optimizers = unwrap_optimizers(optimizer)
+        self._watch = StepWatch(self._optimizers, self._before_step)
+        self._window = smoothing.average_window or DEFAULT_WINDOW
+        self._position = 0  # steps taken in the open window
+        self._weights: FlatTensors | None = None
+        self._smoother: Smoother | None = None
+        self._loaded: dict[str, Any] | None = None
+
+    def step(self) -> StepReport:
+        """Take note of the optimizer step just made; at the end of a window, report the RSD."""
+        if not self._watch.take():
+            return StepReport(status=Status.NO_OPTIMIZER_STEP)
+        weights, smoother = self._weights, self._smoother
+        if weights is None or smoother is None:
+            return StepReport(status=Status.NO_OPTIMIZER_STEP)
+        self._position += 1
+        smoother.observe(self._position)
+        if self._position < self._window:
+            return StepReport(status=Status.CYCLE_OPEN)
+        self._position = 0
+        rsd = smoother.close()
+        if smoother.on and self.smoothing.apply_to == "weights":
+            weights.write(smoother.average)
+            self._watch.mark()
+        return StepReport(status=Status.STORED, rsd=rsd, smoothing_on=smoother.on)
+
+    def detach(self) -> None:
+        """Remove the hooks from the optimizers."""
+        self._watch.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and CPU tensors."""
+        if self._loaded is not None:
+            return self._loaded
+        return {
+            "position": self._position,
+            "layout": None if self._weights is None else self._weights.signature(),
+            "smoother": None if self._smoother is None else self._smoother.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``, from the next step on."""
+        self._loaded = state
+        self._weights = None
+
+    def _before_step(self) -> None:
+        parameters = trainable_parameters(self._optimizers)
+        if self._weights is None or not self._weights.aliases(parameters):
+            self._begin(FlatTensors(parameters))
+            self._watch.follow(parameters)
+        elif self._watch.disturbed and self._smoother is not None:
+            self._smoother.restart()
+            self._position = 0
+
+    def _begin(self, weights: FlatTensors) -> None:
+        self._weights = weights
+        self._position = 0
+        self._smoother = Smoother(
+            self.smoothing,
+            cycle=self._window,
+            read=lambda out, start: weights.read(out, start=start),
+            length=weights.length,
+            dtype=weights.dtype,
+            device=weights.device,
+        )
+        state, self._loaded = self._loaded, None
+        if state is not None and state["layout"] == weights.signature():
+            self._position = int(state["position"])
+            self._smoother.load_state_dict(state["smoother"])

@@ -1,0 +1,213 @@
+"""AndersonCallback: Lightning glue of the engine, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from lightning_stableaa.accelerator import AndersonAccelerator
+from lightning_stableaa.callbacks.base import LightningCallback, log_to_loggers
+from lightning_stableaa.callbacks.judge import BatchLoss, has_own_loss
+from lightning_stableaa.callbacks.smoothing import SmoothingMonitor, log_smoothing
+from lightning_stableaa.callbacks.summary import summary
+from lightning_stableaa.callbacks.support import check_manual_optimization, check_supported
+from lightning_stableaa.options import (
+    ApplyTo,
+    HistoryPlacement,
+    OptimizerState,
+    Options,
+    Safeguard,
+    Smoothing,
+)
+from lightning_stableaa.report import StepReport
+
+log = logging.getLogger(__name__)
+
+
+class AndersonCallback(LightningCallback):
+    """Stable Anderson acceleration of a Lightning run.
+
+    ``Trainer(callbacks=[AndersonCallback()])``: after every optimizer step that really happened
+    the engine takes note of the weights, and now and then replaces them by an extrapolation that
+    lowers the loss of the current batch. A ``SmoothingMonitor`` in the same list, before or
+    after, adds the adaptive moving average.
+
+    The options are those of :class:`~lightning_stableaa.AndersonAccelerator`, which explains
+    them. A LightningModule may define ``anderson_loss(batch)``, the loss by which candidates are
+    judged in place of ``training_step``.
+
+    Logs at every extrapolation, to all loggers: ``anderson/attempted``, ``anderson/accepted`` and
+    ``anderson/rejected_<why>`` (counts so far), ``anderson/residual_norm``,
+    ``anderson/jump_norm`` (units of the weights), ``anderson/condition`` (of the Gram matrix),
+    ``anderson/loss_before``, ``anderson/loss_after``. The progress bar shows
+    ``anderson_accepted``, and ``rsd`` where the iterates are smoothed.
+
+    Raises:
+        TypeError, ValueError: an option is of the wrong type, out of range or in conflict with
+            another one; at the start of fit: a strategy, an optimizer or manual optimisation that
+            cannot be accelerated.
+
+    Source: arXiv:2110.14813.
+    """
+
+    uses_smoothing_monitor = True
+
+    def __init__(
+        self,
+        *,
+        history_depth: int = Options.history_depth,
+        store_every_n_steps: int = Options.store_every_n_steps,
+        accelerate_every_n_steps: int = Options.accelerate_every_n_steps,
+        warmup_steps: int = Options.warmup_steps,
+        relaxation: float = Options.relaxation,
+        regularization: float | Sequence[float] | None = Options.regularization,
+        max_extrapolation: float = Options.max_extrapolation,
+        safeguard: Safeguard = Options.safeguard,
+        optimizer_state: OptimizerState = Options.optimizer_state,
+        smoothing: Smoothing | None = Options.smoothing,
+        apply_to: ApplyTo = Options.apply_to,
+        history: HistoryPlacement = Options.history,
+        history_device: str | None = Options.history_device,
+        process_group: Any = None,
+    ) -> None:
+        self.options = Options(
+            history_depth=history_depth,
+            store_every_n_steps=store_every_n_steps,
+            accelerate_every_n_steps=accelerate_every_n_steps,
+            warmup_steps=warmup_steps,
+            relaxation=relaxation,
+            regularization=regularization,
+            max_extrapolation=max_extrapolation,
+            safeguard=safeguard,
+            optimizer_state=optimizer_state,
+            smoothing=smoothing,
+            apply_to=apply_to,
+            history=history,
+            history_device=history_device,
+        )
+        self._process_group = process_group
+        self._engine: AndersonAccelerator | None = None
+        self._loaded: dict[str, Any] = {}
+        self._swapped = ExitStack()
+
+    @property
+    def accelerator(self) -> AndersonAccelerator | None:
+        """The engine while a fit runs."""
+        return self._engine
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Refuse what cannot work before anything is trained."""
+        if stage == "fit":
+            _effective_options(self.options, trainer)
+            check_supported(trainer, pl_module, type(self).__name__)
+            judged = self.options.safeguard == "none" or has_own_loss(pl_module)
+            check_manual_optimization(pl_module, judged=judged, callback=type(self).__name__)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Take up the optimizers, and the state of a checkpoint."""
+        check_supported(trainer, pl_module, type(self).__name__)
+        self._start(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One engine step for one optimizer step."""
+        engine = self._engine
+        assert engine is not None  # on_train_start ran
+        if self.options.safeguard == "none":
+            report = engine.step()
+        else:
+            with BatchLoss(trainer, pl_module, batch, batch_idx) as loss_fn:
+                report = engine.step(loss_fn)
+        if report.rsd is not None:
+            log_smoothing(trainer, pl_module, report.rsd, on=bool(report.smoothing_on))
+        if report.attempted:
+            self._log(trainer, pl_module, engine, report)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Say how it went, once."""
+        if self._engine is not None and trainer.is_global_zero:
+            level, text = summary(self._engine)
+            log.log(level, text)
+
+    def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+        """Show validation the candidate, where candidates are for evaluation."""
+        if self._engine is not None:
+            self._swapped.enter_context(self._engine.evaluation_weights())
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Give training its own weights back."""
+        self._swapped.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Give training its own weights back, whatever happened."""
+        self._swapped.close()
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Let go of the optimizers, keeping the state for a checkpoint or another fit."""
+        self._swapped.close()
+        if self._engine is not None:
+            self._loaded = self._engine.state_dict()
+            self._engine.detach()
+            self._engine = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a bitwise continuation needs."""
+        return self._loaded if self._engine is None else self._engine.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state, on the CPU, until the optimizers exist."""
+        self._loaded = state_dict
+
+    def _start(self, trainer: Any) -> None:
+        options = _effective_options(self.options, trainer)
+        self._engine = AndersonAccelerator(
+            trainer.optimizers,
+            process_group=self._process_group,
+            **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
+        )
+        if self._loaded:
+            self._engine.load_state_dict(self._loaded)
+            self._loaded = {}
+
+    def _log(
+        self, trainer: Any, pl_module: Any, engine: AndersonAccelerator, report: StepReport
+    ) -> None:
+        measured = {
+            "residual_norm": report.residual_norm,
+            "jump_norm": report.jump_norm,
+            "condition": report.condition,
+            "loss_before": report.loss_before,
+            "loss_after": report.loss_after,
+        }
+        counts = {"attempted": engine.attempted, "accepted": engine.accepted} | {
+            status.value: count for status, count in engine.outcomes.items() if status.rejected
+        }
+        values = counts | {name: value for name, value in measured.items() if value is not None}
+        log_to_loggers(
+            trainer, {f"anderson/{name}": float(value) for name, value in values.items()}
+        )
+        pl_module.log(
+            "anderson_accepted",
+            float(engine.accepted),
+            prog_bar=True,
+            logger=False,
+            on_step=True,
+            on_epoch=False,
+        )
+
+
+def _effective_options(options: Options, trainer: Any) -> Options:
+    """The options, with the smoothing of a SmoothingMonitor in the same Trainer."""
+    monitors = [one for one in trainer.callbacks if isinstance(one, SmoothingMonitor)]
+    if not monitors:
+        return options
+    if options.smoothing not in (None, monitors[0].smoothing):
+        raise ValueError(
+            f"smoothing is given twice, as {options.smoothing} to AndersonCallback and as "
+            f"{monitors[0].smoothing} by SmoothingMonitor: remove one of them"
+        )
+    return dataclasses.replace(options, smoothing=monitors[0].smoothing)

@@ -1,0 +1,82 @@
+"""The loss by which a Lightning run judges candidates, without side effects."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_stableaa.safeguard import undo_side_effects
+
+
+class BatchLoss:
+    """Loss of the current batch at the current weights; a context manager and a function.
+
+    ``anderson_loss(batch)`` of the LightningModule where it is defined, ``training_step``
+    otherwise: on the bare module, since DDP's forward would wait for a backward pass. The first
+    call saves buffers and metric states, and leaving the context restores them: batches on which
+    nothing is due cost nothing.
+
+    Args:
+        trainer: for the precision plugin's context.
+        module: the LightningModule.
+        batch: as given to ``on_train_batch_end``.
+        batch_idx: as given to ``on_train_batch_end``.
+    """
+
+    def __init__(self, trainer: Any, module: nn.Module, batch: Any, batch_idx: int) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._batch = batch
+        self._batch_idx = batch_idx
+        self._undo = ExitStack()
+        self._entered = False
+
+    def __enter__(self) -> BatchLoss:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._undo.close()
+
+    def __call__(self) -> Tensor:
+        if not self._entered:
+            self._entered = True
+            self._undo.enter_context(undo_side_effects(self._module))
+            self._undo.enter_context(_silenced(self._module))
+        with self._trainer.precision_plugin.train_step_context():
+            return self._evaluate()
+
+    def _evaluate(self) -> Any:
+        module: Any = self._module
+        if has_own_loss(module):
+            return module.anderson_loss(self._batch)
+        parameters = inspect.signature(module.training_step).parameters
+        arguments = {"batch_idx": self._batch_idx} if "batch_idx" in parameters else {}
+        output = module.training_step(self._batch, **arguments)
+        return output["loss"] if isinstance(output, Mapping) else output
+
+
+def has_own_loss(module: nn.Module) -> bool:
+    """Whether the module says itself by which loss candidates are judged."""
+    return callable(getattr(module, "anderson_loss", None))
+
+
+@contextmanager
+def _silenced(module: nn.Module) -> Iterator[None]:
+    """Nothing that the module logs is recorded."""
+    hidden = {name: module.__dict__[name] for name in ("log", "log_dict") if name in vars(module)}
+    for name in ("log", "log_dict"):
+        module.__dict__[name] = _ignore
+    try:
+        yield
+    finally:
+        for name in ("log", "log_dict"):
+            del module.__dict__[name]
+        module.__dict__.update(hidden)
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """Stands in for ``LightningModule.log`` while candidates are judged."""

@@ -1,0 +1,28 @@
+"""One paragraph at the end of fit: how many candidates were taken, and what to turn if few were."""
+
+from __future__ import annotations
+
+import logging
+
+from lightning_stableaa.accelerator import AndersonAccelerator
+
+
+def summary(engine: AndersonAccelerator) -> tuple[int, str]:
+    """Log level and text: a warning that names an option when most candidates were rejected."""
+    attempted, accepted = engine.attempted, engine.accepted
+    head = (
+        f"Anderson acceleration: {accepted} of {attempted} extrapolations accepted in "
+        f"{engine.optimizer_steps} optimizer steps"
+    )
+    if attempted == 0:
+        return logging.WARNING, (
+            f"{head}: the run was too short for one; lower accelerate_every_n_steps "
+            f"({engine.options.accelerate_every_n_steps}) or warmup_steps "
+            f"({engine.options.warmup_steps})"
+        )
+    causes = engine.outcomes.copy()
+    rejected = {status: count for status, count in causes.items() if status.rejected}
+    if 2 * accepted >= attempted:
+        return logging.INFO, f"{head}."
+    why = max(rejected, key=lambda status: rejected[status])
+    return logging.WARNING, f"{head}. Most often ({rejected[why]} times) {why.remedy}."

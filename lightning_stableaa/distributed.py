@@ -1,0 +1,53 @@
+"""The few collectives, and nothing else that knows about ranks."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Communicator:
+    """Collectives over one process group; every method does nothing in a single process.
+
+    Args:
+        process_group: ``None`` takes the default group, where ``torch.distributed`` runs at all.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self._group = process_group
+        running = dist.is_available() and dist.is_initialized()
+        self.world_size = dist.get_world_size(process_group) if running else 1
+        self.rank = dist.get_rank(process_group) if running else 0
+
+    def sum(self, tensor: Tensor) -> None:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._group)
+
+    def max(self, tensor: Tensor) -> None:
+        """Maximum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+
+    def mean(self, tensor: Tensor) -> None:
+        """Mean over ranks, in place; a NaN on one rank is a NaN on all."""
+        if self.world_size > 1:
+            self.sum(tensor)
+            tensor /= self.world_size
+
+    def from_first(self, tensor: Tensor) -> None:
+        """Give every rank the values of the group's first rank, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, group=self._group, group_src=0)
+
+    def gather(self, out: Tensor, part: Tensor) -> None:
+        """Concatenate ``part``, (n / P,), of all ranks into ``out``, (n,)."""
+        if self.world_size > 1:
+            dist.all_gather_into_tensor(out, part, group=self._group)
+        else:
+            out.copy_(part)
+
+    def shard(self, length: int) -> tuple[int, int]:
+        """First element and size of this rank's equal slice of ``length``; the last overhangs."""
+        size = -(-length // self.world_size)
+        return self.rank * size, size

@@ -1,0 +1,119 @@
+"""One extrapolation: propose candidates, judge them, decide. The weights end as they began."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_stableaa.options import Options
+from lightning_stableaa.points import PointStore
+from lightning_stableaa.safeguard import LossFunction, RandomState, loss_value
+from lightning_stableaa.solver import Proposal, condition_number, propose
+from lightning_stableaa.status import Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extrapolation:
+    """The decision, and what it was based on; see :class:`StepReport` for the numbers."""
+
+    status: Status
+    jump: Tensor | None  # (q,), of the accepted candidate, equal on all ranks
+    residual_norm: float
+    jump_norm: float
+    condition: float
+    regularization: float | None
+    loss_before: float | None
+    loss_after: float | None
+
+    @property
+    def accepted(self) -> bool:
+        return self.jump is not None
+
+
+def extrapolate(
+    points: PointStore, options: Options, loss_fn: LossFunction | None
+) -> Extrapolation:
+    """Form one candidate for each lambda, and choose the one of least loss if it is an advance.
+
+    The device is waited for once, when everything that decides is read back together.
+
+    Args:
+        points: at least two residuals.
+        options: regularization, relaxation, max_extrapolation.
+        loss_fn: the judge; ``None`` accepts the first candidate, if it is finite.
+    """
+    grid = options.regularization_grid
+    proposal = propose(
+        points.gram(),
+        points.history.linked,
+        regularization=grid,
+        relaxation=options.relaxation,
+        max_extrapolation=options.max_extrapolation,
+    )
+    losses = None if loss_fn is None else _losses(points, proposal, loss_fn)
+    residual_norm, norms, gram, loss_before, losses_after = _read_back(proposal, losses)
+
+    status, best = Status.ACCEPTED, 0
+    if not math.isfinite(residual_norm):
+        status = Status.REJECTED_NON_FINITE_HISTORY
+    elif residual_norm == 0:
+        status = Status.REJECTED_STAGNATION
+    elif loss_before is not None:
+        status, best = _choose(loss_before, losses_after)
+    accepted = status is Status.ACCEPTED
+    jump = proposal.jumps[best] if accepted else None
+    return Extrapolation(
+        status=status,
+        jump=None if jump is None else points.agree(jump),
+        residual_norm=residual_norm,
+        jump_norm=norms[best] if accepted else max(norms),
+        condition=condition_number(gram),
+        regularization=grid[best] if accepted else None,
+        loss_before=loss_before,
+        loss_after=min(losses_after, key=_nan_last) if losses_after else None,
+    )
+
+
+def _losses(points: PointStore, proposal: Proposal, loss_fn: LossFunction) -> Tensor:
+    """Loss before, then that of every candidate, (1 + L,): mean over ranks, one random state."""
+    device = points.weights.device
+    random = RandomState(device)
+    losses = [loss_value(loss_fn, device)]
+    for jump in proposal.jumps:
+        random.restore()
+        points.form(jump)
+        with points.candidate_in_place():
+            losses.append(loss_value(loss_fn, device))
+    random.restore()
+    together = torch.stack(losses)
+    points.communicator.mean(together)
+    return together
+
+
+def _choose(before: float, after: list[float]) -> tuple[Status, int]:
+    best = min(range(len(after)), key=lambda index: _nan_last(after[index]))
+    if not math.isfinite(before) or not math.isfinite(after[best]):
+        return Status.REJECTED_NON_FINITE_LOSS, best
+    return (Status.ACCEPTED if after[best] < before else Status.REJECTED_LOSS), best
+
+
+def _nan_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _read_back(
+    proposal: Proposal, losses: Tensor | None
+) -> tuple[float, list[float], Tensor, float | None, list[float]]:
+    """Residual norm, jump norms, K, loss before and losses after: one transfer to the host."""
+    gram = proposal.residual_gram
+    parts = [proposal.residual_norm.reshape(1), proposal.norms, gram.flatten()]
+    if losses is not None:
+        parts.append(losses.to(gram.device))
+    sizes = [part.numel() for part in parts]
+    values = torch.cat(parts).cpu()
+    residual_norm, norms, flat_gram, *rest = values.split(sizes)
+    before, *after = rest[0].tolist() if rest else (None,)
+    return residual_norm.item(), norms.tolist(), flat_gram.reshape(gram.shape), before, after

@@ -1,0 +1,166 @@
+"""The points of one rank: weights in, candidates out, wherever the history lives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.history import History
+from lightning_stableaa.weights import FlatTensors, momentum_tensors
+
+
+class PointStore:
+    """History of the weights, and one vector in which a candidate is formed.
+
+    Replicated: every rank keeps (m + 2) n elements and sends nothing. Sharded: every rank keeps
+    its slice of every point, (m + 1) n / P, and the n elements of the gathered candidate.
+
+    Args:
+        parameters: the weights, see :func:`~lightning_stableaa.weights.trainable_parameters`.
+        depth: residuals kept at most, m.
+        communicator: collectives over the ranks that share the weights.
+        sharded: whether ranks keep slices of the points.
+        device: where points live; ``None`` takes that of the weights.
+        optimizers: where the momentum is found, to be mixed; none leaves it alone.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        depth: int,
+        communicator: Communicator,
+        sharded: bool = False,
+        device: torch.device | None = None,
+        optimizers: Sequence[Optimizer] = (),
+    ) -> None:
+        self.parameters = list(parameters)
+        self.communicator = communicator
+        self._optimizers = optimizers
+        self.weights = FlatTensors(parameters)
+        self.sharded = sharded
+        self.start, self.length = (
+            communicator.shard(self.weights.length) if sharded else (0, self.weights.length)
+        )
+        self.device = device or self.weights.device
+        self.history = self._new_history(depth)
+        self._depth = depth
+        self._momentum: History | None = None
+        size = self.length * communicator.world_size if sharded else self.length
+        self.candidate = torch.zeros(size, dtype=self.weights.dtype, device=self.device)
+
+    def still_fits(self, parameters: Sequence[Tensor]) -> bool:
+        """Whether the parameters are those of construction, in the same memory."""
+        return self.weights.aliases(parameters)
+
+    def read(self, out: Tensor, start: int) -> None:
+        """Copy elements of the current weights, counted from this rank's first one."""
+        self.weights.read(out, start=self.start + start)
+
+    def push_weights(self) -> None:
+        """Append the current weights to the history."""
+        self.history.push(lambda row: self.read(row, 0))
+        self._push_momentum()
+
+    def push(self, point: Tensor) -> None:
+        """Append ``point``, (length,), this rank's slice, to the history."""
+        self.history.push(lambda row: row.copy_(point))
+        self._push_momentum()
+
+    def break_chain(self) -> None:
+        """The weights were moved by something else than the optimizer."""
+        self.history.break_chain()
+        if self._momentum is not None:
+            self._momentum.break_chain()
+
+    def clear(self) -> None:
+        """Forget all points."""
+        self.history.clear()
+        self._momentum = None
+
+    def agree(self, jump: Tensor) -> Tensor:
+        """The first rank's jump, on every rank, so that all write the same bits."""
+        jump = jump.to(self.weights.device, copy=True)
+        self.communicator.from_first(jump)
+        return jump
+
+    def gram(self) -> Tensor:  # (q, q) float64
+        """Inner products of all consecutive differences, over all ranks' slices."""
+        gram = self.history.gram()
+        if self.sharded:
+            gram = gram.to(self.weights.device)  # where the process group communicates
+            self.communicator.sum(gram)
+        return gram
+
+    def form(self, jump: Tensor) -> None:
+        """Write the newest point plus the jump, (q,), to ``candidate``, on every rank."""
+        self._combine(self.history, jump)
+
+    def load(self, point: Tensor) -> None:
+        """Write this rank's slice of a vector into ``candidate``, on every rank."""
+        self._own_slice.copy_(point)
+        self._gather()
+
+    @contextmanager
+    def candidate_in_place(self) -> Iterator[None]:
+        """The weights hold the candidate inside, and what they held before outside."""
+        self.weights.swap(self.candidate)
+        try:
+            yield
+        finally:
+            self.weights.swap(self.candidate)
+
+    def mix_momentum(self, jump: Tensor) -> None:
+        """Move the momentum buffers by the same mixture; overwrites ``candidate``."""
+        momenta = momentum_tensors(self._optimizers, self.parameters)
+        if self._momentum is None or not momenta:
+            return
+        self._combine(self._momentum, jump)
+        FlatTensors(momenta).write(self.candidate)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The points of this rank, on the CPU."""
+        momentum = None if self._momentum is None else self._momentum.state_dict()
+        return {"history": self.history.state_dict(), "momentum": momentum}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        self.history.load_state_dict(state["history"])
+        if state["momentum"] is not None:
+            self._momentum = self._new_history(self._depth)
+            self._momentum.load_state_dict(state["momentum"])
+
+    @property
+    def _own_slice(self) -> Tensor:
+        return self.candidate[self.start : self.start + self.length]
+
+    def _new_history(self, depth: int) -> History:
+        return History(
+            depth=depth, length=self.length, dtype=self.weights.dtype, device=self.device
+        )
+
+    def _combine(self, history: History, jump: Tensor) -> None:
+        history.combine(jump, out=self._own_slice)
+        self._gather()
+
+    def _gather(self) -> None:
+        if self.sharded:
+            self.communicator.gather(self.candidate, self._own_slice.clone())
+
+    def _push_momentum(self) -> None:
+        if not self._optimizers:
+            return
+        momenta = momentum_tensors(self._optimizers, self.parameters)
+        if self._momentum is None:
+            self._momentum = self._new_history(self._depth)
+        if not momenta:  # before the first step there is none: it starts from zero
+            self._momentum.push(lambda row: row.zero_())
+        else:
+            flat = FlatTensors(momenta)
+            self._momentum.push(lambda row: flat.read(row, start=self.start))

@@ -1,0 +1,41 @@
+"""What one step did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_stableaa.status import Status
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """What one call of ``AndersonAccelerator.step`` did; ``None`` where nothing was measured.
+
+    Attributes:
+        status: why; ``status.remedy`` names the option to turn.
+        stored: a point entered the history.
+        attempted: candidates were formed.
+        accepted: a candidate passed the safeguard.
+        residual_norm: sqrt(tr(K)/m), the root of the mean squared residual norm, in units of the
+            weights.
+        jump_norm: length of the accepted, or else of the longest jump, in units of the weights.
+        condition: condition number of K.
+        regularization: lambda of the accepted candidate.
+        loss_before: loss of the current batch at the optimizer's weights.
+        loss_after: loss of the best candidate on the same batch.
+        rsd: relative standard deviation of the window that ended with this step.
+        smoothing_on: whether averages are in use.
+    """
+
+    status: Status
+    stored: bool = False
+    attempted: bool = False
+    accepted: bool = False
+    residual_norm: float | None = None
+    jump_norm: float | None = None
+    condition: float | None = None
+    regularization: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    rsd: float | None = None
+    smoothing_on: bool | None = None

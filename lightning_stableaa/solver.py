@@ -1,0 +1,149 @@
+"""Gram matrix -> mixing weights -> jump. Pure functions on small float64 matrices.
+
+Symbols, as in arXiv:2110.14813:
+
+    m         residuals in the window (at most ``history_depth``)
+    p_k       stored points, oldest first, k = 0 .. q
+    delta_k   p_{k+1} - p_k, the consecutive differences, k = 0 .. q-1
+    r_j       residuals: the delta_k that one cycle of the optimizer made ("linked")
+    K         R^T R, (m, m), inner products of the residuals
+    lambda    ``regularization``, relative to tr(K)/m
+    alpha     mixing weights, (m,), sum to one
+    beta      ``relaxation``
+    w         jump weights, (q,): x_new = p_q + sum_k w_k delta_k
+
+Everything runs on the device of ``gram`` and never waits for it: whether a result is usable is
+in the result itself (NaN), which the caller reads back once, with everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def mixing_weights(gram: Tensor, *, regularization: float | Sequence[float]) -> Tensor:
+    """Weights that minimise the norm of the mixed residual, summing to one.
+
+    Solves (K + lambda tr(K)/m I) z = 1 and returns alpha = z / sum(z), in float64. A residual of
+    exactly zero carries no direction (the weights did not move) and gets the weight zero.
+
+    Args:
+        gram: (m, m), inner products of the residuals, oldest first; symmetric.
+        regularization: lambda >= 0, relative to the mean squared residual norm; dimensionless.
+            A floor of m * eps keeps collinear residuals solvable at lambda = 0.
+
+    Returns:
+        Weights (m,) for one lambda, (L, m) for a sequence of L of them, on the device of
+        ``gram``. All NaN where ``gram`` is not finite or every residual is zero.
+
+    Raises:
+        ValueError: ``gram`` is not square, or ``regularization`` is negative or not finite.
+
+    Source: Scieur, d'Aspremont, Bach, Regularized Nonlinear Acceleration (normalised ridge).
+    """
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
+        raise ValueError(f"gram must be square, (m, m) with m >= 1, got {tuple(gram.shape)}")
+    single = not isinstance(regularization, Sequence)
+    grid: Sequence[float] = [regularization] if single else regularization
+    for value in grid:
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"regularization must be finite and >= 0, got {value}")
+
+    m = gram.shape[0]
+    k = gram.to(torch.float64)
+    moved = k.diagonal() > 0
+    # Scaled by its trace, K may hold values down to the square of the smallest float64.
+    k = k / (k.trace() / moved.sum())
+    lambdas = torch.tensor(grid, dtype=k.dtype).clamp_min(m * torch.finfo(k.dtype).eps)
+    lambdas = lambdas.to(k.device, non_blocking=True)
+    eye = torch.eye(m, dtype=k.dtype, device=k.device)
+    ridged = k + lambdas[:, None, None] * eye
+    # solve_ex without checks does not wait for a GPU; a singular system yields inf or NaN.
+    z, _ = torch.linalg.solve_ex(ridged, moved.to(k.dtype).expand(len(grid), m))
+    alpha = z / z.sum(dim=-1, keepdim=True)
+    return alpha[0] if single else alpha
+
+
+def jump_weights(
+    alpha: Tensor,  # (..., m), oldest first
+    linked: Sequence[bool],  # q entries, oldest first: is delta_k a residual?
+    *,
+    relaxation: float,
+) -> Tensor:  # (..., q)
+    """The candidate as a jump from the newest point, in the basis of consecutive differences.
+
+    sum_j alpha_j (x_j + beta r_j) = p_q + sum_k w_k delta_k, where the j-th residual is the
+    j-th linked difference. Differences are small where points are large, so nothing cancels.
+
+    Args:
+        alpha: mixing weights, sum to one along the last axis.
+        linked: which consecutive differences are residuals; ``sum(linked) == m``.
+        relaxation: beta in (0, 1].
+
+    Raises:
+        ValueError: the number of linked differences is not m.
+    """
+    columns = _residual_columns(linked)
+    if len(columns) != alpha.shape[-1]:
+        raise ValueError(f"alpha has {alpha.shape[-1]} weights for {len(columns)} residuals")
+    points = alpha.new_zeros(*alpha.shape[:-1], len(linked) + 1)
+    start = torch.tensor(columns, device=alpha.device)
+    points.index_add_(-1, start, alpha * (1.0 - relaxation))
+    points.index_add_(-1, start + 1, alpha * relaxation)
+    # p_k = p_q - sum_{i >= k} delta_i
+    return -points.cumsum(dim=-1)[..., :-1]
+
+
+class Proposal(NamedTuple):
+    """Candidates formed from one Gram, best understood as jumps from the newest point."""
+
+    jumps: Tensor  # (L, q), weights of the consecutive differences, one row for each lambda
+    norms: Tensor  # (L,), lengths of the jumps, after the cap
+    residual_norm: Tensor  # (), sqrt(tr(K)/m), root of the mean squared residual norm
+    residual_gram: Tensor  # (m, m), K
+
+
+def propose(
+    gram: Tensor,  # (q, q) float64, of all consecutive differences, oldest first
+    linked: Sequence[bool],  # q entries: is the difference a residual?
+    *,
+    regularization: Sequence[float],
+    relaxation: float,
+    max_extrapolation: float,
+) -> Proposal:
+    """One candidate for each lambda, its jump shortened to the cap where it is longer.
+
+    Args:
+        gram: inner products of all consecutive differences of the stored points.
+        linked: which of them are residuals; at least one.
+        regularization: the grid of L values of lambda.
+        relaxation: beta in (0, 1].
+        max_extrapolation: longest jump, in units of the residual norm sqrt(tr(K)/m).
+    """
+    columns = torch.tensor(_residual_columns(linked), device=gram.device)
+    k = gram[columns][:, columns]
+    alpha = mixing_weights(k, regularization=regularization)
+    jumps = jump_weights(alpha, linked, relaxation=relaxation)
+    residual_norm = k.diagonal().mean().sqrt()
+    norms = ((jumps @ gram) * jumps).sum(dim=-1).clamp_min(0.0).sqrt()
+    # a zero jump divides to inf, which the clamp turns into 1
+    shrink = (max_extrapolation * residual_norm / norms).clamp_max(1.0)
+    return Proposal(jumps * shrink[:, None], norms * shrink, residual_norm, k)
+
+
+def condition_number(gram: Tensor) -> float:
+    """Ratio of the extreme eigenvalues of ``gram`` (m, m); inf when singular, NaN if not finite."""
+    if not bool(torch.isfinite(gram).all()):
+        return math.nan
+    eigenvalues = torch.linalg.eigvalsh(gram.to(device="cpu", dtype=torch.float64))
+    smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
+    return largest / smallest if smallest > 0 else math.inf
+
+
+def _residual_columns(linked: Sequence[bool]) -> list[int]:
+    return [k for k, is_residual in enumerate(linked) if is_residual]

@@ -1,0 +1,52 @@
+"""Why a step did what it did, and which option to turn when that is not wanted."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Status(Enum):
+    """Outcome of one call of ``AndersonAccelerator.step``; ``remedy`` says what a user can do."""
+
+    NO_OPTIMIZER_STEP = "no_optimizer_step"
+    CYCLE_OPEN = "cycle_open"
+    STORED = "stored"
+    WARMUP = "warmup"
+    HISTORY_TOO_SHORT = "history_too_short"
+    PARAMETERS_CHANGED = "parameters_changed"
+    ACCEPTED = "accepted"
+    REJECTED_LOSS = "rejected_loss"
+    REJECTED_NON_FINITE_LOSS = "rejected_non_finite_loss"
+    REJECTED_NON_FINITE_HISTORY = "rejected_non_finite_history"
+    REJECTED_STAGNATION = "rejected_stagnation"
+
+    @property
+    def rejected(self) -> bool:
+        """Whether candidates were formed, or should have been, and none was taken."""
+        return self.value.startswith("rejected")
+
+    @property
+    def remedy(self) -> str:
+        """One sentence naming the option to turn; empty where nothing is wrong."""
+        return _REMEDIES.get(self, "")
+
+
+_REMEDIES = {
+    Status.REJECTED_LOSS: (
+        "no candidate lowered the loss of the current batch: add larger values to "
+        "regularization, raise store_every_n_steps so that residuals stand out of the gradient "
+        "noise, or use SmoothingMonitor"
+    ),
+    Status.REJECTED_NON_FINITE_LOSS: (
+        "the loss was not finite, with or without the candidate: lower the learning rate, clip "
+        "gradients, or lower max_extrapolation"
+    ),
+    Status.REJECTED_NON_FINITE_HISTORY: (
+        "the weights were not finite and the history was dropped: lower the learning rate or "
+        "clip gradients"
+    ),
+    Status.REJECTED_STAGNATION: (
+        "the weights did not move between stored points: check that the optimizer updates them "
+        "(learning rate, frozen parameters)"
+    ),
+}

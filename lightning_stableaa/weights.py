@@ -1,0 +1,172 @@
+"""Parameters (and their momentum buffers) <-> flat vectors, in place.
+
+Weights are written through the storage of the parameters: identity, strides, dtype and device of
+every parameter stay, so nothing recompiles and channels_last survives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+# Running means of gradients, by the names that torch.optim gives them.
+_MOMENTUM_NAMES = ("momentum_buffer", "exp_avg")
+
+# Elements exchanged at a time: the work space of a swap.
+_SWAP_CHUNK = 1 << 22
+
+
+def trainable_parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    """The parameters that the optimizers can move: unique, non-empty, requiring a gradient."""
+    unique = dict.fromkeys(
+        parameter
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+    return [one for one in unique if one.requires_grad and one.numel() > 0]
+
+
+class FlatTensors:
+    """A list of tensors seen as one flat vector, read and written in place.
+
+    The order of elements is that of memory, so that channels_last weights are copied without
+    being rearranged. The aliases hold on to the storages seen at construction: ``aliases`` tells
+    whether they are still those of the given tensors.
+
+    Args:
+        tensors: dense, non-overlapping tensors on one device; floating point.
+
+    Raises:
+        ValueError: no tensors, several devices, complex or integer dtype, or gaps in memory.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        if not tensors:
+            raise ValueError(
+                "the optimizer holds no trainable parameter: nothing to accelerate; "
+                "check requires_grad of its parameters"
+            )
+        devices = {one.device for one in tensors}
+        if len(devices) > 1:
+            names = ", ".join(sorted(str(device) for device in devices))
+            raise ValueError(
+                f"all parameters must be on one device, got {names}; "
+                "accelerate one optimizer per device"
+            )
+        self._tensors = list(tensors)
+        self._segments = [_memory_order(one) for one in tensors]
+        self._sizes = [one.numel() for one in tensors]
+        self._layout = _layout(tensors)
+        self.length = sum(self._sizes)
+        self.device = tensors[0].device
+        self.dtype = tensors[0].dtype
+        for one in tensors:
+            self.dtype = torch.promote_types(self.dtype, one.dtype)
+
+    def aliases(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether this is (still) the flat view of exactly these tensors."""
+        return self._layout == _layout(tensors)
+
+    def signature(self) -> list[list[list[int]]]:
+        """Shape and strides of every tensor: vectors of equal signatures are interchangeable."""
+        return [[list(one.shape), list(one.stride())] for one in self._tensors]
+
+    def read(self, out: Tensor, *, start: int = 0) -> None:
+        """Copy the elements [start, start + len(out)) to ``out``; beyond the end, zeros."""
+        sources, targets = self._pieces(out, start)
+        if targets:
+            _copy_all(targets, sources)
+        covered = max(0, min(self.length - start, out.numel()))
+        out[covered:].zero_()
+
+    @torch.no_grad()
+    def write(self, vector: Tensor) -> None:
+        """Copy ``vector``, (length,) or longer, into the tensors."""
+        targets, sources = self._pieces(vector[: self.length], 0)
+        _copy_all(targets, sources)
+
+    @torch.no_grad()
+    def swap(self, vector: Tensor) -> None:
+        """Exchange the contents of the tensors and of ``vector``, with bounded work space."""
+        mine, theirs = self._pieces(vector[: self.length], 0)
+        for tensor, piece in zip(mine, theirs, strict=True):
+            for one, other in zip(tensor.split(_SWAP_CHUNK), piece.split(_SWAP_CHUNK), strict=True):
+                kept = one.clone()
+                one.copy_(other)
+                other.copy_(kept)
+
+    def _pieces(self, vector: Tensor, start: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Matching pieces of the tensors and of ``vector``, which lies at ``start``."""
+        if start == 0 and vector.numel() == self.length:
+            return self._segments, list(vector.split(self._sizes))
+        mine, theirs = [], []
+        low, end = 0, start + vector.numel()
+        for segment, size in zip(self._segments, self._sizes, strict=True):
+            first, last = max(low, start), min(low + size, end)
+            if first < last:
+                mine.append(segment[first - low : last - low])
+                theirs.append(vector[first - start : last - start])
+            low += size
+        return mine, theirs
+
+
+def momentum_tensors(optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The first moments of the parameters, in their order.
+
+    ``momentum_buffer`` (SGD) or ``exp_avg`` (the Adam family). Second moments are step sizes, and
+    no mixture of them is known to stay positive. Empty where some parameter has none yet.
+    """
+    states = [optimizer.state for optimizer in optimizers]
+    found = [_momentum(parameter, states) for parameter in parameters]
+    momenta = [one for one in found if one is not None]
+    return momenta if len(momenta) == len(parameters) else []
+
+
+@torch.no_grad()
+def reset_momentum(optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> None:
+    """Set the first moments to zero."""
+    states = [optimizer.state for optimizer in optimizers]
+    for parameter in parameters:
+        momentum = _momentum(parameter, states)
+        if momentum is not None:
+            momentum.zero_()
+
+
+def _momentum(parameter: Tensor, states: Iterable[Mapping[Tensor, Any]]) -> Tensor | None:
+    for state in states:
+        for name in _MOMENTUM_NAMES:
+            buffer = state.get(parameter, {}).get(name)
+            if isinstance(buffer, Tensor):
+                return buffer
+    return None
+
+
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    # one launch for many tensors; pyright: "_foreach_copy_" is not exported from module "torch"
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def _layout(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    return [(one.data_ptr(), one.shape, one.stride(), one.dtype, one.device) for one in tensors]
+
+
+def _memory_order(tensor: Tensor) -> Tensor:
+    """The storage of a dense tensor as a vector, without copying."""
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"parameters must be real floating point, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}; accelerate the others with an optimizer of their own"
+        )
+    dimensions = sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d), d))
+    ordered = tensor.detach().permute(dimensions)
+    if not ordered.is_contiguous():
+        raise ValueError(
+            f"parameters must be dense in memory, got shape {tuple(tensor.shape)} with strides "
+            f"{tensor.stride()}; call .contiguous() on it before building the optimizer"
+        )
+    return ordered.view(-1)
