@@ -1,0 +1,1 @@
+"""Training problems of the stable Anderson acceleration papers, configured with Hydra."""

@@ -1,0 +1,53 @@
+"""What the modules of all recipes share."""
+
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar
+
+import lightning
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_stableaa.recipes.errors import blamed_on
+
+
+class RecipeModule(lightning.LightningModule):
+    """A network, the optimizer that trains it, and the metric that decides which run is better.
+
+    Args:
+        network: the model to train.
+        optimizer: called with the parameters or parameter groups.
+        scheduler: called with the optimizer and the number of optimizer steps of the whole run;
+            stepped after every optimizer step.
+    """
+
+    decisive_metric: ClassVar[str]
+    decisive_mode: ClassVar[str] = "min"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Callable[[Iterable[Any]], Optimizer],
+        scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+
+    def parameter_groups(self) -> Iterable[Any]:
+        """What the optimizer gets; recipes override it to treat some parameters differently."""
+        return self.parameters()
+
+    def configure_optimizers(self) -> Any:
+        """Builds the optimizer, and the scheduler with the length of the run."""
+        with blamed_on("optimizer"):
+            optimizer = self.make_optimizer(self.parameter_groups())
+        if self.make_scheduler is None:
+            return optimizer
+        with blamed_on("scheduler"):
+            scheduler = self.make_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

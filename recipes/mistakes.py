@@ -1,0 +1,116 @@
+"""One sentence for each way in which a configuration can be wrong."""
+
+import difflib
+import inspect
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.utils import get_object
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lightning_stableaa.recipes.errors import UserError
+
+MISTAKES = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
+
+
+def explain(error: Exception) -> str:
+    """The sentence that a user reads: the option, its value, the way out."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice}: there is no such choice; {_offer(choice, error.options or ())}"
+    if group := re.match(r"You must specify '(.+?)'", str(error)):
+        options = re.findall(r"\t(.+)", str(error))
+        return f"{group[1]} is not given; {_offer('', options)}, as in {group[1]}={options[0]}"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        known = cause.parent_node if isinstance(cause.parent_node, DictConfig) else {}
+        return f"{cause.full_key}: there is no such option; {_offer(str(cause.key), known)}"
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {_one_line(error.msg)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: options are written as name=value, lists as name=[1,2]"
+    if isinstance(error, InstantiationException):
+        option = re.search(r"full_key: (\S+)", str(error))
+        return f"{option[1] if option else 'configuration'}: {_one_line(cause or error)}"
+    return _one_line(error)
+
+
+def check_options(config: Mapping[str, Any], path: str = "") -> None:
+    """Compares every plain value with the constructor that it is meant for.
+
+    Constructors refuse values out of range with a clear sentence, but meet a wrong type or an
+    unknown name with whatever fails first.
+
+    Raises:
+        UserError: an option the constructor does not have, or a value of another type.
+    """
+    parameters = _parameters(config["_target_"]) if "_target_" in config else {}
+    for name, value in config.items():
+        option = f"{path}.{name}" if path else name
+        if parameters and name not in parameters and not name.startswith("_"):
+            raise UserError(f"{option}: there is no such option; {_offer(name, parameters)}")
+        if isinstance(value, Mapping):
+            check_options(value, option)
+        elif name in parameters and not _fits(value, parameters[name]):
+            raise UserError(f"{option}={value}: expected {_describe(parameters[name])}")
+
+
+def _parameters(target: str) -> dict[str, Any]:
+    """Names and annotations of a constructor's parameters; empty where it takes any keyword."""
+    factory = get_object(target)
+    function = factory.__init__ if inspect.isclass(factory) else factory
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return {}
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError:  # annotations that only a type checker can resolve
+        hints = {}
+    names = [parameter.name for parameter in parameters if parameter.name != "self"]
+    return {name: hints.get(name, Any) for name in names}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value from YAML can be meant for the annotation; yes where that is not plain."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, member) for member in typing.get_args(annotation))
+    if origin is typing.Literal:
+        return value in typing.get_args(annotation)
+    expected = origin or annotation
+    if not inspect.isclass(expected):
+        return True
+    if isinstance(value, bool) or value is None:
+        return expected in (type(value), object)
+    if isinstance(value, list):  # YAML has no tuples
+        return expected is not str and issubclass(expected, Iterable)
+    return isinstance(value, (int, float) if expected is float else expected)
+
+
+def _describe(annotation: Any) -> str:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Literal):
+        return " or ".join(_describe(member) for member in typing.get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    return annotation.__name__ if inspect.isclass(annotation) else repr(annotation)
+
+
+def _offer(wrong: str, options: Iterable[Any]) -> str:
+    names = sorted(str(name) for name in options if name != "hydra" and str(name)[0] != "_")
+    close = difflib.get_close_matches(wrong, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

@@ -1,0 +1,148 @@
+"""``stableaa-train``: one training run, described by the configuration groups in ``conf/``."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning
+import torch.distributed
+from hydra.utils import get_class, instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_stableaa.recipes.errors import UserError, blamed_on
+from lightning_stableaa.recipes.mistakes import MISTAKES, check_options, explain
+
+
+def train(config: DictConfig) -> dict[str, float]:
+    """Trains as configured and leaves everything about the run in ``config.run_folder``.
+
+    Returns:
+        The last value of everything logged, and ``best/<metric>`` for the decisive metric.
+
+    Raises:
+        UserError, or an error of Hydra, OmegaConf or Lightning that means a wrong configuration;
+        whatever the run had written by then is removed.
+    """
+    with _nothing_left_behind(Path(config.run_folder)) as folder:
+        settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        check_options(settings)
+        if config.resume_from is not None and not Path(config.resume_from).is_file():
+            raise UserError(f"resume_from={config.resume_from}: there is no such checkpoint file")
+        with blamed_on("seed"):
+            lightning.seed_everything(config.seed, workers=True, verbose=False)
+        data = instantiate(config.data, _convert_="all")
+        module = instantiate(config.module, _convert_="all")
+        callbacks = _instantiate_all(config.callbacks)
+        loggers = _instantiate_all(config.logger)
+        make_trainer = instantiate(config.trainer, _partial_=True, _convert_="all")
+        with blamed_on("trainer", MisconfigurationException):
+            trainer: lightning.Trainer = make_trainer(
+                callbacks=[_SaveConfiguration(settings, folder), *callbacks], logger=loggers
+            )
+        trainer.fit(module, data, ckpt_path=config.resume_from)
+    return _results(trainer)
+
+
+class _SaveConfiguration(Callback):
+    """Writes the resolved configuration once the loggers have claimed the run folder."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
+        self.settings = settings
+        self.folder = folder
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Writes ``config.yaml``."""
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            OmegaConf.save(self.settings, self.folder / "config.yaml")
+
+
+def _instantiate_all(group: DictConfig) -> list[Any]:
+    """Builds each entry of a group; an entry set to null is left out."""
+    return [instantiate(entry, _convert_="all") for entry in group.values() if entry is not None]
+
+
+def _results(trainer: lightning.Trainer) -> dict[str, float]:
+    results = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    for callback in trainer.callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
+            results[f"best/{callback.monitor}"] = callback.best_model_score.item()
+    return results
+
+
+@contextmanager
+def _nothing_left_behind(folder: Path) -> Iterator[Path]:
+    """Removes what a mistaken run wrote, unless the folder was in use or holds a checkpoint."""
+    in_use = folder.exists() and any(folder.iterdir())
+    try:
+        yield folder
+    except MISTAKES:
+        if not in_use and not any(folder.glob("checkpoints/*.ckpt")):
+            shutil.rmtree(folder, ignore_errors=True)
+            for parent in folder.parents:
+                if not parent.is_relative_to(Path.cwd() / "runs") or any(parent.iterdir()):
+                    break
+                parent.rmdir()
+        raise
+
+
+def _run_time() -> str:
+    """The start of the run as a folder name, the same on every process of a torchrun job."""
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if not torch.distributed.is_torchelastic_launched():
+        return now
+    store, rank, _ = next(iter(torch.distributed.rendezvous("env://")))
+    _run_time.store = store
+    if rank == 0:
+        store.set("stableaa/run_time", now)
+    return store.get("stableaa/run_time").decode()
+
+
+def _register_resolvers() -> None:
+    OmegaConf.register_new_resolver("run_time", _run_time, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver(
+        "class_attribute", lambda path, name: getattr(get_class(path), name), replace=True
+    )
+
+
+_register_resolvers()
+
+
+@hydra.main(
+    version_base="1.3", config_path="pkg://lightning_stableaa.conf", config_name="train"
+)
+def _train_from_command_line(config: DictConfig) -> None:
+    # inside Hydra too, or it announces the failed job with two lines of its own
+    with _mistakes_in_one_sentence():
+        train(config)
+
+
+@contextmanager
+def _mistakes_in_one_sentence() -> Iterator[None]:
+    try:
+        yield
+    except MISTAKES as error:
+        print(f"stableaa-train: {explain(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> None:
+    """Entry point of ``stableaa-train``; a mistake ends in one sentence and exit code 2."""
+    # makes Hydra raise its errors instead of printing them itself and exiting with code 1
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    with _mistakes_in_one_sentence():
+        _train_from_command_line()
+
+
+if __name__ == "__main__":
+    main()
