@@ -162,6 +162,8 @@ class AndersonAccelerator:
         self._steps_since_attempt += 1
         if self._smoother is not None:
             self._smoother.observe(self._cycle_steps)
+        if self._watch.disturbed:  # since the optimizer stepped: no point can be stored
+            self._restart_cycle()
         if self._cycle_steps < self.options.store_every_n_steps:
             return _OPEN
         return self._close_cycle(loss_fn)
@@ -363,6 +365,7 @@ class AndersonAccelerator:
         self._steps_since_attempt = 0
         self._has_evaluation_weights = False
         found = extrapolate(points, self.options, loss_fn)
+        self._watch.mark()  # candidates came and went: the weights are the optimizer's again
         self.attempted += 1
         self.outcomes[found.status] += 1
         if loss_fn is not None:
