@@ -61,31 +61,36 @@ def undo_side_effects(module: nn.Module) -> Iterator[None]:
     """Restore the buffers and metric states of ``module`` on leaving, also after an error.
 
     A training step in train mode updates running statistics (BatchNorm) and metrics; evaluating
-    a candidate must not. Buffers are restored in place.
+    a candidate must not. Tensors and lists keep their identity, since others may share them, and
+    are put back where ``module`` replaced them.
     """
-    buffers = list(module.buffers())
-    saved = [buffer.clone() for buffer in buffers]
-    metrics = [(metric, _metric_state(metric)) for metric in _metrics(module)]
+    saved = [
+        (names, name, value, _copy(value))
+        for names in _changeable(module)
+        for name, value in names.items()
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in zip(buffers, saved, strict=True):
-                buffer.copy_(value)
-        for metric, state in metrics:
-            for name, value in state.items():
-                setattr(metric, name, value)
+            for names, name, value, content in saved:
+                if isinstance(value, Tensor):
+                    if not value.is_inference():  # those of validation; nothing here can write them
+                        value.copy_(content)
+                elif isinstance(value, list):
+                    value[:] = content
+                names[name] = value
 
 
-def _metrics(module: nn.Module) -> Iterator[Metric]:
-    return (one for one in module.modules() if isinstance(one, Metric))
+def _changeable(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Where modules keep buffers, and metrics keep states, counters and cached results."""
+    for one in module.modules():
+        yield one._buffers
+        if isinstance(one, Metric):
+            yield vars(one)
 
 
-def _metric_state(metric: Metric) -> dict[str, Any]:
-    """Attributes that ``update`` and ``forward`` change; states may be tensors or lists."""
-    counters = ("_update_count", "_computed", "_forward_cache", "_update_called")
-    state = {name: metric.__dict__[name] for name in counters if name in metric.__dict__}
-    for name in metric._defaults:
-        value = getattr(metric, name)
-        state[name] = list(value) if isinstance(value, list) else value.clone()
-    return state
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return list(value) if isinstance(value, list) else value
