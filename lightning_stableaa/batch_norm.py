@@ -1,0 +1,79 @@
+"""Running statistics of batch normalisation after the weights have jumped.
+
+An extrapolation moves the weights and leaves ``running_mean`` and ``running_var`` where the
+optimizer's path had brought them, so evaluation mode no longer describes the network. A few forward
+passes on training batches mend that.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Batch = TypeVar("Batch")
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(
+    module: nn.Module,
+    batches: Iterable[Batch],
+    forward: Callable[[Batch], object],
+) -> int:
+    """Replaces running statistics by the plain average over ``batches``.
+
+    The module computes in training mode meanwhile; its modes, the momentum of each layer and the
+    random state are as before when the function returns or raises, and the old statistics come
+    back when it raises. It costs one forward pass a batch. Every rank of a distributed run
+    averages its own batches, with ``SyncBatchNorm`` those of all.
+
+    Args:
+        module: network with layers of ``BatchNorm*d`` or ``SyncBatchNorm``.
+        batches: training batches, on the device of the module.
+        forward: runs the network on one batch; what it returns is not used.
+
+    Returns:
+        The number of layers recalibrated; without any, ``batches`` is not touched.
+
+    Raises:
+        ValueError: ``batches`` is empty.
+
+    Source: as torch.optim.swa_utils.update_bn (Izmailov et al. 2018, Averaging Weights Leads to
+    Wider Optima and Better Generalization, section 3.2).
+    """
+    layers = [
+        layer
+        for layer in module.modules()
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats
+    ]
+    if not layers:
+        return 0
+    modes = [(child, child.training) for child in module.modules()]
+    momenta = [layer.momentum for layer in layers]
+    statistics = [{k: v.clone() for k, v in layer.named_buffers()} for layer in layers]
+    # dropout draws random numbers, which would shift those of the training that goes on
+    cuda_devices = {p.device for p in module.parameters() if p.is_cuda}
+    try:
+        with torch.random.fork_rng(devices=cuda_devices):
+            module.train()
+            for layer in layers:
+                layer.reset_running_stats()
+                layer.momentum = None  # torch's way to ask for a cumulative average
+            count = 0
+            for batch in batches:
+                forward(batch)
+                count += 1
+            if count == 0:
+                raise ValueError("batches is empty; running statistics need at least one batch")
+    except BaseException:
+        for layer, buffers in zip(layers, statistics, strict=True):
+            for name, buffer in layer.named_buffers():
+                buffer.copy_(buffers[name])
+        raise
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        for child, mode in modes:
+            child.training = mode
+    return len(layers)
