@@ -1,6 +1,7 @@
 """What the modules of all recipes share."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
@@ -38,6 +39,9 @@ class RecipeModule(lightning.LightningModule):
     def parameter_groups(self) -> Iterable[Any]:
         """What the optimizer gets; recipes override it to treat some parameters differently."""
         return self.parameters()
+
+    def draw(self, folder: Path) -> None:
+        """Draws what is particular to the recipe into ``folder``, after training."""
 
     def configure_optimizers(self) -> Any:
         """Builds the optimizer, and the scheduler with the length of the run."""

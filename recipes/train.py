@@ -1,8 +1,11 @@
 """``stableaa-train``: one training run, described by the configuration groups in ``conf/``."""
 
+import logging
 import os
 import shutil
 import sys
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -11,14 +14,18 @@ from typing import Any
 
 import hydra
 import lightning
-import torch.distributed
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed import is_torchelastic_launched
+from torch.distributed.rendezvous import rendezvous
 
+from lightning_stableaa import AndersonCallback
 from lightning_stableaa.recipes.errors import UserError, blamed_on
 from lightning_stableaa.recipes.mistakes import MISTAKES, check_options, explain
+from lightning_stableaa.recipes.pictures import draw_run
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -47,8 +54,12 @@ def train(config: DictConfig) -> dict[str, float]:
             trainer: lightning.Trainer = make_trainer(
                 callbacks=[_SaveConfiguration(settings, folder), *callbacks], logger=loggers
             )
-        trainer.fit(module, data, ckpt_path=config.resume_from)
-    return _results(trainer)
+        with _refusals_of_callbacks():
+            trainer.fit(module, data, ckpt_path=config.resume_from)
+    if config.pictures and trainer.is_global_zero:
+        draw_run(folder, module.decisive_metric)
+        module.draw(folder / "pictures")
+    return _results(trainer, callbacks)
 
 
 class _SaveConfiguration(Callback):
@@ -72,9 +83,24 @@ def _instantiate_all(group: DictConfig) -> list[Any]:
     return [instantiate(entry, _convert_="all") for entry in group.values() if entry is not None]
 
 
-def _results(trainer: lightning.Trainer) -> dict[str, float]:
+@contextmanager
+def _refusals_of_callbacks() -> Iterator[None]:
+    """Our callbacks refuse a strategy or an optimizer with a ValueError once they see it."""
+    try:
+        yield
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_globals["__name__"].startswith("lightning_stableaa.callbacks"):
+            raise UserError(f"callbacks: {error}") from error
+        raise
+
+
+def _results(trainer: lightning.Trainer, callbacks: list[Callback]) -> dict[str, float]:
     results = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    for callback in trainer.callbacks:
+    results["cost/gradients"] = trainer.global_step
+    for callback in callbacks:
+        if isinstance(callback, AndersonCallback):
+            results["cost/losses"] = callback.state_dict()["counters"]["loss_evaluations"]
         if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
             results[f"best/{callback.monitor}"] = callback.best_model_score.item()
     return results
@@ -99,10 +125,9 @@ def _nothing_left_behind(folder: Path) -> Iterator[Path]:
 def _run_time() -> str:
     """The start of the run as a folder name, the same on every process of a torchrun job."""
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    if not torch.distributed.is_torchelastic_launched():
+    if not is_torchelastic_launched():
         return now
-    store, rank, _ = next(iter(torch.distributed.rendezvous("env://")))
-    _run_time.store = store
+    store, rank, _ = next(iter(rendezvous("env://")))
     if rank == 0:
         store.set("stableaa/run_time", now)
     return store.get("stableaa/run_time").decode()
@@ -118,13 +143,17 @@ def _register_resolvers() -> None:
 _register_resolvers()
 
 
-@hydra.main(
-    version_base="1.3", config_path="pkg://lightning_stableaa.conf", config_name="train"
-)
+@hydra.main(version_base="1.3", config_path="pkg://lightning_stableaa.conf", config_name="train")
 def _train_from_command_line(config: DictConfig) -> None:
     # inside Hydra too, or it announces the failed job with two lines of its own
     with _mistakes_in_one_sentence():
-        train(config)
+        _print_results(train(config), config.run_folder)
+
+
+@rank_zero_only
+def _print_results(results: dict[str, float], folder: str) -> None:
+    print(", ".join(f"{name} {value:.4g}" for name, value in sorted(results.items())))
+    print(f"everything about this run: {folder}")
 
 
 @contextmanager
@@ -136,10 +165,22 @@ def _mistakes_in_one_sentence() -> Iterator[None]:
         sys.exit(2)
 
 
+def _quieten() -> None:
+    """Hides what a user can do nothing about."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for message in (
+        "'set_vital' is deprecated",  # torchdata 0.11 with torch 2.13
+        ".*LeafSpec.* is deprecated",  # lightning 2.6 with torch 2.13
+        ".*does not have many workers",  # the tables are in memory
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
 def main() -> None:
     """Entry point of ``stableaa-train``; a mistake ends in one sentence and exit code 2."""
     # makes Hydra raise its errors instead of printing them itself and exiting with code 1
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    _quieten()
     with _mistakes_in_one_sentence():
         _train_from_command_line()
 
