@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 LossFunction = Callable[[], Tensor]
 
@@ -86,8 +85,14 @@ def _changeable(module: nn.Module) -> Iterator[dict[str, Any]]:
     """Where modules keep buffers, and metrics keep states, counters and cached results."""
     for one in module.modules():
         yield one._buffers
-        if isinstance(one, Metric):
+        if _is_metric(one):
             yield vars(one)
+
+
+def _is_metric(module: nn.Module) -> bool:
+    # a metric exists only where torchmetrics, which imports matplotlib, was imported already
+    torchmetrics = sys.modules.get("torchmetrics")
+    return torchmetrics is not None and isinstance(module, torchmetrics.Metric)
 
 
 def _copy(value: Any) -> Any:

@@ -33,8 +33,9 @@ def unwrap_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimi
 class StepWatch:
     """Hooks on the optimizers of one training loop.
 
-    A step that GradScaler skips never reaches the optimizer; one without any gradient
-    (``training_step`` returned None) reaches it and moves nothing. Neither counts. Several
+    A step that GradScaler skips never reaches the optimizer, or reaches a fused one with a flag;
+    one without any gradient (``training_step`` returned None) reaches it and moves nothing.
+    Neither counts. Several
     optimizers that step between two calls of ``take`` make one step together.
 
     Args:
@@ -89,13 +90,26 @@ class StepWatch:
         self._before_step()
 
     def _after(self, optimizer: Optimizer, *_: object) -> None:
-        if any(
-            parameter.grad is not None
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        ):
+        if _has_gradient(optimizer) and not _overflowed(optimizer):
             self._stepped = True
         self.mark()
 
     def _current(self) -> list[int]:
         return [parameter._version for parameter in self._parameters]
+
+
+def _has_gradient(optimizer: Optimizer) -> bool:
+    return any(
+        parameter.grad is not None
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+
+
+def _overflowed(optimizer: Optimizer) -> bool:
+    """Whether a fused optimizer skipped its step: GradScaler calls it all the same, with a flag.
+
+    Reading the flag waits for the device, as GradScaler does for every other optimizer.
+    """
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    return found_inf is not None and bool(found_inf)
