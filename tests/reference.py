@@ -1,0 +1,119 @@
+"""The method written plainly in float64 NumPy, slow and without tricks: what the engine must equal.
+
+Equations are numbered as in docs/method.md:
+
+    (1) r_j = g_j - x_j
+    (2) K = R^T R
+    (3) (K + lambda tr(K)/m I) z = 1,  alpha = z / sum(z)
+    (4) x_new = sum_j alpha_j (x_j + beta r_j)
+    (5) |x_new - x| <= cap * sqrt(tr(K)/m), by shortening the jump
+    (6) accepted if loss(x_new) < loss(x); of several lambdas the one of least loss
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+
+
+def mixing_weights(residuals: Sequence[Vector], regularization: float) -> Vector:
+    """Equations (2) and (3); zero residuals get the weight zero."""
+    m = len(residuals)
+    gram = np.array([[float(np.dot(a, b)) for b in residuals] for a in residuals])
+    moved = np.diag(gram) > 0
+    ridge = max(regularization, m * np.finfo(float).eps) * np.trace(gram) / moved.sum()
+    z = np.linalg.solve(gram + ridge * np.eye(m), moved.astype(float))
+    return z / z.sum()
+
+
+def candidate(pairs: Sequence[tuple[Vector, Vector]], alpha: Vector, relaxation: float) -> Vector:
+    """Equation (4), for pairs (x_j, g_j)."""
+    total = np.zeros_like(pairs[0][0])
+    for weight, (x, g) in zip(alpha, pairs, strict=True):
+        total += weight * (x + relaxation * (g - x))
+    return total
+
+
+def shorten(new: Vector, current: Vector, residuals: Sequence[Vector], cap: float) -> Vector:
+    """Equation (5)."""
+    longest = cap * math.sqrt(np.mean([float(np.dot(r, r)) for r in residuals]))
+    jump = new - current
+    length = float(np.linalg.norm(jump))
+    return current + jump * (longest / length) if length > longest else new
+
+
+@dataclass
+class ReferenceAccelerator:
+    """Observe, extrapolate, accept or reject; ``step`` takes the weights and returns them."""
+
+    history_depth: int
+    store_every_n_steps: int
+    accelerate_every_n_steps: int
+    regularization: Sequence[float]
+    relaxation: float = 1.0
+    warmup_steps: int = 0
+    max_extrapolation: float = math.inf
+    points: list[Vector] = field(default_factory=list)
+    linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
+    decisions: list[bool] = field(default_factory=list)
+    steps: int = 0
+    cycle: int = 0
+    since_attempt: int = 0
+
+    def pairs(self) -> list[tuple[Vector, Vector]]:
+        """(x_j, g_j) of every residual, equation (1), oldest first."""
+        return [
+            (self.points[k - 1], self.points[k])
+            for k in range(1, len(self.points))
+            if self.linked[k]
+        ]
+
+    def start(self, x: Vector) -> None:
+        """Begin a cycle at weights that no cycle ended at."""
+        self._add(x, linked=False)
+
+    def step(self, x: Vector, loss: Callable[[Vector], float] | None) -> Vector:
+        """Note the weights after an optimizer step, return those to go on from."""
+        self.steps += 1
+        self.cycle += 1
+        self.since_attempt += 1
+        if self.cycle < self.store_every_n_steps:
+            return x
+        self.cycle = 0
+        self._add(x, linked=True)
+        if self.since_attempt < self.accelerate_every_n_steps or self.steps < self.warmup_steps:
+            return x
+        pairs = self.pairs()
+        if len(pairs) < 2:
+            return x
+        self.since_attempt = 0
+        residuals = [g - start for start, g in pairs]
+        candidates = []
+        for value in self.regularization:
+            alpha = mixing_weights(residuals, value)
+            new = candidate(pairs, alpha, self.relaxation)
+            candidates.append(shorten(new, x, residuals, self.max_extrapolation))
+        best = candidates[0] if loss is None else min(candidates, key=loss)
+        accepted = loss is None or loss(best) < loss(x)
+        self.decisions.append(accepted)
+        if not accepted:
+            return x
+        self.start(best)
+        return best
+
+    def _add(self, x: Vector, *, linked: bool) -> None:
+        if not linked and self.points and not self.linked[-1]:
+            self.points.pop()  # a start that no cycle followed
+            self.linked.pop()
+        self.points.append(x.copy())
+        self.linked.append(linked)
+        while len(self.points) > self.history_depth + 1 or (
+            len(self.points) > 1 and not self.linked[1]
+        ):
+            del self.points[0], self.linked[0]

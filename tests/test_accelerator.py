@@ -1,0 +1,614 @@
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_stableaa import AndersonAccelerator, Smoothing, Status
+from tests.reference import ReferenceAccelerator, Vector
+
+
+class Quadratic:
+    """Gradient descent on 1/2 x^T A x, A diagonal with the given condition number."""
+
+    def __init__(self, *, size: int = 20, condition: float = 1e3, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        exponents = torch.linspace(0, -math.log10(condition), size, dtype=torch.float64)
+        self.spectrum = 10**exponents
+        self.x = nn.Parameter(torch.randn(size, generator=generator, dtype=torch.float64))
+        self.optimizer = torch.optim.SGD([self.x], lr=1.0)
+
+    def loss(self) -> Tensor:
+        return 0.5 * (self.spectrum * self.x * self.x).sum()
+
+    def train_step(self) -> None:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    def plain_step(self, x: Vector) -> Vector:
+        return x - self.spectrum.numpy() * x
+
+    def plain_loss(self, x: Vector) -> float:
+        return 0.5 * float((self.spectrum.numpy() * x * x).sum())
+
+
+def stored_points(accelerator: AndersonAccelerator) -> Tensor:
+    return accelerator.state_dict()["points"]["history"]["points"]
+
+
+@pytest.mark.parametrize(
+    ("depth", "relaxation", "regularization", "guarded"),
+    [
+        *itertools.product([2, 5, 10], [0.3, 1.0], [(1e-8,), (1e-3,), (1e-6, 1e-2)], [True]),
+        *itertools.product([2, 5, 10], [0.3, 1.0], [(1e-8,), (1e-3,)], [False]),
+    ],
+)
+def test_engine_equals_the_reference(
+    depth: int, relaxation: float, regularization: tuple[float, ...], guarded: bool
+) -> None:
+    problem = Quadratic(condition=50.0)
+    accelerator = AndersonAccelerator(
+        problem.optimizer,
+        history_depth=depth,
+        store_every_n_steps=2,
+        accelerate_every_n_steps=6,
+        warmup_steps=7,
+        relaxation=relaxation,
+        regularization=regularization,
+        max_extrapolation=5.0,
+        safeguard="loss" if guarded else "none",
+    )
+    twin = ReferenceAccelerator(
+        history_depth=depth,
+        store_every_n_steps=2,
+        accelerate_every_n_steps=6,
+        warmup_steps=7,
+        relaxation=relaxation,
+        regularization=regularization,
+        max_extrapolation=5.0,
+    )
+    x = problem.x.detach().numpy().copy()
+    twin.start(x)
+    decisions = []
+    for step in range(1, 61):
+        # every other judge wants the loss to rise, so that candidates are also rejected
+        sign = 1.0 if step % 12 == 8 else -1.0
+        problem.train_step()
+        report = accelerator.step((lambda s=sign: s * problem.loss()) if guarded else None)
+        if report.attempted:
+            decisions.append(report.accepted)
+        x = twin.step(
+            problem.plain_step(x),
+            (lambda x, s=sign: s * problem.plain_loss(x)) if guarded else None,
+        )
+        # 1e-10: float64, and a ridge that keeps the condition of the solve below 1e8
+        np.testing.assert_allclose(problem.x.detach().numpy(), x, rtol=0, atol=1e-10)
+    assert decisions == twin.decisions
+    assert len(decisions) == 9
+    assert not guarded or {True, False} == set(decisions)
+    np.testing.assert_allclose(stored_points(accelerator).numpy(), twin.points, atol=1e-10)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+@pytest.mark.parametrize("every", [3, 5])
+def test_an_ill_conditioned_quadratic_is_solved_ten_thousand_times_better(
+    every: int, guarded: bool
+) -> None:
+    problem = Quadratic(size=50, condition=1e3)
+    accelerator = AndersonAccelerator(
+        problem.optimizer,
+        history_depth=10,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=every,
+        safeguard="loss" if guarded else "none",
+    )
+    plain = problem.x.detach().numpy().copy()
+    for _ in range(200):
+        problem.train_step()
+        accelerator.step(problem.loss if guarded else None)
+        plain = problem.plain_step(plain)
+    assert problem.x.detach().norm().item() < 1e-4 * np.linalg.norm(plain)
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_an_affine_contraction_is_solved_after_n_plus_one_maps(size: int) -> None:
+    problem = Quadratic(size=size, condition=10.0)
+    accelerator = AndersonAccelerator(
+        problem.optimizer,
+        history_depth=size + 1,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=size + 1,
+        regularization=0.0,
+        max_extrapolation=math.inf,
+        safeguard="none",
+    )
+    before = problem.x.detach().norm()
+    for _ in range(size + 1):
+        problem.train_step()
+        report = accelerator.step()
+    assert report.accepted
+    # the Gram squares the condition of the Krylov residuals, 2e5 at size 6: 16 - 11 digits left
+    assert problem.x.detach().norm() < 1e-5 * before
+
+
+def test_the_schedule_counts_optimizer_steps() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer,
+        store_every_n_steps=2,
+        accelerate_every_n_steps=4,
+        warmup_steps=9,
+        safeguard="none",
+    )
+    log = []
+    for step in range(1, 17):
+        problem.train_step()
+        report = accelerator.step()
+        assert report.stored == (step % 2 == 0)
+        if report.stored:
+            log.append((step, report.status))
+        assert accelerator.step().status is Status.NO_OPTIMIZER_STEP
+    assert log == [
+        (2, Status.STORED),
+        (4, Status.WARMUP),
+        (6, Status.WARMUP),
+        (8, Status.WARMUP),
+        (10, Status.ACCEPTED),
+        (12, Status.STORED),
+        (14, Status.ACCEPTED),
+        (16, Status.STORED),
+    ]
+    assert (accelerator.optimizer_steps, accelerator.attempted, accelerator.accepted) == (16, 2, 2)
+
+
+def test_one_residual_is_too_short_a_history() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=1, safeguard="none"
+    )
+    statuses = []
+    for _ in range(3):
+        problem.train_step()
+        statuses.append(accelerator.step().status)
+    assert statuses == [Status.HISTORY_TOO_SHORT, Status.ACCEPTED, Status.ACCEPTED]
+
+
+def test_a_rejected_candidate_leaves_everything_bitwise() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=3
+    )
+    for step in range(1, 4):
+        problem.train_step()
+        weights, gradient = problem.x.detach().clone(), problem.x.grad.clone()
+        random = torch.get_rng_state()
+        calls = []
+
+        def worse_elsewhere(here: Tensor = weights, calls: list[int] = calls) -> Tensor:
+            calls.append(1)
+            torch.rand(3)  # a loss with dropout draws random numbers
+            return (problem.x - here).square().sum()
+
+        report = accelerator.step(worse_elsewhere)
+        assert report.attempted == (step == 3)
+    assert report.status is Status.REJECTED_LOSS
+    assert (report.loss_before, len(calls)) == (0.0, 1 + 5)
+    assert report.loss_after is not None
+    assert report.loss_after > 0
+    assert torch.equal(problem.x, weights)
+    assert torch.equal(problem.x.grad, gradient)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert accelerator.loss_evaluations == 6
+
+
+def test_every_candidate_sees_the_same_random_numbers() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=2
+    )
+    drawn: list[float] = []
+
+    def loss() -> Tensor:
+        drawn.append(torch.rand(1).item())
+        return problem.loss()
+
+    for _ in range(2):
+        problem.train_step()
+        accelerator.step(loss)
+    assert len(drawn) == 6
+    assert len(set(drawn)) == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_loss_that_is_not_finite_is_rejected(bad: float, where: str) -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=2
+    )
+    for _ in range(2):
+        problem.train_step()
+        losses = iter([torch.tensor(bad if where == "before" else 1.0)])
+        weights = problem.x.detach().clone()
+        report = accelerator.step(lambda losses=losses: next(losses, torch.tensor(bad)))
+    assert report.status is Status.REJECTED_NON_FINITE_LOSS
+    assert torch.equal(problem.x, weights)
+
+
+def test_one_finite_candidate_among_others_is_taken() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=2,
+        regularization=[1e-8, 1e-3, 1.0],
+    )
+    for _ in range(2):
+        problem.train_step()
+        losses = iter([2.0, math.nan, 1.0, math.inf])
+        report = accelerator.step(lambda losses=losses: torch.tensor(next(losses)))
+    assert (report.status, report.regularization) == (Status.ACCEPTED, 1e-3)
+    assert (report.loss_before, report.loss_after) == (2.0, 1.0)
+
+
+def test_weights_that_are_not_finite_clear_the_history_and_training_goes_on() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=4
+    )
+    statuses = []
+    for step in range(1, 13):
+        problem.train_step()
+        if step == 3:
+            with torch.no_grad():
+                problem.x[0] = math.nan
+        if step == 5:
+            with torch.no_grad():
+                problem.x[0] = 1.0
+        report = accelerator.step(problem.loss)
+        if report.attempted:
+            statuses.append((step, report.status))
+    assert statuses == [
+        (4, Status.REJECTED_NON_FINITE_HISTORY),
+        (8, Status.ACCEPTED),
+        (12, Status.ACCEPTED),
+    ]
+    assert bool(problem.x.isfinite().all())
+
+
+def test_weights_that_do_not_move_are_reported() -> None:
+    problem = Quadratic()
+    problem.optimizer.param_groups[0]["lr"] = 0.0
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=3
+    )
+    for _ in range(3):
+        problem.train_step()
+        report = accelerator.step(problem.loss)
+    assert report.status is Status.REJECTED_STAGNATION
+    assert "learning rate" in report.status.remedy
+
+
+def test_a_change_from_outside_breaks_the_chain() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=2, accelerate_every_n_steps=100, safeguard="none"
+    )
+    for step in range(1, 8):
+        problem.train_step()
+        accelerator.step()
+        if step == 3:  # in the middle of the second cycle
+            with torch.no_grad():
+                problem.x.mul_(0.5)
+    state = accelerator.state_dict()["points"]["history"]
+    assert state["links"] == [False, True, False, True, True]
+    points = state["points"]
+    torch.testing.assert_close(points[3], points[2] * (1 - problem.spectrum) ** 2)
+
+
+def test_steps_without_a_gradient_do_not_count() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=100, safeguard="none"
+    )
+    statuses = []
+    for step in range(4):
+        problem.optimizer.zero_grad()
+        if step != 1:
+            problem.loss().backward()
+        problem.optimizer.step()
+        statuses.append(accelerator.step().status)
+    assert statuses == [Status.STORED, Status.NO_OPTIMIZER_STEP, Status.STORED, Status.STORED]
+    assert len(stored_points(accelerator)) == 4
+
+
+def test_a_parameter_that_is_unfrozen_starts_a_new_history() -> None:
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3), requires_grad=False)
+    optimizer = torch.optim.SGD([first, second], lr=0.1)
+    accelerator = AndersonAccelerator(
+        optimizer, store_every_n_steps=1, accelerate_every_n_steps=100, safeguard="none"
+    )
+    statuses = []
+    for step in range(6):
+        if step == 3:
+            second.requires_grad_(True)
+        loss = first.square().sum() + second.square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        statuses.append(accelerator.step().status)
+    assert statuses[3] is Status.PARAMETERS_CHANGED
+    assert [one for k, one in enumerate(statuses) if k != 3] == [Status.STORED] * 5
+    assert stored_points(accelerator).shape == (3, 5)
+
+
+def noisy_problem(
+    seed: int = 0, amplitude: float = 0.3
+) -> tuple[nn.Parameter, torch.optim.Optimizer, Callable]:
+    generator = torch.Generator().manual_seed(seed)
+    x = nn.Parameter(torch.ones(6, dtype=torch.float64))
+    optimizer = torch.optim.SGD([x], lr=0.1, momentum=0.9)
+
+    def train_step() -> None:
+        noise = torch.randn(6, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        (0.5 * x.square().sum() + amplitude * (noise * x).sum()).backward()
+        optimizer.step()
+
+    return x, optimizer, train_step
+
+
+def test_averages_enter_the_history_while_smoothing_is_on() -> None:
+    x, optimizer, train_step = noisy_problem()
+    accelerator = AndersonAccelerator(
+        optimizer,
+        store_every_n_steps=4,
+        accelerate_every_n_steps=400,
+        safeguard="none",
+        smoothing=Smoothing(rsd_threshold=0.0, average_window=3),
+    )
+    iterates, reports = [x.detach().clone()], []
+    for _ in range(12):
+        train_step()
+        reports.append(accelerator.step())
+        iterates.append(x.detach().clone())
+    window = torch.stack(iterates)
+    averages = [window[end - 2 : end + 1].mean(dim=0) for end in (4, 8, 12)]
+    state = accelerator.state_dict()["points"]["history"]
+    assert state["links"] == [False, True, True]
+    torch.testing.assert_close(state["points"], torch.stack(averages), rtol=1e-14, atol=1e-14)
+    deviation = window[2:5].std(dim=0).norm() / window[2:5].mean(dim=0).norm()
+    assert reports[3].rsd == pytest.approx(deviation.item(), rel=1e-12)
+    assert reports[3].smoothing_on is True
+
+
+def test_smoothing_of_the_weights_overwrites_them() -> None:
+    x, optimizer, train_step = noisy_problem()
+    accelerator = AndersonAccelerator(
+        optimizer,
+        store_every_n_steps=4,
+        accelerate_every_n_steps=400,
+        safeguard="none",
+        smoothing=Smoothing(rsd_threshold=0.0, apply_to="weights"),
+    )
+    iterates = []
+    for _ in range(4):
+        train_step()
+        iterates.append(x.detach().clone())
+        accelerator.step()
+    torch.testing.assert_close(x.detach(), torch.stack(iterates).mean(dim=0), rtol=1e-14, atol=0)
+
+
+def test_a_change_of_smoothing_breaks_the_chain() -> None:
+    _, optimizer, train_step = noisy_problem(amplitude=100.0)
+    accelerator = AndersonAccelerator(
+        optimizer,
+        store_every_n_steps=4,
+        accelerate_every_n_steps=400,
+        safeguard="none",
+        smoothing=Smoothing(rsd_threshold=0.2),
+    )
+    switched = []
+    for step in range(32):
+        if step == 16:
+            optimizer.param_groups[0]["lr"] = 1e-9
+            optimizer.param_groups[0]["momentum"] = 0.0
+        train_step()
+        report = accelerator.step()
+        if report.stored:
+            switched.append(report.smoothing_on)
+    links = accelerator.state_dict()["points"]["history"]["links"]
+    assert switched == [True] * 4 + [False] * 4
+    assert links == [False, True, True, True, False, True, True, True]
+
+
+@pytest.mark.parametrize("optimizer_state", ["keep", "mix", "reset"])
+def test_momentum_on_acceptance(optimizer_state: str) -> None:
+    problem = Quadratic()
+    problem.optimizer = torch.optim.SGD([problem.x], lr=0.1, momentum=0.9)
+    accelerator = AndersonAccelerator(
+        problem.optimizer,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=3,
+        safeguard="none",
+        regularization=1e-2,
+        optimizer_state=optimizer_state,  # type: ignore[arg-type]
+        max_extrapolation=math.inf,
+    )
+    points, momenta = [problem.x.detach().clone()], [torch.zeros_like(problem.x)]
+    for _ in range(3):
+        problem.train_step()
+        buffer = problem.optimizer.state[problem.x]["momentum_buffer"]
+        points.append(problem.x.detach().clone())
+        momenta.append(buffer.clone())
+        report = accelerator.step()
+    assert report.accepted
+    if optimizer_state == "keep":
+        assert torch.equal(buffer, momenta[-1])
+    elif optimizer_state == "reset":
+        assert torch.equal(buffer, torch.zeros_like(buffer))
+    else:
+        # the mixture that made the weights, solved for, makes the momentum
+        moves = torch.stack(points).diff(dim=0)
+        jump = torch.linalg.lstsq(moves.T, (problem.x.detach() - points[-1])[:, None]).solution[
+            :, 0
+        ]
+        expected = momenta[-1] + jump @ torch.stack(momenta).diff(dim=0)
+        torch.testing.assert_close(buffer, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_evaluation_weights_are_seen_only_inside_the_context() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=6,
+        apply_to="evaluation",
+    )
+    plain = problem.x.detach().numpy().copy()
+    for _ in range(6):
+        problem.train_step()
+        plain = problem.plain_step(plain)
+        report = accelerator.step(problem.loss)
+    assert report.accepted
+    assert np.array_equal(problem.x.detach().numpy(), plain), "training must go on untouched"
+    own = problem.x.detach().clone()
+
+    def evaluate_and_fail() -> None:
+        with accelerator.evaluation_weights():
+            assert problem.loss().item() == report.loss_after
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        evaluate_and_fail()
+    assert torch.equal(problem.x, own)
+    problem.train_step()
+    accelerator.step(problem.loss)
+    assert accelerator.state_dict()["points"]["history"]["links"] == [False] + [True] * 7
+
+
+def assert_bitwise_equal(one: Any, other: Any, path: str = "state") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key, value in one.items():
+            assert_bitwise_equal(value, other[key], f"{path}.{key}")
+    else:
+        assert one == other, path
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 6, 11, 12, 18])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"optimizer_state": "mix"},
+        {"smoothing": Smoothing(rsd_threshold=0.3)},
+        {"smoothing": Smoothing(of="updates", apply_to="weights", rsd_threshold=0.3)},
+        {"apply_to": "evaluation"},
+    ],
+)
+def test_a_saved_state_continues_bitwise(options: dict[str, Any], stop: int, tmp_path: Any) -> None:
+    def run(steps: range, seeds: int, weights: Any = None, state: Any = None) -> tuple[Any, Any]:
+        x = nn.Parameter(torch.ones(6, dtype=torch.float64))
+        optimizer = torch.optim.SGD([x], lr=0.1, momentum=0.9)
+        accelerator = AndersonAccelerator(
+            optimizer, store_every_n_steps=3, accelerate_every_n_steps=6, **options
+        )
+        if state is not None:
+            x.data.copy_(weights["x"])
+            optimizer.load_state_dict(weights["optimizer"])
+            accelerator.load_state_dict(state)
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            noise = torch.randn(6, generator=generator, dtype=torch.float64)
+
+            def loss(noise: Tensor = noise) -> Tensor:
+                return 0.5 * x.square().sum() + 0.3 * (noise * x).sum()
+
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+            accelerator.step(loss)
+        weights = {"x": x.detach().clone(), "optimizer": optimizer.state_dict()}
+        return weights, accelerator.state_dict()
+
+    whole, whole_state = run(range(24), seeds=0)
+    torch.save(run(range(stop), seeds=0), tmp_path / "state.pt")
+    weights, state = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed, resumed_state = run(range(stop, 24), seeds=0, weights=weights, state=state)
+    assert whole_state["counters"]["accepted"] > 0, "no candidate was accepted: nothing tested"
+    assert torch.equal(resumed["x"], whole["x"])
+    assert_bitwise_equal(resumed_state, whole_state)
+
+
+def test_a_history_of_other_weights_is_dropped_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    small, large = Quadratic(size=4), Quadratic(size=5)
+    first = AndersonAccelerator(small.optimizer, store_every_n_steps=1, accelerate_every_n_steps=9)
+    for _ in range(4):
+        small.train_step()
+        first.step(small.loss)
+    second = AndersonAccelerator(large.optimizer, store_every_n_steps=1, accelerate_every_n_steps=9)
+    second.load_state_dict(first.state_dict())
+    large.train_step()
+    second.step(large.loss)
+    assert "was dropped and starts anew: it was stored with another parameter layout" in caplog.text
+    assert len(stored_points(second)) == 2
+    assert second.optimizer_steps == 5
+
+
+def test_a_state_of_a_newer_version_is_refused() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(problem.optimizer)
+    state = accelerator.state_dict() | {"version": 99}
+    with pytest.raises(ValueError, match="version 99, this package reads up to 1: update"):
+        accelerator.load_state_dict(state)
+
+
+def test_the_safeguard_needs_a_loss() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(problem.optimizer)
+    with pytest.raises(ValueError, match="safeguard='loss' needs a loss_fn, got None"):
+        accelerator.step()
+
+
+def test_lbfgs_and_things_that_are_no_optimizer_are_refused() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="got LBFGS, which iterates inside its step"):
+        AndersonAccelerator(torch.optim.LBFGS([weight]))
+    with pytest.raises(TypeError, match=r"must be a torch.optim.Optimizer, got str"):
+        AndersonAccelerator(["sgd"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="got an empty list"):
+        AndersonAccelerator([])
+
+
+def test_detached_hooks_see_no_steps() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(problem.optimizer, safeguard="none")
+    accelerator.detach()
+    problem.train_step()
+    assert accelerator.step().status is Status.NO_OPTIMIZER_STEP
+
+
+def test_a_history_on_another_device_dtype_and_the_weights_meet() -> None:
+    problem = Quadratic()
+    here = AndersonAccelerator(
+        problem.optimizer,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=2,
+        safeguard="none",
+        history_device="cpu",
+    )
+    for _ in range(2):
+        problem.train_step()
+        report = here.step()
+    assert report.accepted

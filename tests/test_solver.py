@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+import torch
+
+from lightning_stableaa.solver import condition_number, jump_weights, mixing_weights, propose
+from tests import reference
+
+
+def gram_of(residuals: torch.Tensor) -> torch.Tensor:
+    return residuals @ residuals.T
+
+
+def random_residuals(m: int, n: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(m, n, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 10])
+@pytest.mark.parametrize("regularization", [0.0, 1e-8, 1e-3, 1.0])
+def test_weights_equal_the_reference(m: int, regularization: float) -> None:
+    residuals = random_residuals(m, 40)
+    alpha = mixing_weights(gram_of(residuals), regularization=regularization)
+    expected = reference.mixing_weights(list(residuals.numpy()), regularization)
+    # 1e-12: ten well-conditioned equations in float64
+    np.testing.assert_allclose(alpha.numpy(), expected, rtol=1e-12)
+
+
+def test_weights_sum_to_one_and_are_stationary() -> None:
+    residuals = random_residuals(6, 30)
+    alpha = mixing_weights(gram_of(residuals), regularization=0.0)
+    assert alpha.sum().item() == pytest.approx(1.0, abs=1e-14)
+    best = (alpha @ residuals).norm()
+    for seed in range(20):
+        change = torch.randn(6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        change -= change.mean()  # stays on the plane of weights that sum to one
+        for size in (1e-3, -1e-3):
+            assert ((alpha + size * change) @ residuals).norm() > best
+
+
+def test_a_grid_solves_every_lambda_from_one_gram() -> None:
+    gram = gram_of(random_residuals(5, 30))
+    grid = [1e-8, 1e-3, 10.0]
+    together = mixing_weights(gram, regularization=grid)
+    assert together.shape == (3, 5)
+    for row, value in zip(together, grid, strict=True):
+        torch.testing.assert_close(row, mixing_weights(gram, regularization=value))
+
+
+def test_a_huge_lambda_gives_the_plain_average() -> None:
+    alpha = mixing_weights(gram_of(random_residuals(4, 30)), regularization=1e12)
+    torch.testing.assert_close(alpha, torch.full((4,), 0.25, dtype=torch.float64))
+
+
+def test_the_scale_of_the_residuals_does_not_matter() -> None:
+    gram = gram_of(random_residuals(5, 30))
+    alpha = mixing_weights(gram, regularization=1e-3)
+    for scale in (1e-300, 1e-20, 1e20):
+        torch.testing.assert_close(mixing_weights(gram * scale, regularization=1e-3), alpha)
+
+
+def test_collinear_residuals_are_extrapolated_to_their_root() -> None:
+    # r and 2r: x + 2 r_1 - r_2 = 0 residual, so alpha = (2, -1)
+    residuals = torch.tensor([[1.0, 1.0], [2.0, 2.0]], dtype=torch.float64)
+    alpha = mixing_weights(gram_of(residuals), regularization=0.0)
+    # the floor of the ridge is m * eps; K has entries of order one
+    torch.testing.assert_close(alpha, alpha.new_tensor([2.0, -1.0]), rtol=1e-13, atol=1e-13)
+
+
+def test_equal_residuals_share_the_weight() -> None:
+    residuals = torch.ones(3, 4, dtype=torch.float64)
+    alpha = mixing_weights(gram_of(residuals), regularization=1e-6)
+    torch.testing.assert_close(alpha, torch.full((3,), 1 / 3, dtype=torch.float64))
+
+
+def test_a_zero_residual_gets_no_weight() -> None:
+    residuals = random_residuals(3, 10)
+    residuals[1] = 0
+    alpha = mixing_weights(gram_of(residuals), regularization=1e-3)
+    assert alpha[1] == 0
+    kept = mixing_weights(gram_of(residuals[[0, 2]]), regularization=1e-3)
+    # the ridge is relative to the mean over residuals that moved, so nothing else changes
+    torch.testing.assert_close(alpha[[0, 2]], kept)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_residuals_give_nan_weights(value: float) -> None:
+    gram = gram_of(random_residuals(3, 10))
+    gram[1, :] = gram[:, 1] = value
+    assert mixing_weights(gram, regularization=1e-3).isnan().all()
+
+
+def test_only_zero_residuals_give_nan_weights() -> None:
+    alpha = mixing_weights(torch.zeros(3, 3, dtype=torch.float64), regularization=1e-3)
+    assert alpha.isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4,), (0, 0)])
+def test_a_gram_that_is_not_square_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"gram must be square, \(m, m\) with m >= 1, got"):
+        mixing_weights(torch.zeros(*shape, dtype=torch.float64), regularization=1e-3)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_wrong_lambda_is_refused(value: float) -> None:
+    with pytest.raises(ValueError, match=f"regularization must be finite and >= 0, got {value}"):
+        mixing_weights(torch.eye(2, dtype=torch.float64), regularization=value)
+
+
+@pytest.mark.parametrize("relaxation", [0.3, 1.0])
+@pytest.mark.parametrize(
+    "linked", [[True] * 4, [True, False, True, True], [True, True, False, True, False, True]]
+)
+def test_the_jump_leads_to_the_candidate(relaxation: float, linked: list[bool]) -> None:
+    points = random_residuals(len(linked) + 1, 7)
+    differences = points.diff(dim=0)
+    pairs = [
+        (points[k].numpy(), points[k + 1].numpy()) for k, is_cycle in enumerate(linked) if is_cycle
+    ]
+    alpha = mixing_weights(gram_of(differences[torch.tensor(linked)]), regularization=1e-6)
+    jump = jump_weights(alpha, linked, relaxation=relaxation)
+    expected = reference.candidate(pairs, alpha.numpy(), relaxation)
+    np.testing.assert_allclose((points[-1] + jump @ differences).numpy(), expected, rtol=1e-10)
+
+
+def test_a_wrong_number_of_residuals_is_refused() -> None:
+    with pytest.raises(ValueError, match="alpha has 2 weights for 1 residuals"):
+        jump_weights(torch.ones(2) / 2, [True, False], relaxation=1.0)
+
+
+def test_the_cap_shortens_the_jump_and_reports_its_length() -> None:
+    points = random_residuals(5, 8)
+    gram = gram_of(points.diff(dim=0))
+    options = {"regularization": [1e-10, 1e-2], "relaxation": 1.0}
+    free = propose(gram, [True] * 4, max_extrapolation=float("inf"), **options)
+    capped = propose(gram, [True] * 4, max_extrapolation=0.5, **options)
+    longest = 0.5 * free.residual_norm
+    assert bool((free.norms > longest).all()), "the cap must bite for this test to say anything"
+    torch.testing.assert_close(capped.norms, longest.expand(2))
+    lengths = (capped.jumps @ points.diff(dim=0)).norm(dim=1)
+    torch.testing.assert_close(lengths, capped.norms)
+
+
+def test_condition_number() -> None:
+    assert condition_number(torch.diag(torch.tensor([4.0, 1.0, 2.0]))) == pytest.approx(4.0)
+    assert condition_number(torch.zeros(2, 2)) == float("inf")
+    assert np.isnan(condition_number(torch.full((2, 2), float("nan"))))
