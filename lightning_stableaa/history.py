@@ -35,8 +35,8 @@ class History:
     def __init__(
         self, *, depth: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        # zeros: rows without a point are multiplied by a weight of zero, so they must be finite
-        self._rows = torch.zeros(depth + 1, length, dtype=dtype, device=device)
+        # empty: pages that no point was written to cost no memory
+        self._rows = torch.empty(depth + 1, length, dtype=dtype, device=device)
         self._first = 0  # physical row of the oldest point
         self._links: list[bool] = []  # per point: is it the end of a cycle begun at the previous?
         self._chained = False  # will the next point be linked to the newest?
@@ -106,23 +106,25 @@ class History:
             jump: (q,), q = len(self) - 1, oldest first.
             out: (length,), in the dtype and on the device of the points.
         """
-        rows = self._rows
-        length = rows.shape[1]
-        order = [self._row(k) for k in range(len(self) - 1)]
-        index = torch.tensor(order, dtype=torch.long, device=rows.device)
-        weights = torch.zeros(rows.shape[0], dtype=rows.dtype, device=rows.device)
-        weights.index_copy_(0, index, jump.to(rows.device, rows.dtype))
+        weights = jump.to(self._rows.device, self._rows.dtype)
         newest = self.newest
-        for low in range(0, length, self._chunk):
-            high = min(low + self._chunk, length)
-            torch.addmv(
-                newest[low:high], self._differences(low, high).T, weights, out=out[low:high]
-            )
+        for low in range(0, newest.numel(), self._chunk):
+            high = min(low + self._chunk, newest.numel())
+            delta = self._differences(low, high)
+            total = newest[low:high]
+            for rows, positions in self._runs():
+                total = torch.addmv(total, delta[rows].T, weights[positions])
+            out[low:high] = total
 
     def state_dict(self) -> dict[str, Any]:
-        """Points on the CPU, oldest first, and the links between them."""
+        """Points on the CPU, oldest first, the links between them, and their place in the ring.
+
+        The place is kept because a matrix product may round by the position of a row: only from
+        the same place does a continuation give the same bits.
+        """
         order = [self._row(k) for k in range(len(self))]
         return {
+            "first": self._first,
             "points": self._rows[order].cpu(),
             "links": list(self._links),
             "chained": self._chained,
@@ -141,8 +143,9 @@ class History:
                 f"history holds up to {capacity} points of {length} elements, "
                 f"got {points.shape[0]} of {points.shape[1]}"
             )
-        self._first = 0
-        self._rows[: points.shape[0]].copy_(points)
+        self._first = int(state["first"]) % capacity
+        order = [self._row(k) for k in range(points.shape[0])]
+        self._rows[order] = points.to(self._rows.device, self._rows.dtype)
         self._links = [bool(link) for link in state["links"]]
         self._chained = bool(state["chained"])
 
@@ -153,6 +156,15 @@ class History:
     def _row(self, position: int) -> int:
         """Physical row of the point at ``position``, 0 = oldest."""
         return (self._first + position) % self._rows.shape[0]
+
+    def _runs(self) -> list[tuple[slice, slice]]:
+        """Physical rows of the differences, and their positions: one run, or two round the end."""
+        count, capacity = len(self) - 1, self._rows.shape[0]
+        before = min(count, capacity - self._first)
+        runs = [(slice(self._first, self._first + before), slice(0, before))]
+        if count > before:
+            runs.append((slice(0, count - before), slice(before, count)))
+        return runs
 
     def _drop_oldest(self) -> None:
         self._first = self._row(1)
