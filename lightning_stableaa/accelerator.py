@@ -124,6 +124,8 @@ class AndersonAccelerator:
             history_device=history_device,
         )
         self._optimizers = unwrap_optimizers(optimizer)
+        # now, and later after a step: between, toggle_optimizer may hide those of the others
+        self._parameters = trainable_parameters(self._optimizers)
         self._process_group = process_group
         self.optimizer_steps = 0
         self.attempted = 0
@@ -162,8 +164,6 @@ class AndersonAccelerator:
         self._steps_since_attempt += 1
         if self._smoother is not None:
             self._smoother.observe(self._cycle_steps)
-        if self._watch.disturbed:  # since the optimizer stepped: no point can be stored
-            self._restart_cycle()
         if self._cycle_steps < self.options.store_every_n_steps:
             return _OPEN
         return self._close_cycle(loss_fn)
@@ -242,8 +242,7 @@ class AndersonAccelerator:
 
     def _build(self) -> None:
         """Set up the history for the parameters as they are now, and fill it from a checkpoint."""
-        parameters = trainable_parameters(self._optimizers)
-        options = self.options
+        parameters, options = self._parameters, self.options
         communicator = Communicator(self._process_group)
         self._points = points = PointStore(
             parameters,
@@ -320,9 +319,13 @@ class AndersonAccelerator:
         self._cycle_steps = 0
         points = self._points
         assert points is not None
-        if not points.still_fits(trainable_parameters(self._optimizers)):
+        self._parameters = trainable_parameters(self._optimizers)
+        if not points.still_fits(self._parameters):
             self._points = None  # built anew at the next step
             return StepReport(status=Status.PARAMETERS_CHANGED)
+        if self._watch.disturbed:
+            self._restart_cycle()
+            return StepReport(status=Status.WEIGHTS_CHANGED)
         rsd = self._store(points)
         report = StepReport(
             status=Status.STORED,

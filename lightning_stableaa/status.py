@@ -14,6 +14,7 @@ class Status(Enum):
     WARMUP = "warmup"
     HISTORY_TOO_SHORT = "history_too_short"
     PARAMETERS_CHANGED = "parameters_changed"
+    WEIGHTS_CHANGED = "weights_changed"
     ACCEPTED = "accepted"
     REJECTED_LOSS = "rejected_loss"
     REJECTED_NON_FINITE_LOSS = "rejected_non_finite_loss"
