@@ -107,7 +107,7 @@ class Options:
     warmup_steps: int = 0
     relaxation: float = 1.0
     regularization: float | Sequence[float] | None = None
-    max_extrapolation: float = 10.0
+    max_extrapolation: float = 1000.0
     safeguard: Safeguard = "loss"
     optimizer_state: OptimizerState = "keep"
     smoothing: Smoothing | None = None
