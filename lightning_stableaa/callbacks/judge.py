@@ -53,9 +53,10 @@ class BatchLoss:
         module: Any = self._module
         if has_own_loss(module):
             return module.anderson_loss(self._batch)
-        parameters = inspect.signature(module.training_step).parameters
-        arguments = {"batch_idx": self._batch_idx} if "batch_idx" in parameters else {}
-        output = module.training_step(self._batch, **arguments)
+        # like Lightning, by position: the second parameter need not be called batch_idx
+        parameters = inspect.signature(module.training_step).parameters.values()
+        both = len(parameters) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
+        output = module.training_step(*[self._batch, self._batch_idx][: 1 + both])
         return output["loss"] if isinstance(output, Mapping) else output
 
 
