@@ -171,7 +171,8 @@ def _quieten() -> None:
     for message in (
         "'set_vital' is deprecated",  # torchdata 0.11 with torch 2.13
         ".*LeafSpec.* is deprecated",  # lightning 2.6 with torch 2.13
-        ".*does not have many workers",  # the tables are in memory
+        ".*does not have many workers",  # the small recipes' data are in memory
+        "The dirpath has changed",  # a resumed run keeps its best checkpoint in its own folder
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -1,0 +1,68 @@
+"""A small admissions table, and configurations composed as the command line does."""
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import numpy as np
+import pytest
+from hydra import initialize_config_module
+from omegaconf import DictConfig
+
+Compose = Callable[..., DictConfig]
+
+# as distributed, with the trailing blanks
+HEADER = [
+    "Serial No.",
+    "GRE Score",
+    "TOEFL Score",
+    "University Rating",
+    "SOP",
+    "LOR ",
+    "CGPA",
+    "Research",
+    "Chance of Admit ",
+]
+
+# A recipe at a size that trains in a second.
+SMALL = {
+    "admissions_mlp": ["recipe=admissions_mlp", "data.batch_size=4", "model.widths=[7,8,1]"],
+    "burgers2d": [
+        "recipe=burgers2d",
+        "data.interior_points=20",
+        "data.border_points=8",
+        "data.redraw_every=4",
+        "data.grid=[6,5]",
+        "model.widths=[2,5,1]",
+        "trainer.val_check_interval=5",
+    ],
+}
+
+
+@pytest.fixture(scope="session")
+def admissions_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 rows with the header of the real file; the target is a known function of the features."""
+    random = np.random.default_rng(0)
+    features = random.uniform(1, 5, size=(50, 7)).round(2)
+    path = tmp_path_factory.mktemp("data") / "admissions.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(HEADER)
+        for number, row in enumerate(features, start=1):
+            writer.writerow([number, *row, row.sum() / 50])
+    return path
+
+
+@pytest.fixture
+def compose(tmp_path: Path, admissions_csv: Path) -> Compose:
+    """Composes ``conf/train.yaml`` with overrides; the run folder is a temporary one."""
+
+    def compose(*overrides: str) -> DictConfig:
+        with initialize_config_module("lightning_stableaa.conf", version_base="1.3"):
+            config = hydra.compose("train", [f"run_folder={tmp_path / 'run'}", *overrides])
+        if "csv" in config.data:
+            config.data.csv = str(admissions_csv)
+        return config
+
+    return compose

@@ -1,0 +1,102 @@
+"""Every file in ``conf/`` composes and instantiates, with every recipe."""
+
+import inspect
+from importlib.resources import files
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import lightning_stableaa.recipes.train  # noqa: F401  # registers the resolvers
+from lightning_stableaa import AndersonCallback, SmoothingMonitor
+from tests.recipes.conftest import Compose
+
+
+def choices(group: str) -> list[str]:
+    folder = files("lightning_stableaa.conf") / group
+    names = (path.name for path in folder.iterdir())
+    return sorted(name[: -len(".yaml")] for name in names if name[0] != "_")
+
+
+RECIPES = choices("recipe")
+
+
+def build(config: DictConfig, group: str) -> object:
+    return instantiate(config[group], _convert_="all")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_instantiates(recipe: str, compose: Compose) -> None:
+    config = compose(f"recipe={recipe}")
+    for group in ("data", "module", "callbacks", "logger", "trainer"):
+        build(config, group)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("callbacks", choices("callbacks"))
+def test_callbacks_go_with_every_recipe(recipe: str, callbacks: str, compose: Compose) -> None:
+    built = build(compose(f"recipe={recipe}", f"callbacks={callbacks}"), "callbacks")
+    assert isinstance(built, dict)
+    run_utilities = {"best", "progress", "learning_rate"}
+    expected = {
+        "none": run_utilities,
+        "smoothing": run_utilities | {"smoothing"},
+        "stable_aa": run_utilities | {"anderson"},
+        "stable_aa_smoothing": run_utilities | {"smoothing", "anderson"},
+    }
+    assert set(built) == expected[callbacks]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("optimizer", choices("optimizer"))
+@pytest.mark.parametrize("scheduler", choices("scheduler"))
+def test_optimizer_and_scheduler_go_with_every_recipe(
+    recipe: str, optimizer: str, scheduler: str, compose: Compose
+) -> None:
+    config = compose(f"recipe={recipe}", f"optimizer={optimizer}", f"scheduler={scheduler}")
+    built = instantiate(config.optimizer, _convert_="all")([torch.nn.Parameter(torch.zeros(1))])
+    assert type(built).__name__.lower() == optimizer
+    if scheduler != "none":
+        instantiate(config.scheduler, _convert_="all")(built, 1000)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    ("group", "choice"),
+    [(group, choice) for group in ("logger", "strategy", "trainer") for choice in choices(group)],
+)
+def test_machine_goes_with_every_recipe(
+    recipe: str, group: str, choice: str, compose: Compose
+) -> None:
+    config = compose(f"recipe={recipe}", f"{group}={choice}")
+    OmegaConf.resolve(config)
+    if group == "logger":
+        build(config, "logger")
+
+
+@pytest.mark.parametrize(
+    ("name", "callback"), [("anderson", AndersonCallback), ("smoothing", SmoothingMonitor)]
+)
+def test_callback_options_are_the_constructor_defaults(
+    name: str, callback: type, compose: Compose
+) -> None:
+    config = compose("recipe=burgers2d", "callbacks=stable_aa_smoothing").callbacks[name]
+    defaults = {
+        parameter.name: parameter.default
+        for parameter in inspect.signature(callback).parameters.values()
+    }
+    # a smoothing monitor is a callback of its own, a process group no YAML value
+    configurable = defaults.keys() - {"smoothing", "process_group"}
+    assert {key: config[key] for key in config if key != "_target_"} == {
+        key: defaults[key] for key in configurable
+    }
+
+
+def test_multinode_takes_its_size_from_torchrun(
+    compose: Compose, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    trainer = compose("recipe=burgers2d", "trainer=multinode").trainer
+    assert (trainer.num_nodes, trainer.devices) == (2, 4)

@@ -1,0 +1,67 @@
+"""The small parts that recipes share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lightning_stableaa.recipes.metrics import RelativeL2Error
+from lightning_stableaa.recipes.networks import mlp
+from lightning_stableaa.recipes.pictures import accepted_steps, draw_run, read_metrics
+
+
+def test_relative_l2_error_is_that_of_all_batches_together() -> None:
+    metric = RelativeL2Error()
+    metric.update(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
+    metric.update(torch.tensor([2.0]), torch.tensor([3.0]))
+    # ||(0, 2, -1)|| / ||(1, 0, 3)||
+    assert metric.compute().item() == pytest.approx((5 / 10) ** 0.5, abs=1e-15)
+
+
+def test_mlp_has_activations_between_its_layers_only() -> None:
+    network = mlp([2, 5, 3], "tanh")
+    assert [type(layer) for layer in network] == [nn.Linear, nn.Tanh, nn.Linear]
+    assert network(torch.zeros(4, 2)).shape == (4, 3)
+
+
+METRICS = """step,train/loss,val/mse,anderson/accepted,smoothing/rsd,smoothing/on
+0,1.0,,,,
+1,0.5,,0,0.2,1
+2,0.4,,1,0.05,0
+3,0.3,0.7,1,0.01,0
+4,0.2,,2,,
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "metrics.csv").write_text(METRICS)
+    (tmp_path / "config.yaml").write_text("callbacks: {smoothing: {rsd_threshold: 0.1}}")
+    return tmp_path
+
+
+def test_metrics_are_read_without_the_gaps(run: Path) -> None:
+    metrics = read_metrics(run / "metrics.csv")
+    assert metrics["val/mse"].steps.tolist() == [3]
+    assert metrics["train/loss"].values.tolist() == [1.0, 0.5, 0.4, 0.3, 0.2]
+    assert accepted_steps(metrics).tolist() == [2, 4]
+    assert accepted_steps({}).tolist() == []
+
+
+def test_pictures_are_drawn_for_what_was_logged(run: Path) -> None:
+    draw_run(run, "val/mse")
+    assert sorted(path.name for path in (run / "pictures").iterdir()) == ["loss.png", "rsd.png"]
+
+
+def test_no_metrics_no_pictures(tmp_path: Path) -> None:
+    draw_run(tmp_path, "val/mse")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_of_a_plain_run(tmp_path: Path) -> None:
+    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1.0\n1,0.5\n")
+    draw_run(tmp_path, "val/mse")
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["loss.png"]
+    assert np.isfinite(read_metrics(tmp_path / "metrics.csv")["train/loss"].values).all()

@@ -1,0 +1,131 @@
+"""A run from configuration to run folder, and its continuation."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.pictures import read_metrics
+from lightning_stableaa.recipes.train import train
+from tests.recipes.conftest import SMALL, Compose
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_two_steps_leave_a_complete_run_folder(
+    recipe: str, compose: Compose, tmp_path: Path
+) -> None:
+    config = compose(*SMALL[recipe], "trainer.max_steps=2", "trainer.val_check_interval=1")
+    results = train(config)
+    run = tmp_path / "run"
+    assert {path.relative_to(run).as_posix() for path in run.rglob("*.*") if path.is_file()} >= {
+        "config.yaml",
+        "metrics.csv",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+        "pictures/loss.png",
+    }
+    assert list((run / "tensorboard").glob("events.*"))
+    assert OmegaConf.load(run / "config.yaml") == OmegaConf.create(
+        OmegaConf.to_container(config, resolve=True)
+    )
+    assert read_metrics(run / "metrics.csv")["train/loss"].steps.tolist() == [0, 1]
+    assert results["cost/gradients"] == 2
+    assert results["cost/losses"] == 0
+
+
+def test_seed_decides_the_run(compose: Compose, tmp_path: Path) -> None:
+    def run(name: str, seed: int) -> torch.Tensor:
+        folder = tmp_path / name
+        options = [f"run_folder={folder}", f"seed={seed}", "trainer.max_steps=5", "pictures=false"]
+        train(compose(*SMALL["burgers2d"], *options))
+        return weights(folder)["network.0.weight"]
+
+    first = run("first", seed=1)
+    assert torch.equal(first, run("again", seed=1))
+    assert not torch.equal(first, run("other", seed=2))
+
+
+@pytest.mark.parametrize("callbacks", ["none", "stable_aa_smoothing"])
+@pytest.mark.parametrize(
+    ("recipe", "interval", "stop", "end"),
+    [
+        ("burgers2d", 5, 35, 60),  # mid-epoch, right before a new draw of points
+        ("admissions_mlp", 3, 33, 63),  # mid-epoch: ten batches an epoch
+        ("admissions_mlp", 10, 30, 60),  # at the end of an epoch
+    ],
+)
+def test_resumed_run_ends_with_the_same_weights(
+    callbacks: str,
+    recipe: str,
+    interval: int,
+    stop: int,
+    end: int,
+    compose: Compose,
+    tmp_path: Path,
+) -> None:
+    def run(name: str, steps: int, resume_from: str = "null") -> dict[str, torch.Tensor]:
+        train(
+            compose(
+                *SMALL[recipe],
+                f"callbacks={callbacks}",
+                "callbacks.progress=null",
+                f"run_folder={tmp_path / name}",
+                f"trainer.max_steps={steps}",
+                f"trainer.val_check_interval={interval}",
+                f"resume_from={resume_from}",
+                "pictures=false",
+            )
+        )
+        return weights(tmp_path / name)
+
+    expected = run("whole", end)
+    run("first", stop)
+    resumed = run("second", end, resume_from=str(tmp_path / "first/checkpoints/last.ckpt"))
+    assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+def test_wrong_configuration_leaves_a_used_folder_alone(compose: Compose, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="Invalid learning rate"):
+        train(compose(*SMALL["burgers2d"], "logger=none", "optimizer.lr=-1"))
+    assert (run / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [
+        ([], ["trainer.devices=2"]),
+        (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+            ["trainer=multinode", "trainer.accelerator=cpu"],
+        ),
+    ],
+    ids=["lightning", "torchrun"],
+)
+def test_two_processes_share_one_run_folder(
+    launcher: list[str], options: list[str], tmp_path: Path
+) -> None:
+    subprocess.run(
+        [
+            *[sys.executable, *launcher, "-m", "lightning_stableaa.recipes.train"],
+            *[*SMALL["burgers2d"], "strategy=ddp", "trainer.max_steps=5", *options],
+        ],
+        cwd=tmp_path,
+        check=True,
+        timeout=240,
+    )
+    (run,) = (tmp_path / "runs/burgers2d").iterdir()
+    assert (run / "checkpoints/last.ckpt").is_file()
+    assert read_metrics(run / "metrics.csv")["train/loss"].steps.tolist() == [0, 1, 2, 3, 4]
