@@ -194,11 +194,14 @@ class AndersonAccelerator:
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise continuation needs: plain containers and CPU tensors.
 
-        Loads under ``torch.load(weights_only=True)``.
+        Loads under ``torch.load(weights_only=True)``. A sharded history is left out.
         """
         if self._loaded is not None:  # loaded and not yet in use
             return self._loaded
         points, smoother = self._points, self._smoother
+        if points is not None and points.sharded:
+            # a checkpoint is written by one rank, which holds one slice: better none than wrong
+            points = smoother = None
         return {
             "version": STATE_VERSION,
             "counters": {name: getattr(self, name) for name in _COUNTERS},
@@ -272,6 +275,12 @@ class AndersonAccelerator:
         points = self._points
         assert points is not None
         if state["points"] is None:
+            self._cycle_steps = 0
+            if state["counters"]["optimizer_steps"]:
+                log.warning(
+                    "the checkpoint holds no Anderson history (history='sharded' is not saved): "
+                    "it starts anew"
+                )
             return
         expected, found = self._fingerprint(points), state["fingerprint"]
         different = [key for key in expected if found.get(key) != expected[key]]

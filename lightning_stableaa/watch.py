@@ -35,8 +35,8 @@ class StepWatch:
 
     A step that GradScaler skips never reaches the optimizer, or reaches a fused one with a flag;
     one without any gradient (``training_step`` returned None) reaches it and moves nothing.
-    Neither counts. Several
-    optimizers that step between two calls of ``take`` make one step together.
+    Neither counts. Several optimizers that step between two calls of ``take`` make one step
+    together.
 
     Args:
         optimizers: unwrapped optimizers.
