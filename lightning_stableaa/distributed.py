@@ -18,6 +18,7 @@ class Communicator:
         running = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size(process_group) if running else 1
         self.rank = dist.get_rank(process_group) if running else 0
+        self._first = dist.get_global_rank(process_group, 0) if running and process_group else 0
 
     def sum(self, tensor: Tensor) -> None:
         """Sum over ranks, in place."""
@@ -38,7 +39,7 @@ class Communicator:
     def from_first(self, tensor: Tensor) -> None:
         """Give every rank the values of the group's first rank, in place."""
         if self.world_size > 1:
-            dist.broadcast(tensor, group=self._group, group_src=0)
+            dist.broadcast(tensor, src=self._first, group=self._group)
 
     def gather(self, out: Tensor, part: Tensor) -> None:
         """Concatenate ``part``, (n / P,), of all ranks into ``out``, (n,)."""
