@@ -1,0 +1,198 @@
+"""What the ranks of tests/test_ddp.py run; imported by the processes that it starts."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from lightning_stableaa import AndersonAccelerator, AndersonCallback
+from tests.callbacks.regression import INPUTS, QUIET, Record, Regression, batches, network
+
+WORLD = 2
+
+# On batches as noisy as these, some candidates are accepted and some are not.
+OFTEN: dict[str, Any] = {"store_every_n_steps": 2, "accelerate_every_n_steps": 4}
+
+
+def main(rank: int, port: int, folder: str) -> None:
+    """All jobs in one pair of processes; each rank writes what it saw to ``folder``."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of Lightning, about loaders; they are not the subject
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(WORLD),
+        "LOCAL_WORLD_SIZE": str(WORLD),
+        "TORCHELASTIC_RUN_ID": "none",  # Lightning takes the processes for torchrun's
+    }
+    dist.init_process_group("gloo")
+    jobs = {
+        "replicated": lambda: train(AndersonCallback(**OFTEN), epochs=25),
+        "nan judge": lambda: train(AndersonCallback(**OFTEN), kind=OneRankJudgesNaN, epochs=2),
+        "plain": lambda: train(epochs=2),
+        "nan loss": lambda: train(AndersonCallback(**OFTEN), kind=OneRankLosesItself, epochs=3),
+        "sharded": lambda: train(AndersonCallback(**OFTEN, history="sharded"), epochs=5),
+        "resume": lambda: resume(Path(folder), history="replicated"),
+        "resume sharded": lambda: resume(Path(folder), history="sharded"),
+        "traffic": traffic,
+    }
+    torch.save({name: job() for name, job in jobs.items()}, Path(folder, f"rank{rank}.pt"))
+    dist.destroy_process_group()
+
+
+class Normalised(Regression):
+    """With batch statistics, that differ from rank to rank, and a weight count that is odd."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            network(nn.Linear(INPUTS, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+        )
+
+
+class OneRankJudgesNaN(Normalised):
+    def anderson_loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return mse_loss(self.network(x), y) * (float("nan") if self.global_rank == 1 else 1.0)
+
+
+class OneRankLosesItself(Normalised):
+    """One batch of one rank has a loss of NaN: from then on, all weights are NaN."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        loss = super().training_step(batch, batch_idx)
+        broken = self.global_rank == 1 and (self.current_epoch, batch_idx) == (1, 2)
+        return loss * float("nan") if broken else loss
+
+
+def flat(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def digest(module: nn.Module) -> str:
+    return hashlib.sha256(flat(module).numpy().tobytes()).hexdigest()
+
+
+def train(
+    *callbacks: Any, kind: Any = Normalised, epochs: int, ckpt_path: Any = None
+) -> dict[str, Any]:
+    """Lightning under DDP, 8 steps an epoch; each rank has its own half of the samples."""
+    module = kind()
+    trace = Record(lambda _, module: digest(module))
+    first: list[Tensor] = []
+
+    def keep_first(*_: Any) -> None:
+        if callbacks and not first and callbacks[0].accelerator.accepted:
+            first.append(flat(module))
+
+    trainer = lightning.pytorch.Trainer(
+        **QUIET
+        | {"devices": WORLD, "strategy": "ddp", "max_epochs": epochs}
+        | {"callbacks": [*callbacks, trace, Record(keep_first)]}
+    )
+    trainer.fit(module, batches(2 * 8, noise=0.3), ckpt_path=ckpt_path)
+    return {
+        "trace": trace.values,
+        "weights": flat(module),
+        "buffers": torch.cat([b.flatten().double() for b in module.buffers()]),
+        "after first acceptance": first,
+        "counters": callbacks[0].state_dict()["counters"] if callbacks else {},
+        "outcomes": callbacks[0].state_dict()["outcomes"] if callbacks else {},
+        "steps": trainer.global_step,
+    }
+
+
+class SaveAt(lightning.pytorch.Callback):
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def resume(folder: Path, *, history: Any) -> dict[str, Any]:
+    """Two epochs at once, and the second one again from the checkpoint between them."""
+    # a cycle of three is open at the checkpoint, and the order of the samples is fixed
+    options: Any = {"store_every_n_steps": 3, "accelerate_every_n_steps": 6, "history": history}
+    path = folder / f"{history}.ckpt"
+    whole = train(AndersonCallback(**options), SaveAt(8, path), epochs=3)
+    dist.barrier()
+    return {"whole": whole, "resumed": train(AndersonCallback(**options), epochs=3, ckpt_path=path)}
+
+
+class Quadratic:
+    """The same on every rank: 1/2 sum_i a_i x_i^2 with ``n`` unknowns, gradient descent."""
+
+    def __init__(self, n: int, **options: Any) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.x = nn.Parameter(torch.randn(n, generator=generator))
+        self.a = torch.logspace(0, -3, n)
+        self.optimizer = torch.optim.SGD([self.x], lr=1.0)
+        self.accelerator = AndersonAccelerator(
+            self.optimizer,
+            **{"history_depth": 5, "store_every_n_steps": 1, "accelerate_every_n_steps": 4}
+            | options,
+        )
+
+    def loss(self) -> Tensor:
+        return 0.5 * (self.a * self.x * self.x).sum()
+
+    def step(self) -> Any:
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+        return self.accelerator.step(self.loss)
+
+
+class Traffic:
+    """Records what collectives send while it is entered: their names and counts of numbers."""
+
+    NAMES = ("all_reduce", "broadcast", "all_gather_into_tensor")
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, int]] = []
+
+    def __enter__(self) -> Traffic:
+        self.originals = {name: getattr(dist, name) for name in self.NAMES}
+        for name in self.NAMES:
+            setattr(dist, name, functools.partial(self._record, name))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, original in self.originals.items():
+            setattr(dist, name, original)
+
+    def _record(self, name: str, tensor: Tensor, *rest: Any, **options: Any) -> Any:
+        self.sent.append((name, tensor.numel()))
+        return self.originals[name](tensor, *rest, **options)
+
+
+def traffic() -> dict[str, Any]:
+    """What every update sends, and what the steps between send, all together."""
+    seen = {}
+    for history in ("replicated", "sharded"):
+        for n in (51, 5001):
+            problem = Quadratic(n, history=history)
+            updates, between = [], Traffic()
+            for _ in range(12):
+                with Traffic() as one:
+                    report = problem.step()
+                if report.attempted:
+                    updates.append((report.accepted, one.sent))
+                else:
+                    between.sent += one.sent
+            seen[f"{history} {n}"] = {"updates": updates, "between": between.sent}
+    return seen

@@ -1,0 +1,117 @@
+"""Two real processes (gloo): ranks that stay equal, whatever one of them meets."""
+
+import socket
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing
+
+from tests import ddp_jobs
+
+pytestmark = [pytest.mark.ddp, pytest.mark.timeout(120)]
+
+Ranks = tuple[dict[str, Any], dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """What both ranks saw in all jobs, which share one pair of processes."""
+    folder = tmp_path_factory.mktemp("ddp")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = torch.multiprocessing.start_processes(
+        ddp_jobs.main, args=(port, str(folder)), nprocs=ddp_jobs.WORLD, join=False, daemon=True
+    )
+    assert processes is not None
+    try:
+        # a rank that waits for the other one waits for ever: starting takes 20 seconds, no job 30
+        assert processes.join(timeout=90) or processes.join(timeout=1), "the ranks hang"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    return tuple(  # type: ignore[return-value]
+        torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ddp_jobs.WORLD)
+    )
+
+
+def test_ranks_stay_bitwise_equal_for_200_steps(ranks: Ranks) -> None:
+    first, second = (rank["replicated"] for rank in ranks)
+
+    assert len(first["trace"]) == first["steps"] == 200
+    assert first["trace"] == second["trace"]
+    assert first["counters"] == second["counters"]
+    assert first["outcomes"] == second["outcomes"]
+    assert first["outcomes"].keys() == {"accepted", "rejected_loss"}  # both occurred
+    assert sum(first["outcomes"].values()) == first["counters"]["attempted"] == 50
+    assert not torch.equal(first["buffers"], second["buffers"])  # each rank saw its own samples
+
+
+def test_one_rank_s_nan_makes_all_ranks_reject(ranks: Ranks) -> None:
+    first, second = (rank["nan judge"] for rank in ranks)
+
+    assert first["outcomes"] == second["outcomes"] == {"rejected_non_finite_loss": 4}
+    assert first["trace"] == second["trace"] == ranks[0]["plain"]["trace"]
+
+
+def test_a_nan_in_training_is_reported_by_all_ranks_alike(ranks: Ranks) -> None:
+    first, second = (rank["nan loss"] for rank in ranks)
+
+    assert bool(first["weights"].isnan().all())
+    assert first["steps"] == second["steps"] == 24
+    assert first["outcomes"] == second["outcomes"]
+    # the loss of step 11 broke: those of steps 12, 16, 20 and 24
+    assert first["outcomes"]["rejected_non_finite_history"] == 4
+
+
+def test_a_sharded_history_gives_the_replicated_candidate(ranks: Ranks) -> None:
+    replicated = ranks[0]["replicated"]["after first acceptance"][0]
+    sharded = ranks[0]["sharded"]["after first acceptance"][0]
+
+    assert replicated.dtype == torch.float32
+    assert torch.equal(sharded, ranks[1]["sharded"]["after first acceptance"][0])
+    assert (sharded - replicated).norm() <= 1e-6 * replicated.norm()
+    assert ranks[0]["sharded"]["trace"] == ranks[1]["sharded"]["trace"]
+
+
+def test_replicated_updates_send_a_few_numbers_whatever_n_is(ranks: Ranks) -> None:
+    for rank in ranks:
+        small, large = rank["traffic"]["replicated 51"], rank["traffic"]["replicated 5001"]
+        assert small == large
+        assert small["between"] == []
+        # one loss before and five after, one for each lambda; the jump over four differences:
+        # a history of depth five holds six points, of which an accepted candidate starts anew
+        assert small["updates"] == [(True, [("all_reduce", 6), ("broadcast", 4)])] * 3
+
+
+def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -> None:
+    for rank in ranks:
+        for n in (51, 5001):
+            seen = rank["traffic"][f"sharded {n}"]
+            gather = ("all_gather_into_tensor", n + 1)  # padded to two slices of equal size
+            judged = [("all_reduce", 4 * 4), *[gather] * 5, ("all_reduce", 6)]
+            accepted = [("broadcast", 4), gather]
+            assert seen["between"] == []
+            assert seen["updates"] == [(True, judged + accepted)] * 3
+
+
+def test_a_run_resumed_from_a_checkpoint_is_bitwise_the_whole_run(ranks: Ranks) -> None:
+    for rank in ranks:
+        whole, resumed = rank["resume"]["whole"], rank["resume"]["resumed"]
+        assert whole["steps"] == resumed["steps"] == 24
+        assert resumed["trace"] == whole["trace"][8:]
+        assert resumed["counters"] == whole["counters"]
+        assert whole["counters"]["attempted"] == 4
+
+
+def test_a_sharded_history_of_a_lightning_checkpoint_is_dropped_on_all_ranks(ranks: Ranks) -> None:
+    """One rank writes the checkpoint, and holds one slice: no history is better than that."""
+    first, second = (rank["resume sharded"]["resumed"] for rank in ranks)
+
+    assert first["steps"] == second["steps"] == 24
+    assert first["trace"] == second["trace"]
+    assert first["counters"] == second["counters"]
+    # the attempts of the whole run come at 6, 12, 18, 24; here the cycle of step 8 starts anew
+    assert ranks[0]["resume sharded"]["whole"]["counters"]["attempted"] == 4
+    assert first["counters"]["attempted"] == 3
