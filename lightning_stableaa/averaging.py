@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,12 +65,16 @@ class WeightSmoother:
             return self._loaded
         return {
             "position": self._position,
+            "smoothing": dataclasses.asdict(self.smoothing),
             "layout": None if self._weights is None else self._weights.signature(),
             "smoother": None if self._smoother is None else self._smoother.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``, from the next step on."""
+        """Continue from ``state_dict``, from the next step on.
+
+        A window of other weights, or under other options, is dropped.
+        """
         self._loaded = state
         self._weights = None
 
@@ -94,6 +99,9 @@ class WeightSmoother:
             device=weights.device,
         )
         state, self._loaded = self._loaded, None
-        if state is not None and state["layout"] == weights.signature():
+        if state is None:
+            return
+        same_options = state["smoothing"] == dataclasses.asdict(self.smoothing)
+        if same_options and state["layout"] == weights.signature():
             self._position = int(state["position"])
             self._smoother.load_state_dict(state["smoother"])
