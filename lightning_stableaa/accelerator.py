@@ -304,6 +304,7 @@ class AndersonAccelerator:
         smoothing = self.options.smoothing
         return {
             "parameter layout": points.weights.signature(),
+            "set of weights": points.weights.checksum(),
             "history_depth": self.options.history_depth,
             "store_every_n_steps": self.options.store_every_n_steps,
             "optimizer_state": self.options.optimizer_state == "mix",

@@ -6,6 +6,7 @@ every parameter stay, so nothing recompiles and channels_last survives.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -75,6 +76,12 @@ class FlatTensors:
     def signature(self) -> list[list[list[int]]]:
         """Shape and strides of every tensor: vectors of equal signatures are interchangeable."""
         return [[list(one.shape), list(one.stride())] for one in self._tensors]
+
+    def checksum(self) -> int:
+        """Tells whether these are, bit for bit, the weights that they were elsewhere."""
+        vector = torch.empty(self.length, dtype=self.dtype)
+        self.read(vector)
+        return zlib.crc32(vector.view(torch.uint8).numpy())
 
     def read(self, out: Tensor, *, start: int = 0) -> None:
         """Copy the elements [start, start + len(out)) to ``out``; beyond the end, zeros."""
