@@ -90,6 +90,7 @@ class AndersonCallback(LightningCallback):
         )
         self._process_group = process_group
         self._engine: AndersonAccelerator | None = None
+        self._optimizers: list[Any] = []
         self._loaded: dict[str, Any] = {}
         self._swapped = ExitStack()
 
@@ -110,6 +111,14 @@ class AndersonCallback(LightningCallback):
         """Take up the optimizers, and the state of a checkpoint."""
         check_supported(trainer, pl_module, type(self).__name__)
         self._start(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow the optimizers where they were replaced."""
+        if trainer.optimizers != self._optimizers:
+            self._stop()
+            self._start(trainer)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -149,10 +158,7 @@ class AndersonCallback(LightningCallback):
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the optimizers, keeping the state for a checkpoint or another fit."""
         self._swapped.close()
-        if self._engine is not None:
-            self._loaded = self._engine.state_dict()
-            self._engine.detach()
-            self._engine = None
+        self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise continuation needs."""
@@ -164,14 +170,21 @@ class AndersonCallback(LightningCallback):
 
     def _start(self, trainer: Any) -> None:
         options = _effective_options(self.options, trainer)
+        self._optimizers = list(trainer.optimizers)
         self._engine = AndersonAccelerator(
-            trainer.optimizers,
+            self._optimizers,
             process_group=self._process_group,
             **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
         )
         if self._loaded:
             self._engine.load_state_dict(self._loaded)
             self._loaded = {}
+
+    def _stop(self) -> None:
+        if self._engine is not None:
+            self._loaded = self._engine.state_dict()
+            self._engine.detach()
+            self._engine = None
 
     def _log(
         self, trainer: Any, pl_module: Any, engine: AndersonAccelerator, report: StepReport

@@ -50,6 +50,7 @@ class SmoothingMonitor(LightningCallback):
             apply_to=apply_to,
         )
         self._engine: WeightSmoother | None = None
+        self._optimizers: list[Any] = []
         self._loaded: dict[str, Any] = {}
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -59,12 +60,16 @@ class SmoothingMonitor(LightningCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take up the optimizers, unless an AndersonCallback does the work."""
-        if any(getattr(one, "uses_smoothing_monitor", False) for one in trainer.callbacks):
-            return
-        self._engine = WeightSmoother(trainer.optimizers, self.smoothing)
-        if self._loaded:
-            self._engine.load_state_dict(self._loaded)
-            self._loaded = {}
+        if not any(getattr(one, "uses_smoothing_monitor", False) for one in trainer.callbacks):
+            self._start(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Follow the optimizers where they were replaced."""
+        if self._engine is not None and trainer.optimizers != self._optimizers:
+            self._stop()
+            self._start(trainer)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
@@ -78,10 +83,7 @@ class SmoothingMonitor(LightningCallback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the optimizers, keeping the state for a checkpoint or another fit."""
-        if self._engine is not None:
-            self._loaded = self._engine.state_dict()
-            self._engine.detach()
-            self._engine = None
+        self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         """State of the open window; empty where an AndersonCallback keeps it."""
@@ -90,6 +92,19 @@ class SmoothingMonitor(LightningCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state, on the CPU, until the optimizers exist."""
         self._loaded = state_dict
+
+    def _start(self, trainer: Any) -> None:
+        self._optimizers = list(trainer.optimizers)
+        self._engine = WeightSmoother(self._optimizers, self.smoothing)
+        if self._loaded:
+            self._engine.load_state_dict(self._loaded)
+            self._loaded = {}
+
+    def _stop(self) -> None:
+        if self._engine is not None:
+            self._loaded = self._engine.state_dict()
+            self._engine.detach()
+            self._engine = None
 
 
 def log_smoothing(trainer: Any, pl_module: Any, rsd: float, *, on: bool) -> None:
