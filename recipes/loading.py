@@ -17,13 +17,13 @@ def training_loader(
 
     Under DDP every rank gets its share; ``options`` are those of ``StatefulDataLoader``.
     """
-    sampler = _EpochSampler(
+    sampler = EpochSampler(
         dataset, num_replicas=trainer.world_size, rank=trainer.global_rank, seed=seed
     )
     return StatefulDataLoader(dataset, batch_size=batch_size, sampler=sampler, **options)
 
 
-class _EpochSampler(DistributedSampler):
+class EpochSampler(DistributedSampler):
     """A ``DistributedSampler``, which Lightning keeps and tells the epoch, with resumable order."""
 
     def __iter__(self) -> Iterator[int]:
@@ -40,7 +40,7 @@ class _EpochOrder(Iterator[int]):
     The epoch is part of the position: Lightning tells the sampler only after the restoration.
     """
 
-    def __init__(self, sampler: _EpochSampler) -> None:
+    def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
         self.load_state_dict({"epoch": sampler.epoch, "yielded": 0})
 

@@ -1,0 +1,230 @@
+"""Batches of images: decoded and cropped by the workers, flipped and normalised on the device."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple, cast
+
+import lightning
+import torch
+import torch.distributed
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.images.crops import CentralCrop, Crop, RandomResizedCrop
+from lightning_stableaa.recipes.images.decoding import read_crop
+from lightning_stableaa.recipes.images.folder import LAYOUT, ImageIndex, index_images
+from lightning_stableaa.recipes.loading import EpochSampler
+
+UNREADABLE = -100  # label of an image that could not be decoded: torch's default ignore_index
+
+
+class ImageBatch(NamedTuple):
+    """What the workers deliver; one image has the same fields without the first dimension."""
+
+    images: Tensor  # (n, size, size, 3), uint8; black where unreadable
+    labels: Tensor  # (n,), int64, or UNREADABLE
+    flips: Tensor  # (n,), bool, whether to mirror the image
+    indices: Tensor  # (n,), int64, positions in the split
+
+
+class CroppedImages(Dataset[ImageBatch]):
+    """The images of one split; crop and flip depend on (seed, epoch, index) alone."""
+
+    def __init__(
+        self, images: ImageIndex, crop: Crop, size: int, flip_probability: float, seed: int
+    ) -> None:
+        self.images = images
+        self.crop = crop
+        self.size = size
+        self.flip_probability = flip_probability
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.images.names)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> ImageBatch:
+        # a bare index comes from samplers that Lightning puts in, such as for overfit_batches
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        # a text seed is hashed, so neighbouring images have independent streams
+        random = Random(f"{self.seed} {epoch} {index}")
+        flip = random.random() < self.flip_probability
+        try:
+            pixels = torch.from_numpy(
+                read_crop(self.images.path(index), self.crop, self.size, random)
+            )
+            label = int(self.images.labels[index])
+        except Exception:  # Pillow raises OSError, SyntaxError, ValueError, struct.error, ...
+            pixels = torch.zeros(self.size, self.size, 3, dtype=torch.uint8)
+            label = UNREADABLE
+        return ImageBatch(pixels, torch.tensor(label), torch.tensor(flip), torch.tensor(index))
+
+
+class EpochAndIndex(EpochSampler):
+    """Pairs (epoch, index): the dataset needs the epoch, and workers may outlive it."""
+
+    def order(self) -> Iterator[Any]:
+        """This rank's pairs of the current epoch."""
+        epoch = self.epoch
+        return ((epoch, index) for index in super().order())
+
+
+class ImageFolderData(lightning.LightningDataModule):
+    """Batches (images, labels) of ``folder``: normalised (n, 3, size, size), channels last.
+
+    Images that cannot be decoded are left out of loss and metrics, and listed at the end.
+
+    Args:
+        folder: holds train/CLASS/IMAGE and val/CLASS/IMAGE (or test/ for val/).
+        num_classes: of the model; compared with the number of class folders.
+        size: side of the crops in pixels.
+        batch_size: images per process.
+        workers: processes that decode; null is one per core of this process's share.
+        train_crop: crop of the training images.
+        val_crop: crop of the validation images.
+        flip_probability: share of the training images that are mirrored.
+        mean: of the red, green and blue channels, on a scale from 0 to 1.
+        std: of the channels.
+        seed: decides order, crops and flips.
+    """
+
+    def __init__(
+        self,
+        folder: str | None,
+        *,
+        num_classes: int,
+        size: int = 224,
+        batch_size: int = 128,
+        workers: int | None = None,
+        train_crop: Crop | None = None,
+        val_crop: Crop | None = None,
+        flip_probability: float = 0.5,
+        mean: Sequence[float] = (0.485, 0.456, 0.406),  # ImageNet
+        std: Sequence[float] = (0.229, 0.224, 0.225),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"size": size, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if not 0 <= flip_probability <= 1:
+            raise ValueError(f"flip_probability must lie in [0, 1], got {flip_probability}")
+        self.folder = folder
+        self.num_classes = num_classes
+        self.size = size
+        self.batch_size = batch_size
+        self.workers = workers
+        self.train_crop = train_crop or RandomResizedCrop()
+        self.val_crop = val_crop or CentralCrop()
+        self.flip_probability = flip_probability
+        self.mean = mean
+        self.std = std
+        self.seed = seed
+        self.unreadable: set[str] = set()
+
+    def setup(self, stage: str) -> None:
+        """Lists the images; stops where the folder and the model do not fit together."""
+        if self.folder is None:
+            raise UserError(f"data.folder is not set; {LAYOUT}")
+        classes, training, validation = index_images(Path(self.folder))
+        if len(classes) != self.num_classes:
+            raise UserError(
+                f"model.num_classes={self.num_classes}, but data.folder={self.folder} has "
+                f"{len(classes)} class folders; set model.num_classes={len(classes)}"
+            )
+        self.training = CroppedImages(
+            training, self.train_crop, self.size, self.flip_probability, self.seed
+        )
+        self.validation = CroppedImages(validation, self.val_crop, self.size, 0.0, self.seed)
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        """Shuffled batches without an incomplete last one, which batch normalisation dislikes."""
+        loader = self._loader(self.training, shuffle=True)
+        if len(loader) == 0:
+            raise UserError(
+                f"data.batch_size={self.batch_size} exceeds the {len(self.training)} training "
+                f"images of data.folder={self.folder}; choose a smaller one"
+            )
+        return loader
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        """All validation images in order."""
+        return self._loader(self.validation, shuffle=False)
+
+    def _loader(self, dataset: CroppedImages, shuffle: bool) -> StatefulDataLoader:
+        trainer = self._trainer
+        sampler = EpochAndIndex(
+            dataset, trainer.world_size, trainer.global_rank, shuffle=shuffle, seed=self.seed
+        )
+        workers = self._worker_share() if self.workers is None else self.workers
+        return StatefulDataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=trainer.strategy.root_device.type == "cuda",
+            drop_last=shuffle,
+        )
+
+    def _worker_share(self) -> int:
+        processes = self._trainer.world_size // self._trainer.num_nodes
+        return max(1, len(os.sched_getaffinity(0)) // processes)
+
+    @property
+    def _trainer(self) -> lightning.Trainer:
+        assert self.trainer is not None
+        return self.trainer
+
+    def on_before_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
+        """Notes the images that could not be decoded, before a look would cost a device sync."""
+        for index in batch.indices[batch.labels == UNREADABLE].tolist():
+            split = self.training if self._trainer.training else self.validation
+            path = str(split.images.path(index))
+            if path not in self.unreadable:
+                self.unreadable.add(path)
+                rank_zero_warn(f"{path} cannot be decoded and is left out")
+        return batch
+
+    def on_after_batch_transfer(
+        self, batch: ImageBatch, dataloader_idx: int
+    ) -> tuple[Tensor, Tensor]:
+        """Flips and normalises."""
+        dtype = cast(lightning.LightningModule, self._trainer.lightning_module).dtype
+        return normalise(batch, self.mean, self.std, cast(torch.dtype, dtype)), batch.labels
+
+    def teardown(self, stage: str) -> None:
+        """Lists the images left out, by all processes together."""
+        paths = self.unreadable
+        if torch.distributed.is_initialized():
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, paths)
+            paths = set().union(*gathered)
+        _report(paths)
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Lists the images left out by this process alone: the others may be gone."""
+        _report(self.unreadable)
+
+
+def normalise(
+    batch: ImageBatch, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
+) -> Tensor:
+    """Images (n, 3, size, size) in ``dtype``, mirrored where ``flips``, channels last."""
+    images = batch.images.permute(0, 3, 1, 2)  # a view, which is channels last as it is
+    images = torch.where(batch.flips[:, None, None, None], images.flip(3), images)
+    like = {"dtype": dtype, "device": images.device}
+    shift, scale = (255 * torch.tensor(v, **like)[:, None, None] for v in (mean, std))
+    return images.to(dtype).sub_(shift).div_(scale)
+
+
+def _report(paths: set[str]) -> None:
+    if paths:
+        rank_zero_warn(
+            f"{len(paths)} image(s) could not be decoded and were left out:\n"
+            + "\n".join(sorted(paths))
+        )
