@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
+
 Safeguard = Literal["loss", "none"]
 OptimizerState = Literal["keep", "mix", "reset"]
 ApplyTo = Literal["training", "evaluation", "both"]
@@ -136,6 +138,7 @@ class Options:
         _check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         _check_choice("apply_to", self.apply_to, ApplyTo)
         _check_choice("history", self.history, HistoryPlacement)
+        self._check_history_device()
         self._check_smoothing()
 
     def _check_regularization(self) -> None:
@@ -153,6 +156,20 @@ class Options:
                 f"regularization must be a single value when safeguard is 'none', got {list(grid)}:"
                 " only the safeguard can choose from a grid"
             )
+
+    def _check_history_device(self) -> None:
+        if self.history_device is None:
+            return
+        sentence = (
+            "history_device must be None or the name of a device, such as 'cpu', "
+            f"got {self.history_device!r}"
+        )
+        if not isinstance(self.history_device, str):
+            raise TypeError(sentence)
+        try:
+            torch.device(self.history_device)
+        except RuntimeError as error:
+            raise ValueError(sentence) from error
 
     def _check_smoothing(self) -> None:
         if self.smoothing is None:
