@@ -60,6 +60,7 @@ class SmoothingMonitor(LightningCallback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take up the optimizers, unless an AndersonCallback does the work."""
+        check_supported(trainer, pl_module, type(self).__name__)
         if not any(getattr(one, "uses_smoothing_monitor", False) for one in trainer.callbacks):
             self._start(trainer)
 

@@ -12,7 +12,6 @@ _REFUSED_STRATEGIES = {
     "FSDPStrategy": "use strategy='ddp'",
     "ModelParallelStrategy": "use strategy='ddp'",
     "XLAStrategy": "use strategy='ddp' on GPUs or CPUs",
-    "XLAFSDPStrategy": "use strategy='ddp' on GPUs or CPUs",
 }
 
 
