@@ -146,7 +146,7 @@ _register_resolvers()
 @hydra.main(version_base="1.3", config_path="pkg://lightning_stableaa.conf", config_name="train")
 def _train_from_command_line(config: DictConfig) -> None:
     # inside Hydra too, or it announces the failed job with two lines of its own
-    with _mistakes_in_one_sentence():
+    with mistakes_in_one_sentence("stableaa-train"):
         _print_results(train(config), config.run_folder)
 
 
@@ -157,15 +157,16 @@ def _print_results(results: dict[str, float], folder: str) -> None:
 
 
 @contextmanager
-def _mistakes_in_one_sentence() -> Iterator[None]:
+def mistakes_in_one_sentence(command: str) -> Iterator[None]:
+    """Ends ``command`` with one sentence and exit code 2 where the user is mistaken."""
     try:
         yield
     except MISTAKES as error:
-        print(f"stableaa-train: {explain(error)}", file=sys.stderr)
+        print(f"{command}: {explain(error)}", file=sys.stderr)
         sys.exit(2)
 
 
-def _quieten() -> None:
+def quieten() -> None:
     """Hides what a user can do nothing about."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for message in (
@@ -181,8 +182,8 @@ def main() -> None:
     """Entry point of ``stableaa-train``; a mistake ends in one sentence and exit code 2."""
     # makes Hydra raise its errors instead of printing them itself and exiting with code 1
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    _quieten()
-    with _mistakes_in_one_sentence():
+    quieten()
+    with mistakes_in_one_sentence("stableaa-train"):
         _train_from_command_line()
 
 

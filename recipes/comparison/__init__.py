@@ -1,0 +1,1 @@
+"""Comparing variants of training: what each costs, and where it ends."""

@@ -1,0 +1,112 @@
+"""What a run cost until it was as good as another one; pure functions of recorded curves.
+
+Cost is counted in gradients of a batch. An extra evaluation of the loss, such as the safeguard's,
+counts one third: a backward pass takes about twice the time of a forward pass.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+Mode = Literal["min", "max"]
+
+LOSS_COST = 1 / 3  # of a gradient
+
+
+@dataclass
+class Curve:
+    """One entry a validation, oldest first.
+
+    ``gradients`` and ``losses`` are evaluations so far, ``seconds`` the time spent in training so
+    far (without validations), ``values`` the decisive metric as validation logged it, and
+    ``accepted`` and ``attempted`` the extrapolations so far.
+    """
+
+    gradients: list[int] = field(default_factory=list)
+    losses: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    attempted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    @property
+    def costs(self) -> list[float]:
+        """Gradients, and evaluations of the loss at one third."""
+        return [
+            gradients + LOSS_COST * losses
+            for gradients, losses in zip(self.gradients, self.losses, strict=True)
+        ]
+
+
+def worst_value(mode: Mode) -> float:
+    """What a run that never validated, or was not finite, counts as."""
+    return math.inf if mode == "min" else -math.inf
+
+
+def at_least_as_good(value: float, target: float, mode: Mode) -> bool:
+    """Whether ``value`` reaches ``target``; NaN reaches nothing."""
+    return value <= target if mode == "min" else value >= target
+
+
+def first_reaching(curve: Curve, target: float, mode: Mode) -> int | None:
+    """Index of the first validation at least as good as ``target``; None where there is none."""
+    hits = (i for i, value in enumerate(curve.values) if at_least_as_good(value, target, mode))
+    return next(hits, None)
+
+
+def cost_to_reach(curve: Curve, target: float, mode: Mode) -> float:
+    """Cost at the first validation at least as good as ``target``; inf if never."""
+    index = first_reaching(curve, target, mode)
+    return math.inf if index is None else curve.costs[index]
+
+
+def seconds_to_reach(curve: Curve, target: float, mode: Mode) -> float:
+    """Training time at the first validation at least as good as ``target``; inf if never."""
+    index = first_reaching(curve, target, mode)
+    return math.inf if index is None else curve.seconds[index]
+
+
+def value_within(curve: Curve, budget: float, mode: Mode) -> float:
+    """The metric at the last validation that cost at most ``budget``."""
+    # the budget is itself a sum of thirds: rounding must not exclude an equal cost
+    within = [v for c, v in zip(curve.costs, curve.values, strict=True) if c <= budget + 1e-6]
+    return _or_worst(within[-1], mode) if within else worst_value(mode)
+
+
+def final_value(curve: Curve, mode: Mode) -> float:
+    """The metric at the last validation."""
+    return _or_worst(curve.values[-1], mode) if curve.values else worst_value(mode)
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """Linearly interpolated quantile of values that may be infinite; NaN of none."""
+    if not values:
+        return math.nan
+    ordered = sorted(values)
+    position = share * (len(ordered) - 1)
+    low = math.floor(position)
+    weight = position - low
+    if weight == 0 or ordered[low] == ordered[low + 1]:
+        return ordered[low]
+    return (1 - weight) * ordered[low] + weight * ordered[low + 1]
+
+
+def ranks(values: Sequence[float], mode: Mode) -> list[float]:
+    """1 for the best; equal values share the mean of their ranks."""
+    signed = [value if mode == "min" else -value for value in values]
+    return [
+        sum(other < value for other in signed) + (sum(other == value for other in signed) + 1) / 2
+        for value in signed
+    ]
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided p of so uneven a split of wins and losses between equals."""
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(max(wins, losses), n + 1)) / 2**n
+    return min(1.0, 2 * tail)
+
+
+def _or_worst(value: float, mode: Mode) -> float:
+    return worst_value(mode) if math.isnan(value) else value

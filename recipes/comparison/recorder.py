@@ -1,0 +1,97 @@
+"""Records what a run has cost at each validation."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_stableaa import AndersonCallback
+from lightning_stableaa.recipes.comparison.cost import Curve
+from lightning_stableaa.recipes.errors import UserError
+
+CURVE = "curve.json"
+
+
+class CostRecorder(Callback):
+    """Writes ``curve.json``, a :class:`Curve`, into ``folder`` when training ends.
+
+    Args:
+        metric: name under which validation logs the decisive metric.
+        folder: the run folder.
+    """
+
+    def __init__(self, metric: str, folder: str) -> None:
+        self.metric = metric
+        self.path = Path(folder) / CURVE
+        self.curve = Curve()
+        self.gradients = 0
+        self.seconds = 0.0
+        self.started = 0.0
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Starts the clock."""
+        self.started = _now()
+
+    def on_after_backward(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """One gradient, whoever asked for it: L-BFGS asks many times in one step."""
+        self.gradients += 1
+
+    def on_validation_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Stops the clock: how often to validate is no property of the variant."""
+        self.seconds += _now() - self.started
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Takes down the metric and its cost, and starts the clock again."""
+        logged = trainer.callback_metrics
+        if self.metric not in logged:
+            raise UserError(
+                f"compare.metric={self.metric}: validation does not log it; choose one of "
+                f"{', '.join(sorted(logged)) or 'those that validation_step logs, and log one'}"
+            )
+        losses = attempted = accepted = 0
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # "callbacks" is set by a connector
+            if isinstance(callback, AndersonCallback) and callback.accelerator is not None:
+                losses += callback.accelerator.loss_evaluations
+                attempted += callback.accelerator.attempted
+                accepted += callback.accelerator.accepted
+        row: dict[str, Any] = {
+            "gradients": self.gradients,
+            "losses": losses,
+            "seconds": round(self.seconds, 4),
+            "values": logged[self.metric].item(),
+            "attempted": attempted,
+            "accepted": accepted,
+        }
+        for name, value in row.items():
+            getattr(self.curve, name).append(value)
+        self.started = _now()
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Writes the curve."""
+        if not self.curve.values:
+            raise UserError(
+                "the run ended before its first validation: train longer, or validate more often "
+                "(trainer.val_check_interval, trainer.check_val_every_n_epoch)"
+            )
+        self.path.write_text(json.dumps(dataclasses.asdict(self.curve)))
+
+
+def _now() -> float:
+    if torch.cuda.is_available():  # kernels still running belong to what was timed
+        torch.cuda.synchronize()
+    return time.perf_counter()

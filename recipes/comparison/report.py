@@ -1,0 +1,258 @@
+"""Writes ``results.json``, ``results.csv`` and ``table.md``."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_stableaa.recipes.comparison.runner import Run, write_atomically
+from lightning_stableaa.recipes.comparison.summary import DEFINITIONS, Spread, Summary
+from lightning_stableaa.recipes.comparison.variants import Plan
+
+PACKAGES = (
+    "lightning-stableaa",
+    "lightning",
+    "torch",
+    "torchmetrics",
+    "numpy",
+    "pytorch-optimizer",
+    "schedulefree",
+)
+MIB = 2**20
+
+
+def write_report(
+    folder: Path,
+    plan: Plan,
+    runs: Sequence[Run],
+    summary: Summary,
+    sentences: Sequence[str],
+    *,
+    overrides: Iterable[str],
+    jobs: int,
+    threads: int,
+) -> None:
+    """Leaves the three files in ``folder``, each of them whole or as it was."""
+    contents = {
+        "title": plan.title,
+        "metric": plan.metric,
+        "mode": plan.mode,
+        "seeds": plan.seeds,
+        "verdict": list(sentences),
+        "definitions": list(DEFINITIONS),
+        "best_swept": summary.best_swept,
+        "variants": {
+            name: {"about": plan.about[name], **_without_seeds(dataclasses.asdict(one))}
+            for name, one in summary.variants.items()
+        },
+        "hardware": hardware(),
+        "workers": {"side_by_side": jobs, "threads": threads},
+        "versions": versions(),
+        "command_line": [shorten_paths(override) for override in overrides],
+        **_configuration(plan),
+        "runs": [_run(run, summary) for run in runs],
+    }
+    write_atomically(folder / "results.json", to_json(contents))
+    write_atomically(folder / "results.csv", _csv(runs, summary))
+    write_atomically(folder / "table.md", table(plan, summary, sentences))
+
+
+def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
+    """Verdict, table, legend and definitions in Markdown."""
+    better = "less" if plan.mode == "min" else "more"
+    lines = [
+        f"# {plan.title}: {plan.metric} ({better} is better), {_plural(len(plan.seeds), 'seed')}",
+        "",
+        *(f"- {sentence}" for sentence in sentences),
+        "",
+        f"| variant | cost to reach {summary.baseline}'s final "
+        f"| cost to reach {summary.best_swept}'s final | final | at equal cost | rank | time "
+        "| memory, MiB | accepted |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, one in summary.variants.items():
+        cells = [
+            name + (f" ({len(one.errors)} failed)" if one.errors else ""),
+            _ratio_cell(one.cost_ratio),
+            _ratio_cell(one.swept_ratio),
+            _value_cell(one.final),
+            _significant(one.equal_cost.median),
+            _significant(one.rank, 2),
+            _significant(one.time_ratio, 3),
+            _significant(one.peak_memory / MIB, 4),
+            f"{one.accepted} of {one.attempted}" if one.attempted else "",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    failures = [
+        f"- {name}, seed {seed}: {error}"
+        for name, one in summary.variants.items()
+        for seed, error in one.errors.items()
+    ]
+    if failures:
+        lines += ["", "Failed runs, left out above:", "", *failures]
+    lines += ["", "Variants:", "", *(f"- {name}: {text}" for name, text in plan.about.items())]
+    lines += ["", "Definitions:", "", *(f"- {text}" for text in DEFINITIONS), ""]
+    return "\n".join(lines)
+
+
+def hardware() -> dict[str, Any]:
+    """What the numbers were measured on, without the name of the machine."""
+    processor = platform.processor() or platform.machine()
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        model = re.search(r"model name\s*: (.+)", information.read_text())
+        processor = model[1] if model else processor
+    cuda = torch.cuda.is_available()
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and the packages that can change a result; None where one is not installed."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    return {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES}
+
+
+def to_json(contents: Any) -> str:
+    """Indented JSON; what is not finite becomes null, and lists of numbers stay on one line."""
+    text = json.dumps(_finite(contents), indent=1, allow_nan=False)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+
+
+def shorten_paths(value: Any) -> Any:
+    """Absolute paths reduced to their last part: results are meant to be shared."""
+    if isinstance(value, dict):
+        return {name: shorten_paths(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [shorten_paths(one) for one in value]
+    if isinstance(value, str):
+        return re.sub(r"(^|=)/(?:[^/\s]+/)*", r"\1", value)
+    return value
+
+
+def _configuration(plan: Plan) -> dict[str, Any]:
+    """The settings that all variants share, and the callbacks that make the difference."""
+    settings = {job.variant: job.settings for job in reversed(plan.jobs)}
+    shared = {
+        name: value
+        for name, value in settings[plan.variants[0]].items()
+        if name not in ("callbacks", "logger", "run_folder", "seed")
+    }
+    callbacks = {
+        name: {key: value for key, value in settings[name]["callbacks"].items() if key != RECORDER}
+        for name in plan.variants
+    }
+    return {"config": shorten_paths(shared), "callbacks": shorten_paths(callbacks)}
+
+
+RECORDER = "recorder"
+
+
+def _run(run: Run, summary: Summary) -> dict[str, Any]:
+    """Everything that was recorded, and what came of it."""
+    result = summary.variants[run.variant].seeds.get(run.seed)
+    return dataclasses.asdict(run) | {
+        "error": shorten_paths(run.error),
+        "compared": result and dataclasses.asdict(result),
+    }
+
+
+def _without_seeds(variant: dict[str, Any]) -> dict[str, Any]:
+    spreads = {
+        name: value._asdict() for name, value in variant.items() if hasattr(value, "_asdict")
+    }
+    return {name: value for name, value in variant.items() if name != "seeds"} | spreads
+
+
+def _csv(runs: Sequence[Run], summary: Summary) -> str:
+    text = io.StringIO()
+    rows = [_row(run, summary) for run in runs]
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _row(run: Run, summary: Summary) -> dict[str, Any]:
+    """One line of the CSV; what never happened is inf, what is unknown is empty."""
+    result = summary.variants[run.variant].seeds.get(run.seed)
+    curve = run.curve
+    ended = bool(curve.values)
+    return {
+        "variant": run.variant,
+        "seed": run.seed,
+        "final": result and result.final,
+        "at_equal_cost": result and result.equal_cost,
+        "cost_to_plain_ratio": result and result.cost_ratio,
+        "seconds_to_plain_ratio": result and result.seconds_ratio,
+        "cost_to_best_swept_ratio": result and result.swept_ratio,
+        "gradients": curve.gradients[-1] if ended else None,
+        "extra_losses": curve.losses[-1] if ended else None,
+        "cost": curve.costs[-1] if ended else None,
+        "seconds": curve.seconds[-1] if ended else None,
+        "peak_memory_mib": run.peak_memory and round(run.peak_memory / MIB, 1),
+        "attempted": curve.attempted[-1] if ended else None,
+        "accepted": curve.accepted[-1] if ended else None,
+        "error": run.error and shorten_paths(run.error),
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    return value
+
+
+def _ratio_cell(spread: Spread) -> str:
+    if not spread.count:
+        return ""
+    worst = f"{spread.never} never" if spread.never else f"worst {_significant(spread.worst)}"
+    if math.isinf(spread.median):
+        return f"never ({worst.replace('never', f'of {spread.count}')})"
+    return (
+        f"{_significant(spread.median)} ({_significant(spread.lower)} to "
+        f"{_significant(spread.upper)}; {worst})"
+    )
+
+
+def _value_cell(spread: Spread) -> str:
+    if not spread.count:
+        return ""
+    return (
+        f"{_significant(spread.median)} ({_significant(spread.lower)} to "
+        f"{_significant(spread.upper)}; worst {_significant(spread.worst)})"
+    )
+
+
+def _significant(value: float, digits: int = 3) -> str:
+    if math.isnan(value):
+        return ""
+    return "never" if math.isinf(value) else f"{value:.{digits}g}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"

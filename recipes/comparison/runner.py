@@ -1,0 +1,194 @@
+"""Makes the runs of a plan, each in a process of its own, and keeps what they recorded."""
+
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from lightning_stableaa.recipes.comparison.cost import Curve
+from lightning_stableaa.recipes.comparison.recorder import CURVE
+from lightning_stableaa.recipes.comparison.variants import Job
+from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.mistakes import MISTAKES, explain
+from lightning_stableaa.recipes.pictures import read_metrics
+from lightning_stableaa.recipes.train import quieten, train
+
+RESULT = "result.json"
+LOG = "log.txt"
+KEPT_RSD = 200  # points of the RSD that are kept, evenly spaced
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is kept of a run; ``error`` is None where it finished."""
+
+    variant: str
+    seed: int
+    fingerprint: str
+    curve: Curve = field(default_factory=Curve)
+    error: str | None = None
+    mistake: bool = False  # the error is a wrong configuration, which no other run would survive
+    peak_memory: int | None = None  # bytes: of the device on CUDA, else of the whole process
+    rsd_gradients: list[float] = field(default_factory=list)
+    rsd: list[float] = field(default_factory=list)
+
+
+def run_all(
+    jobs: Sequence[Job],
+    *,
+    processes: int,
+    threads: int,
+) -> Iterator[Run]:
+    """Yields the run of every job, those that were finished earlier first.
+
+    Args:
+        jobs: what to run; a run that failed or was interrupted is made again.
+        processes: worker processes at a time, each for one run; 0 trains in this process.
+        threads: of torch, in each worker.
+
+    Raises:
+        UserError: a run of the first variant is refused for its configuration.
+    """
+    missing: list[Job] = []
+    for job in jobs:
+        run = read_run(job)
+        if run is None:
+            missing.append(job)
+        else:
+            yield run
+    made = _in_this_process(missing) if processes == 0 else _in_workers(missing, processes, threads)
+    for run in made:
+        if run.mistake and run.variant == jobs[0].variant:
+            raise UserError(run.error)
+        yield run
+
+
+def read_run(job: Job) -> Run | None:
+    """The finished run of a job; None where there is none, or one of another configuration."""
+    try:
+        kept = json.loads((job.folder / RESULT).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if kept["fingerprint"] != job.fingerprint:
+        return None
+    return Run(**kept | {"curve": Curve(**kept["curve"])})
+
+
+def run_job(job: Job) -> Run:
+    """Trains, and writes ``result.json`` if that succeeds; a failure leaves the log alone."""
+    run = Run(job.variant, job.seed, job.fingerprint)
+    try:
+        train(OmegaConf.create(job.settings))
+    except MISTAKES as error:
+        return dataclasses.replace(run, error=explain(error), mistake=True)
+    except Exception as error:
+        traceback.print_exc()
+        message = " ".join(str(error).split())
+        return dataclasses.replace(run, error=f"{type(error).__name__}: {message}")
+    run = dataclasses.replace(
+        run,
+        curve=Curve(**json.loads((job.folder / CURVE).read_text())),
+        peak_memory=_peak_memory(),
+        **_smoothing_log(job.folder / "metrics.csv"),
+    )
+    write_atomically(job.folder / RESULT, json.dumps(dataclasses.asdict(run)))
+    return run
+
+
+def write_atomically(path: Path, contents: str | bytes) -> None:
+    """Leaves the old file or the whole new one, whenever it is interrupted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
+    temporary.replace(path)
+
+
+def _in_this_process(jobs: Iterable[Job]) -> Iterator[Run]:
+    for job in jobs:
+        shutil.rmtree(job.folder, ignore_errors=True)
+        # the peak would be that of everything this process has done so far
+        yield dataclasses.replace(run_job(job), peak_memory=None)
+
+
+def _in_workers(jobs: Sequence[Job], processes: int, threads: int) -> Iterator[Run]:
+    # Forked from a server that has done the imports and nothing else: workers start at once, and
+    # the peak memory of each is its own.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when the server imports torch
+    waiting = list(reversed(jobs))
+    running: dict[int, tuple[BaseProcess, Job]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < processes:
+                job = waiting.pop()
+                worker = context.Process(target=_work, args=(job, threads), name=job.variant)
+                worker.start()
+                running[worker.sentinel] = worker, job
+            for sentinel in wait(list(running)):
+                worker, job = running.pop(sentinel)  # pyright: ignore[reportArgumentType]  # "Connection" is not "int"
+                worker.join()
+                yield _outcome(job, worker.exitcode or 0)
+    finally:
+        for worker, _ in running.values():
+            worker.terminate()
+            worker.join()
+
+
+def _work(job: Job, threads: int) -> None:
+    """What a worker process does; everything printed goes to the log of the run."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what ends
+    shutil.rmtree(job.folder, ignore_errors=True)
+    job.folder.mkdir(parents=True)
+    with (job.folder / LOG).open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    torch.set_num_threads(threads)
+    quieten()
+    run = run_job(job)
+    if run.error is not None:
+        write_atomically(job.folder / "failure.json", json.dumps(dataclasses.asdict(run)))
+
+
+def _outcome(job: Job, exit_code: int) -> Run:
+    run = read_run(job)
+    if run is not None:
+        return run
+    failure = job.folder / "failure.json"
+    if failure.exists():
+        kept = json.loads(failure.read_text())
+        return Run(**kept | {"curve": Curve(**kept["curve"])})
+    ending = f"signal {signal.Signals(-exit_code).name}" if exit_code < 0 else f"code {exit_code}"
+    return Run(
+        job.variant, job.seed, job.fingerprint, error=f"the worker process ended with {ending}"
+    )
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def _smoothing_log(path: Path) -> dict[str, list[float]]:
+    """The RSD against the optimizer step, thinned."""
+    series = read_metrics(path).get("smoothing/rsd") if path.exists() else None
+    if series is None:
+        return {}
+    every = math.ceil(len(series.steps) / KEPT_RSD)
+    return {"rsd_gradients": series.steps[::every].tolist(), "rsd": series.values[::every].tolist()}

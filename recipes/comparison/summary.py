@@ -1,0 +1,224 @@
+"""From single runs to what is reported of each variant."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from lightning_stableaa.recipes.comparison.cost import (
+    Mode,
+    cost_to_reach,
+    final_value,
+    quantile,
+    ranks,
+    seconds_to_reach,
+    value_within,
+    worst_value,
+)
+from lightning_stableaa.recipes.comparison.runner import Run
+
+DEFINITIONS = (
+    "Cost: gradients of a batch (backward passes, L-BFGS's line search included), and every "
+    "further evaluation of the loss, such as the safeguard's, at one third.",
+    "Cost to reach: cost at a seed's first validation at least as good as the final value of the "
+    "reference run with the same seed, divided by the cost at which the reference run itself "
+    "first was as good; so the reference has 1 and a lucky early validation counts for it too.",
+    "Final: the last validation of the run. Every variant takes as many optimizer steps as plain "
+    "(L-BFGS as many gradients). At equal cost: the last validation at or below the cost of the "
+    "plain run with the same seed.",
+    "Brackets: quartiles over seeds, then the worst seed, or how many seeds never got there.",
+    "Rank: median over seeds of the rank by the value at equal cost, 1 is best.",
+    "Time: median over seeds of the training time of the whole run, validations left out, over "
+    "that of plain. Memory: median of the peak; of the device on CUDA, else of the process.",
+    "Best-swept plain: the variant of plain (learning rates, schedules) with the best median of "
+    "final values.",
+)
+
+
+class Spread(NamedTuple):
+    """A quantity over seeds."""
+
+    median: float
+    lower: float  # quartiles
+    upper: float
+    worst: float
+    never: int  # seeds in which it is not finite
+    count: int
+
+
+@dataclass(frozen=True)
+class SeedResult:
+    """One finished run beside the plain run with the same seed."""
+
+    final: float
+    equal_cost: float
+    cost_ratio: float  # to the plain run's final value
+    seconds_ratio: float  # the same in training time
+    swept_ratio: float  # to the best-swept plain run's final value
+    time_ratio: float  # of the whole run
+
+
+@dataclass(frozen=True)
+class VariantSummary:
+    """What is reported of a variant; spreads are over the seeds that it and plain finished."""
+
+    name: str
+    seeds: dict[int, SeedResult]
+    errors: dict[int, str]
+    final: Spread
+    equal_cost: Spread
+    cost_ratio: Spread
+    seconds_ratio: Spread
+    swept_ratio: Spread
+    time_ratio: float
+    rank: float
+    peak_memory: float  # bytes
+    extra_cost: float  # losses at one third, as a share of the gradients
+    attempted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A whole comparison; the baseline is the first of ``variants``."""
+
+    metric: str
+    mode: Mode
+    baseline: str
+    best_swept: str
+    variants: dict[str, VariantSummary]
+
+
+def summarise(runs: Iterable[Run], names: Sequence[str], metric: str, mode: Mode) -> Summary:
+    """Compares every run with the run of ``names[0]`` that has the same seed.
+
+    Args:
+        runs: of any order, finished or failed.
+        names: variants to report; the first is the baseline, and those that begin with its name
+            and ``@`` are its sweep.
+    """
+    by_variant: dict[str, dict[int, Run]] = {name: {} for name in names}
+    for run in runs:
+        by_variant[run.variant][run.seed] = run
+    finished = {
+        name: {seed: run for seed, run in of_seed.items() if run.error is None}
+        for name, of_seed in by_variant.items()
+    }
+    baseline = names[0]
+    best_swept = _best_swept(finished, baseline, mode)
+    plain, swept = finished[baseline], finished[best_swept]
+    results = {
+        name: {
+            seed: _compare(run, plain[seed], swept.get(seed), mode)
+            for seed, run in sorted(of_seed.items())
+            if seed in plain
+        }
+        for name, of_seed in finished.items()
+    }
+    rank = _median_ranks(results, sorted(plain), mode)
+    return Summary(
+        metric,
+        mode,
+        baseline,
+        best_swept,
+        {
+            name: _summarise_variant(name, by_variant[name], results[name], rank[name], mode)
+            for name in names
+        },
+    )
+
+
+def _best_swept(finished: dict[str, dict[int, Run]], baseline: str, mode: Mode) -> str:
+    sweep = [
+        name
+        for name, runs in finished.items()
+        if name.split("@")[0] == baseline and len(runs) == len(finished[baseline])
+    ]
+
+    def median_final(name: str) -> float:
+        return quantile([final_value(run.curve, mode) for run in finished[name].values()], 0.5)
+
+    # the first of equals: the baseline itself
+    return (min if mode == "min" else max)(sweep, key=median_final) if sweep else baseline
+
+
+def _compare(run: Run, plain: Run, swept: Run | None, mode: Mode) -> SeedResult:
+    plain_final = final_value(plain.curve, mode)
+
+    def ratio(reach: Callable[..., float], reference: Run) -> float:
+        target = final_value(reference.curve, mode)
+        return _over(reach(run.curve, target, mode), reach(reference.curve, target, mode))
+
+    return SeedResult(
+        final=final_value(run.curve, mode),
+        equal_cost=value_within(run.curve, plain.curve.costs[-1], mode),
+        # whatever is finite beats a run that is not, from the start
+        cost_ratio=ratio(cost_to_reach, plain) if math.isfinite(plain_final) else math.nan,
+        seconds_ratio=ratio(seconds_to_reach, plain) if math.isfinite(plain_final) else math.nan,
+        swept_ratio=ratio(cost_to_reach, swept) if swept is not None else math.nan,
+        time_ratio=_over(run.curve.seconds[-1], plain.curve.seconds[-1]),
+    )
+
+
+def _over(value: float, reference: float) -> float:
+    return value / reference if reference else math.nan
+
+
+def _median_ranks(
+    results: dict[str, dict[int, SeedResult]], seeds: Sequence[int], mode: Mode
+) -> dict[str, float]:
+    of_seeds = []
+    for seed in seeds:
+        values = [
+            of_seed[seed].equal_cost if seed in of_seed else worst_value(mode)
+            for of_seed in results.values()
+        ]
+        of_seeds.append(ranks(values, mode))
+    return {
+        name: quantile([ranked[i] for ranked in of_seeds], 0.5) for i, name in enumerate(results)
+    }
+
+
+def _summarise_variant(
+    name: str, runs: dict[int, Run], seeds: dict[int, SeedResult], rank: float, mode: Mode
+) -> VariantSummary:
+    curves = [runs[seed].curve for seed in seeds]
+    memory = [run.peak_memory for run in runs.values() if run.peak_memory is not None]
+
+    def over_seeds(quantity: str, mode: Mode = "min") -> Spread:
+        return spread([getattr(result, quantity) for result in seeds.values()], mode)
+
+    return VariantSummary(
+        name=name,
+        seeds=seeds,
+        errors={seed: run.error for seed, run in sorted(runs.items()) if run.error is not None},
+        final=over_seeds("final", mode),
+        equal_cost=over_seeds("equal_cost", mode),
+        cost_ratio=over_seeds("cost_ratio"),
+        seconds_ratio=over_seeds("seconds_ratio"),
+        swept_ratio=over_seeds("swept_ratio"),
+        time_ratio=over_seeds("time_ratio").median,
+        rank=rank,
+        peak_memory=quantile(memory, 0.5),
+        extra_cost=quantile([_over(c.costs[-1], c.gradients[-1]) - 1 for c in curves], 0.5),
+        attempted=sum(curve.attempted[-1] for curve in curves),
+        accepted=sum(curve.accepted[-1] for curve in curves),
+    )
+
+
+def spread(values: Iterable[float], mode: Mode) -> Spread:
+    """Median, quartiles and worst of values where less (``min``) or more is better.
+
+    NaN, which stands for what could not be compared, is left out.
+    """
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return Spread(math.nan, math.nan, math.nan, math.nan, 0, 0)
+    return Spread(
+        median=quantile(values, 0.5),
+        lower=quantile(values, 0.25),
+        upper=quantile(values, 0.75),
+        worst=max(values) if mode == "min" else min(values),
+        never=sum(not math.isfinite(value) for value in values),
+        count=len(values),
+    )

@@ -1,0 +1,153 @@
+"""Whether Anderson acceleration helped, in a sentence that a sceptic may quote."""
+
+import math
+from typing import NamedTuple
+
+from lightning_stableaa.recipes.comparison.cost import sign_test
+from lightning_stableaa.recipes.comparison.summary import Spread, Summary, VariantSummary
+
+ANDERSON = "anderson"
+AVERAGING = ("smoothing", "ema", "ema_slow", "swa")
+MARGIN = 0.05  # differences in cost below five percent are called none
+
+
+class Duel(NamedTuple):
+    """Seeds in which a variant was better or worse than another."""
+
+    wins: int
+    losses: int
+
+
+def verdict(summary: Summary) -> list[str]:
+    """One sentence for each variant with Anderson acceleration, and one that names the best."""
+    contenders = [one for one in summary.variants.values() if is_anderson(one.name)]
+    sentences = [_sentence(one, summary) for one in contenders]
+    return [*sentences, _best(summary)]
+
+
+def is_anderson(name: str) -> bool:
+    """Whether the variant accelerates."""
+    return name.split("@")[0].startswith(ANDERSON)
+
+
+def best_averaging(summary: Summary) -> VariantSummary | None:
+    """The variant that only averages and reached the plain run's final value at least cost."""
+    averaging = [
+        one
+        for one in summary.variants.values()
+        if one.name.split("@")[0] in AVERAGING and one.cost_ratio.count
+    ]
+    return min(averaging, key=lambda one: one.cost_ratio.median, default=None)
+
+
+def outcome(one: VariantSummary, summary: Summary) -> str:
+    """``helped``, ``did not help``, ``made it worse`` or ``was mixed``, by cost and by end.
+
+    By cost: the median cost to reach the plain run's final value differs from 1 by more than
+    ``MARGIN``. By end: in more seeds than not, the value at equal cost is better, or worse.
+    """
+    ratio = one.cost_ratio.median
+    ends = _ends(one, summary)
+    sooner, later = ratio < 1 - MARGIN, ratio > 1 + MARGIN
+    better, worse = ends.wins > ends.losses, ends.wins < ends.losses
+    if sooner and not worse:
+        return "helped"
+    if later and not better:
+        return "made it worse"
+    if sooner or later:
+        return "was mixed"
+    return "did not help"
+
+
+def _sentence(one: VariantSummary, summary: Summary) -> str:
+    plain = summary.variants[summary.baseline]
+    if not one.cost_ratio.count:
+        return f"{one.name}: no seed was finished by both it and {plain.name}, so nothing is known."
+    ends = _ends(one, summary)
+    parts = [
+        f"{one.name} {outcome(one, summary)}: {_reached(one.cost_ratio, plain.name, summary)}, "
+        f"{_costs(one)}",
+        f"at equal cost {summary.metric} is {one.equal_cost.median:.3g} against "
+        f"{plain.final.median:.3g}, better in {_of(ends.wins, one)}",
+    ]
+    averaging = best_averaging(summary)
+    if averaging is not None:
+        parts.append(_beside(one, averaging))
+    if summary.best_swept != summary.baseline:
+        parts.append(_against_swept(one, summary))
+    few = one.cost_ratio.count < 5
+    return "; ".join(parts) + ("; fewer than five seeds prove little." if few else ".")
+
+
+def _reached(spread: Spread, target: str, summary: Summary) -> str:
+    if math.isinf(spread.median):
+        return (
+            f"it never reached the final {summary.metric} of {target} in {spread.never} of "
+            f"{spread.count} seeds"
+        )
+    text = (
+        f"it reached the final {summary.metric} of {target} at {spread.median:.2f} of the cost "
+        f"(median; quartiles {_number(spread.lower)} to {_number(spread.upper)}"
+    )
+    if spread.never:
+        return f"{text}; never in {spread.never} of {spread.count} seeds)"
+    return f"{text}; worst {spread.worst:.2f})"
+
+
+def _costs(one: VariantSummary) -> str:
+    ratios = [result.cost_ratio for result in one.seeds.values()]
+    sooner, later = sum(r < 1 for r in ratios), sum(r > 1 for r in ratios)
+    return f"cheaper in {_of(sooner, one)} (sign test p = {sign_test(sooner, later):.2g})"
+
+
+def _beside(one: VariantSummary, averaging: VariantSummary) -> str:
+    alone, both = averaging.cost_ratio.median, one.cost_ratio.median
+    took = (
+        f"averaging alone ({averaging.name}, the best of its kind) "
+        f"{'never did' if math.isinf(alone) else f'took {alone:.2f}'}"
+    )
+    if alone > both + MARGIN:
+        return f"{took}, so extrapolation adds to it"
+    if alone <= 1 - MARGIN:
+        return f"{took}, so what there is to gain comes from averaging"
+    return took
+
+
+def _against_swept(one: VariantSummary, summary: Summary) -> str:
+    ratio = one.swept_ratio
+    head = f"the best-swept plain run ({summary.best_swept}) "
+    if math.isinf(ratio.median):
+        return f"{head}ended better than it ever was in {ratio.never} of {ratio.count} seeds"
+    beaten = "it did not beat" if ratio.median >= 1 - MARGIN else "it beat as well, at"
+    return f"{head}{beaten} ({ratio.median:.2f} of the cost)".replace("at (", "(")
+
+
+def _best(summary: Summary) -> str:
+    sign = 1 if summary.mode == "min" else -1
+    best = min(
+        (one for one in summary.variants.values() if one.final.count),
+        key=lambda one: sign * one.equal_cost.median,
+        default=None,
+    )
+    if best is None:
+        return "No run was finished."
+    return (
+        f"The best median {summary.metric} at equal cost was that of {best.name} "
+        f"({best.equal_cost.median:.3g})."
+    )
+
+
+def _ends(one: VariantSummary, summary: Summary) -> Duel:
+    """Values at equal cost beside those of the plain run, seed by seed."""
+    plain = summary.variants[summary.baseline].seeds
+    sign = 1 if summary.mode == "min" else -1
+    differences = [sign * (r.equal_cost - plain[s].final) for s, r in one.seeds.items()]
+    return Duel(sum(d < 0 for d in differences), sum(d > 0 for d in differences))
+
+
+def _of(count: int, one: VariantSummary) -> str:
+    return f"{count} of {len(one.seeds)} seeds"
+
+
+def _number(value: float) -> str:
+    return "never" if math.isinf(value) else f"{value:.2f}"
