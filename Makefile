@@ -35,6 +35,7 @@ format: $(INSTALLED)  ## apply the formatting and the safe lint fixes
 	$(BIN)/ruff format .
 
 wheel: $(INSTALLED)  ## build the wheel into dist/
+	rm -rf build/lib
 	$(BIN)/python -m build --wheel
 
 wheel-test: $(INSTALLED)  ## build the wheel, install it in a clean environment and train with it

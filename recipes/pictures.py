@@ -120,10 +120,10 @@ def draw_rsd(axes: "Axes", metrics: dict[str, Series], threshold: float | None) 
     axes.legend()
 
 
-def draw_curve(axes: "Axes", series: Series, label: str, marker: str = "") -> None:
+def draw_curve(axes: "Axes", series: Series, name: str, **style: Any) -> None:
     """One metric against the optimizer step, on a logarithmic scale."""
-    axes.plot(*series, color=BLUE, linewidth=1, marker=marker, label=label)
-    axes.set(xlabel="optimizer step", ylabel=label, yscale="log")
+    axes.plot(*series, **{"color": BLUE, "linewidth": 1, "label": name, **style})
+    axes.set(xlabel="optimizer step", ylabel=name, yscale="log")
     axes.grid(alpha=0.3)
 
 
