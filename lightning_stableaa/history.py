@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Elements of one vector per chunk: the differences of a window of 11 rows, in float32 and again
 # in float64, stay in the cache of a core, while a GPU wants few, large kernels.
-_CPU_CHUNK = 8192
+_CPU_CHUNK = 1 << 15
 _GPU_CHUNK = 1 << 22
 
 

@@ -40,7 +40,7 @@ def _check_real(option: str, value: object) -> float:
 
 # What ``regularization=None`` means. The safeguard tries every value of its grid and keeps the
 # best candidate; without it one value has to serve.
-GUARDED_GRID = (1e-8, 1e-6, 1e-4, 1e-2, 1e-1)
+GUARDED_GRID = (1e-8, 1e-2, 1.0)
 UNGUARDED_GRID = (1e-8,)
 
 
@@ -104,8 +104,8 @@ class Options:
     """
 
     history_depth: int = 10
-    store_every_n_steps: int = 8
-    accelerate_every_n_steps: int = 16
+    store_every_n_steps: int = 10
+    accelerate_every_n_steps: int = 10
     warmup_steps: int = 0
     relaxation: float = 1.0
     regularization: float | Sequence[float] | None = None

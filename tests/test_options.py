@@ -39,7 +39,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"history": "x"}, "history must be one of 'auto', 'replicated', 'sharded', got 'x'"),
     ({"smoothing": True}, "smoothing must be None or a Smoothing, got True"),
     (
-        {"store_every_n_steps": 8, "smoothing": Smoothing(average_window=9)},
+        {
+            "store_every_n_steps": 8,
+            "accelerate_every_n_steps": 8,
+            "smoothing": Smoothing(average_window=9),
+        },
         r"average_window must be <= store_every_n_steps \(8\), got 9",
     ),
     (
