@@ -81,7 +81,7 @@ class FlatTensors:
         """Tells whether these are, bit for bit, the weights that they were elsewhere."""
         vector = torch.empty(self.length, dtype=self.dtype)
         self.read(vector)
-        return zlib.crc32(vector.view(torch.uint8).numpy())
+        return zlib.crc32(vector.view(torch.uint8).numpy().data)
 
     def read(self, out: Tensor, *, start: int = 0) -> None:
         """Copy the elements [start, start + len(out)) to ``out``; beyond the end, zeros."""
