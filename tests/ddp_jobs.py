@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from lightning_stableaa import AndersonAccelerator, AndersonCallback
-from tests.callbacks.regression import INPUTS, QUIET, Record, Regression, batches, network
+from lightning_stableaa import AndersonAccelerator
+from tests.callbacks.regression import (
+    INPUTS,
+    QUIET,
+    SETTING,
+    Record,
+    Regression,
+    anderson,
+    batches,
+    network,
+)
 
 WORLD = 2
-
-# On batches as noisy as these, some candidates are accepted and some are not.
-OFTEN: dict[str, Any] = {"store_every_n_steps": 2, "accelerate_every_n_steps": 4}
 
 
 def main(rank: int, port: int, folder: str) -> None:
@@ -38,13 +45,13 @@ def main(rank: int, port: int, folder: str) -> None:
         "LOCAL_WORLD_SIZE": str(WORLD),
         "TORCHELASTIC_RUN_ID": "none",  # Lightning takes the processes for torchrun's
     }
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))  # no job may hang
     jobs = {
-        "replicated": lambda: train(AndersonCallback(**OFTEN), epochs=25),
-        "nan judge": lambda: train(AndersonCallback(**OFTEN), kind=OneRankJudgesNaN, epochs=2),
+        "replicated": lambda: train(anderson(), epochs=25),
+        "nan judge": lambda: train(anderson(), kind=OneRankJudgesNaN, epochs=2),
         "plain": lambda: train(epochs=2),
-        "nan loss": lambda: train(AndersonCallback(**OFTEN), kind=OneRankLosesItself, epochs=3),
-        "sharded": lambda: train(AndersonCallback(**OFTEN, history="sharded"), epochs=5),
+        "nan loss": lambda: train(anderson(), kind=OneRankLosesItself, epochs=3),
+        "sharded": lambda: train(anderson(history="sharded"), epochs=5),
         "resume": lambda: resume(Path(folder), history="replicated"),
         "resume sharded": lambda: resume(Path(folder), history="sharded"),
         "traffic": traffic,
@@ -88,7 +95,10 @@ def digest(module: nn.Module) -> str:
 def train(
     *callbacks: Any, kind: Any = Normalised, epochs: int, ckpt_path: Any = None
 ) -> dict[str, Any]:
-    """Lightning under DDP, 8 steps an epoch; each rank has its own half of the samples."""
+    """Lightning under DDP, 8 steps an epoch; each rank has its own half of the samples.
+
+    On batches as noisy as these, some candidates are accepted and some are not.
+    """
     module = kind()
     trace = Record(lambda _, module: digest(module))
     first: list[Tensor] = []
@@ -97,10 +107,9 @@ def train(
         if callbacks and not first and callbacks[0].accelerator.accepted:
             first.append(flat(module))
 
+    options: dict[str, Any] = QUIET | {"devices": WORLD, "strategy": "ddp", "max_epochs": epochs}
     trainer = lightning.pytorch.Trainer(
-        **QUIET
-        | {"devices": WORLD, "strategy": "ddp", "max_epochs": epochs}
-        | {"callbacks": [*callbacks, trace, Record(keep_first)]}
+        **options, callbacks=[*callbacks, trace, Record(keep_first)]
     )
     trainer.fit(module, batches(2 * 8, noise=0.3), ckpt_path=ckpt_path)
     return {
@@ -128,9 +137,9 @@ def resume(folder: Path, *, history: Any) -> dict[str, Any]:
     # a cycle of three is open at the checkpoint, and the order of the samples is fixed
     options: Any = {"store_every_n_steps": 3, "accelerate_every_n_steps": 6, "history": history}
     path = folder / f"{history}.ckpt"
-    whole = train(AndersonCallback(**options), SaveAt(8, path), epochs=3)
+    whole = train(anderson(**options), SaveAt(8, path), epochs=3)
     dist.barrier()
-    return {"whole": whole, "resumed": train(AndersonCallback(**options), epochs=3, ckpt_path=path)}
+    return {"whole": whole, "resumed": train(anderson(**options), epochs=3, ckpt_path=path)}
 
 
 class Quadratic:
@@ -141,11 +150,8 @@ class Quadratic:
         self.x = nn.Parameter(torch.randn(n, generator=generator))
         self.a = torch.logspace(0, -3, n)
         self.optimizer = torch.optim.SGD([self.x], lr=1.0)
-        self.accelerator = AndersonAccelerator(
-            self.optimizer,
-            **{"history_depth": 5, "store_every_n_steps": 1, "accelerate_every_n_steps": 4}
-            | options,
-        )
+        setting: dict[str, Any] = SETTING | {"history_depth": 5, "store_every_n_steps": 1} | options
+        self.accelerator = AndersonAccelerator(self.optimizer, **setting)
 
     def loss(self) -> Tensor:
         return 0.5 * (self.a * self.x * self.x).sum()

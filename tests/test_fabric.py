@@ -9,13 +9,9 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from lightning_stableaa import AndersonAccelerator, Smoothing
-from tests.callbacks.regression import batches, network, weights
+from tests.callbacks.regression import SETTING, batches, network, weights
 
-OPTIONS: dict[str, Any] = {
-    "store_every_n_steps": 2,
-    "accelerate_every_n_steps": 4,
-    "smoothing": Smoothing(rsd_threshold=0.02),
-}
+OPTIONS: dict[str, Any] = SETTING | {"smoothing": Smoothing(rsd_threshold=0.02)}
 
 
 def plain_loop(steps: int) -> tuple[Tensor, AndersonAccelerator]:

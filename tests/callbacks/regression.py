@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch
@@ -14,18 +15,29 @@ from torch.nn.functional import mse_loss
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_stableaa import AndersonCallback
+
 TREES = ("lightning.pytorch", "pytorch_lightning")
 
 INPUTS = 4
 
 # Silent runs of one CPU process, unless a test asks for more.
-QUIET = {
+QUIET: dict[str, Any] = {
     "accelerator": "cpu",
     "devices": 1,
     "logger": False,
     "enable_checkpointing": False,
     "enable_progress_bar": False,
     "enable_model_summary": False,
+}
+
+# Stated, so that no count in these tests turns on the defaults that users get.
+SETTING: dict[str, Any] = {
+    "history_depth": 10,
+    "store_every_n_steps": 2,
+    "accelerate_every_n_steps": 4,
+    "regularization": [1e-8, 1e-6, 1e-4, 1e-2, 1e-1],
+    "max_extrapolation": 1000.0,
 }
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -93,7 +105,7 @@ def fit(
     loader: Any,
     *callbacks: Any,
     tree: str = "lightning.pytorch",
-    ckpt_path: str | None = None,
+    ckpt_path: str | Path | None = None,
     **options: Any,
 ) -> Any:
     """Train and return the Trainer."""
@@ -102,6 +114,13 @@ def fit(
     )
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     return trainer
+
+
+def anderson(**options: Any) -> AndersonCallback:
+    """Points every second step, candidates every fourth, unless ``options`` say otherwise."""
+    if options.get("safeguard") == "none":
+        options = {"regularization": 1e-8} | options
+    return AndersonCallback(**SETTING | options)
 
 
 def weights(module: nn.Module) -> Tensor:

@@ -12,6 +12,7 @@ from lightning_stableaa import AndersonCallback
 from tests.callbacks.regression import (
     Record,
     Regression,
+    anderson,
     batches,
     counters,
     fit,
@@ -39,22 +40,21 @@ class Validated(Regression):
         return batches(1)
 
 
-def anderson(apply_to: Any, **options: Any) -> AndersonCallback:
-    schedule = {"store_every_n_steps": 2, "accelerate_every_n_steps": 4, "safeguard": "none"}
-    return AndersonCallback(**schedule | options, apply_to=apply_to)
+def unguarded(apply_to: str) -> AndersonCallback:
+    return anderson(safeguard="none", apply_to=apply_to)
 
 
 def run(callback: Any = None, **options: Any) -> tuple[Validated, list[Tensor]]:
     """The module, and its weights after every training batch."""
     module, trained = Validated(), Record(lambda _, module: weights(module))
     callbacks = [callback] if callback else []
-    settings = {"num_sanity_val_steps": 0, "max_epochs": 12} | options
+    settings: dict[str, Any] = {"num_sanity_val_steps": 0, "max_epochs": 12} | options
     fit(module, batches(1), *callbacks, trained, **settings)
     return module, trained.values
 
 
 def test_evaluation_leaves_training_bitwise_alone() -> None:
-    callback = anderson("evaluation")
+    callback = unguarded("evaluation")
     plain, plain_weights = run()
     evaluated, evaluated_weights = run(callback)
 
@@ -69,14 +69,14 @@ def test_evaluation_leaves_training_bitwise_alone() -> None:
 
 
 def test_training_shows_validation_the_weights_that_training_has() -> None:
-    module, trained = run(anderson("training"))
+    module, trained = run(unguarded("training"))
 
     assert all(map(torch.equal, module.seen, trained))
 
 
 def test_both_trains_on_and_validates_the_candidate_until_the_next_one() -> None:
-    module, trained = run(anderson("both"))
-    _, with_training = run(anderson("training"))
+    module, trained = run(unguarded("both"))
+    _, with_training = run(unguarded("training"))
 
     assert all(map(torch.equal, trained, with_training))
     # epochs are single steps: the candidate of step 4 is in training as well, at that step alone
@@ -87,7 +87,7 @@ def test_both_trains_on_and_validates_the_candidate_until_the_next_one() -> None
 
 def test_an_exception_in_validation_leaves_the_training_weights() -> None:
     _, plain_weights = run()
-    module, callback = Validated(break_at=5), anderson("evaluation")
+    module, callback = Validated(break_at=5), unguarded("evaluation")
     with pytest.raises(RuntimeError, match="validation broke"):
         fit(module, batches(1), callback, num_sanity_val_steps=0, max_epochs=12)
 
@@ -100,7 +100,7 @@ def test_a_rejected_candidate_is_not_validated() -> None:
         def anderson_loss(self, batch: Any) -> Tensor:
             return torch.ones(())
 
-    callback, plain, module = anderson("evaluation", safeguard="loss"), Validated(), Rejects()
+    callback, plain, module = anderson(apply_to="evaluation"), Validated(), Rejects()
     fit(plain, batches(1), num_sanity_val_steps=0, max_epochs=6)
     fit(module, batches(1), callback, num_sanity_val_steps=0, max_epochs=6)
 
@@ -109,23 +109,25 @@ def test_a_rejected_candidate_is_not_validated() -> None:
 
 
 def test_a_sanity_check_comes_before_any_candidate() -> None:
-    module, _ = run(anderson("evaluation"), num_sanity_val_steps=1)
+    module, _ = run(unguarded("evaluation"), num_sanity_val_steps=1)
     assert torch.equal(module.seen[0], weights(Validated()))
 
 
 def test_the_candidate_survives_a_resume(tmp_path: Any) -> None:
     class Saves(lightning.pytorch.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
             if trainer.global_step == 5:
                 trainer.save_checkpoint(tmp_path / "stop.ckpt")
 
     whole, resumed = Validated(), Validated()
-    options = {"num_sanity_val_steps": 0, "max_epochs": 8}
-    fit(whole, batches(1), anderson("evaluation"), Saves(), **options)
+    options: dict[str, Any] = {"num_sanity_val_steps": 0, "max_epochs": 8}
+    fit(whole, batches(1), unguarded("evaluation"), Saves(), **options)
     fit(
         resumed,
         batches(1),
-        anderson("evaluation"),
+        unguarded("evaluation"),
         ckpt_path=str(tmp_path / "stop.ckpt"),
         **options,
     )

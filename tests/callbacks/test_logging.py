@@ -12,21 +12,17 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from lightning_stableaa import AndersonCallback, SmoothingMonitor
-from tests.callbacks.regression import Regression, batches, counters, fit
+from lightning_stableaa import SmoothingMonitor
+from tests.callbacks.regression import Regression, anderson, batches, counters, fit
 
 Row = dict[str, float]
-
-
-def anderson(**options: Any) -> AndersonCallback:
-    return AndersonCallback(**{"store_every_n_steps": 2, "accelerate_every_n_steps": 4} | options)
 
 
 def logged(folder: Path, *callbacks: Any, module: Any = None, **options: Any) -> list[Row]:
     """The rows of the CSV file, cells without a value left out."""
     logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    settings = {"logger": logger, "max_epochs": 20, "log_every_n_steps": 1} | options
-    fit(module or Regression(), batches(1), *callbacks, **settings)
+    settings: dict[str, Any] = {"max_epochs": 20, "log_every_n_steps": 1}
+    fit(module or Regression(), batches(1), *callbacks, logger=logger, **settings | options)
     with (folder / "metrics.csv").open() as file:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
@@ -107,7 +103,7 @@ def test_rejections_are_counted_by_cause(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_the_rsd_is_a_row_at_the_end_of_every_window(tmp_path: Path, alone: bool) -> None:
-    callbacks = [SmoothingMonitor(average_window=4, rsd_threshold=0.05)]
+    callbacks: list[Any] = [SmoothingMonitor(average_window=4, rsd_threshold=0.05)]
     if not alone:
         callbacks.append(anderson(store_every_n_steps=4, warmup_steps=100))
     rows = logged(tmp_path, *callbacks)
@@ -147,8 +143,10 @@ def test_the_progress_bar_shows_the_count_and_the_rsd() -> None:
     shown: list[dict[str, Any]] = []
 
     class Bar(TQDMProgressBar):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
-            super().on_train_batch_end(trainer, pl_module, *rest)
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             shown.append(self.get_metrics(trainer, pl_module))
 
     callback = anderson()
@@ -199,12 +197,12 @@ def test_the_summary_is_short_when_most_were_accepted(caplog: pytest.LogCaptureF
 
 
 def test_the_summary_of_a_short_run_names_the_schedule(caplog: pytest.LogCaptureFixture) -> None:
-    record = summary_of(caplog, AndersonCallback(), module=Regression(), epochs=3)
+    record = summary_of(caplog, anderson(warmup_steps=7), module=Regression(), epochs=3)
 
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
         "Anderson acceleration: 0 of 0 extrapolations accepted in 3 optimizer steps: the run was "
-        "too short for one; lower accelerate_every_n_steps (16) or warmup_steps (0)"
+        "too short for one; lower accelerate_every_n_steps (4) or warmup_steps (7)"
     )
 
 

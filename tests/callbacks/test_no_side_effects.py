@@ -12,10 +12,11 @@ from torch.nn.functional import mse_loss
 from torchmetrics import CatMetric, MeanMetric, MeanSquaredError, MetricCollection, SumMetric
 from torchmetrics.wrappers import Running
 
-from lightning_stableaa import AndersonCallback, SmoothingMonitor
+from lightning_stableaa import SmoothingMonitor
 from tests.callbacks.regression import (
     INPUTS,
     Regression,
+    anderson,
     batches,
     counters,
     fit,
@@ -24,10 +25,10 @@ from tests.callbacks.regression import (
 )
 
 
-def steps_bits(module: Any) -> tuple[Any, ...]:
+def random_bits() -> tuple[Any, ...]:
     """The state of every random number generator, as things that compare equal or not."""
-    kind, key, *rest = np.random.get_state()
-    return torch.get_rng_state().tolist(), random.getstate(), kind, key.tolist(), rest
+    numpy_state: Any = np.random.get_state(legacy=False)
+    return torch.get_rng_state().tolist(), random.getstate(), numpy_state["state"]["key"].tolist()
 
 
 class Busy(Regression):
@@ -68,12 +69,14 @@ class TraceAll(lightning.pytorch.Callback):
         self.batches: list[Any] = []
         self.epochs: list[Any] = []
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.batches.append(
             {
                 "weights and buffers": weights(pl_module).tolist(),
                 "gradients": [p.grad.tolist() for p in pl_module.parameters()],
-                "random": steps_bits(pl_module),
+                "random": random_bits(),
                 "metrics": [
                     pl_module.error.compute().item(),
                     pl_module.recent.compute().item(),
@@ -125,12 +128,12 @@ class NaNJudge(Busy):
         return torch.tensor(float("nan"))
 
 
-REJECTING = {"store_every_n_steps": 1, "accelerate_every_n_steps": 2}
+REJECTING: dict[str, Any] = {"store_every_n_steps": 1, "accelerate_every_n_steps": 2}
 
 
 @pytest.mark.parametrize("judge", [LosesToItself, NaNJudge])
 def test_rejected_candidates_leave_a_run_bitwise_alone(judge: Any) -> None:
-    callback = AndersonCallback(**REJECTING)
+    callback = anderson(**REJECTING)
     plain = traced(Busy())
     rejecting = traced(judge(), callback)
 
@@ -145,7 +148,7 @@ def test_rejected_candidates_leave_a_run_bitwise_alone(judge: Any) -> None:
 def test_training_step_as_judge_leaves_everything_but_the_weights() -> None:
     """Learning rates of zero: weights stay, but batch norm, metrics and randomness go on."""
     still = lambda p: torch.optim.SGD(p, lr=0.0)  # noqa: E731
-    callback = AndersonCallback(**REJECTING)
+    callback = anderson(**REJECTING)
     plain = traced(Busy(make_optimizer=still))
     judged = traced(Busy(make_optimizer=still), callback)
 
@@ -157,7 +160,7 @@ def test_training_step_as_judge_leaves_everything_but_the_weights() -> None:
 
 def test_accepted_candidates_change_the_weights_alone() -> None:
     """In the batch of the first acceptance, all but the weights is as without the callback."""
-    callback = AndersonCallback(store_every_n_steps=2, accelerate_every_n_steps=4)
+    callback = anderson()
     plain, accelerated = traced(Busy()), traced(Busy(), callback)
     accepted = next(
         step
@@ -188,9 +191,9 @@ def test_accepted_candidates_change_the_weights_alone() -> None:
 @pytest.mark.parametrize(
     "callbacks",
     [
-        [AndersonCallback(**REJECTING, warmup_steps=1000)],
-        [AndersonCallback(**REJECTING, warmup_steps=1000), SmoothingMonitor(average_window=None)],
-        [AndersonCallback(store_every_n_steps=100, accelerate_every_n_steps=100)],
+        [anderson(**REJECTING, warmup_steps=1000)],
+        [anderson(**REJECTING, warmup_steps=1000), SmoothingMonitor(average_window=None)],
+        [anderson(store_every_n_steps=100, accelerate_every_n_steps=100)],
         [SmoothingMonitor(average_window=4)],
     ],
     ids=["warmup", "warmup and smoothing", "long cycle", "monitor"],
@@ -215,7 +218,7 @@ def test_an_error_of_the_judge_leaves_weights_and_buffers() -> None:
     module, plain = Raises(), Busy()
     reference = traced(plain)
     with pytest.raises(RuntimeError, match=r"^the judge broke$"):
-        traced(module, AndersonCallback(**REJECTING))
+        traced(module, anderson(**REJECTING))
 
     assert weights(module).tolist() == reference.batches[1]["weights and buffers"]
     assert "log" not in vars(module)
@@ -238,7 +241,7 @@ def test_the_judge_sees_lightning_s_arguments_by_position() -> None:
             return super().training_step(batch, 0)
 
     for kind in (Renamed, Anything, BatchOnly):
-        callback = AndersonCallback(**REJECTING)
+        callback = anderson(**REJECTING)
         module = kind()
         fit(module, batches(4), callback, max_epochs=1)
         assert counters(callback)["attempted"] == 2
@@ -255,6 +258,6 @@ def test_a_judge_may_differentiate_the_network() -> None:
             (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
             return ((slope[:, :1] - u) ** 2).mean() + ((u - batch[1]) ** 2).mean()
 
-    callback = AndersonCallback(**REJECTING)
+    callback = anderson(**REJECTING)
     fit(Informed(), batches(1), callback, max_epochs=6)
     assert counters(callback)["attempted"] == 3

@@ -16,7 +16,7 @@ from lightning_stableaa import (
     SmoothingMonitor,
 )
 from lightning_stableaa.options import Options
-from tests.callbacks.regression import QUIET, Regression, batches, fit
+from tests.callbacks.regression import QUIET, SETTING, Regression, anderson, batches, fit
 
 
 def defaults(cls: type, *left_out: str) -> dict[str, tuple[Any, Any]]:
@@ -43,7 +43,7 @@ def test_the_monitor_takes_the_options_of_smoothing() -> None:
 
 def accelerator(**options: Any) -> AndersonAccelerator:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
-    return AndersonAccelerator(optimizer, **options)
+    return AndersonAccelerator(optimizer, **SETTING | options)
 
 
 WRONG = [
@@ -54,8 +54,8 @@ WRONG = [
     ("store_every_n_steps", "8", "store_every_n_steps must be an integer, got '8'"),
     (
         "accelerate_every_n_steps",
-        12,
-        "accelerate_every_n_steps must be a multiple of store_every_n_steps (8), got 12",
+        5,
+        "accelerate_every_n_steps must be a multiple of store_every_n_steps (2), got 5",
     ),
     ("accelerate_every_n_steps", 0, "accelerate_every_n_steps must be >= 1, got 0"),
     ("warmup_steps", -1, "warmup_steps must be >= 0, got -1"),
@@ -82,8 +82,8 @@ WRONG = [
     ("smoothing", True, "smoothing must be None or a Smoothing, got True"),
     (
         "smoothing",
-        Smoothing(average_window=9),
-        "average_window must be <= store_every_n_steps (8), got 9",
+        Smoothing(average_window=3),
+        "average_window must be <= store_every_n_steps (2), got 3",
     ),
     ("apply_to", "test", "apply_to must be one of 'training', 'evaluation', 'both', got 'test'"),
     (
@@ -105,7 +105,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("option", "value", "message"), WRONG)
-@pytest.mark.parametrize("make", [AndersonCallback, accelerator])
+@pytest.mark.parametrize("make", [anderson, accelerator])
 def test_a_wrong_value_is_refused_in_one_sentence(
     make: Any, option: str, value: Any, message: str
 ) -> None:
@@ -193,9 +193,9 @@ def test_smoothing_given_twice_is_refused() -> None:
 
 
 def test_a_window_longer_than_the_cycle_is_refused_with_a_monitor_as_well() -> None:
-    assert refused(Regression(), AndersonCallback(), SmoothingMonitor(average_window=9)) == (
-        "average_window must be <= store_every_n_steps (8), got 9"
-    )
+    assert refused(
+        Regression(), anderson(store_every_n_steps=4), SmoothingMonitor(average_window=9)
+    ) == ("average_window must be <= store_every_n_steps (4), got 9")
 
 
 STRATEGIES = {

@@ -9,16 +9,21 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stableaa import AndersonCallback, SmoothingMonitor
-from tests.callbacks.regression import Record, Regression, batches, counters, fit, network, weights
-
-
-def anderson(**options: Any) -> AndersonCallback:
-    return AndersonCallback(**{"store_every_n_steps": 2, "accelerate_every_n_steps": 4} | options)
+from lightning_stableaa import SmoothingMonitor
+from tests.callbacks.regression import (
+    Record,
+    Regression,
+    anderson,
+    batches,
+    counters,
+    fit,
+    network,
+    weights,
+)
 
 
 class Pictures(Regression):
-    def __init__(self, memory_format: torch.memory_format) -> None:
+    def __init__(self, memory_format: Any) -> None:
         net = network(
             nn.Conv2d(3, 6, 3),
             nn.ReLU(),
@@ -26,7 +31,8 @@ class Pictures(Regression):
             nn.Flatten(),
             nn.Linear(64, 2),
         )
-        super().__init__(net.to(memory_format=memory_format), lambda p: torch.optim.SGD(p, lr=0.05))
+        super().__init__(net, lambda p: torch.optim.SGD(p, lr=0.05))
+        self.to(memory_format=memory_format)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch

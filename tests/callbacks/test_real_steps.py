@@ -14,6 +14,7 @@ from tests.callbacks.regression import (
     INPUTS,
     Record,
     Regression,
+    anderson,
     batches,
     counters,
     fit,
@@ -26,7 +27,7 @@ from tests.callbacks.regression import (
 def every_step(**options: Any) -> AndersonCallback:
     """One point for one optimizer step, candidates every fifth; never a full history."""
     schedule = {"history_depth": 50, "store_every_n_steps": 1, "accelerate_every_n_steps": 5}
-    return AndersonCallback(**schedule | options)
+    return anderson(**schedule | options)
 
 
 def never_accept(module: Any, batch: Any) -> Tensor:
@@ -83,12 +84,18 @@ def test_a_training_step_that_returns_none_is_no_step() -> None:
     assert stored_points(callback).shape[0] == 11
 
 
+def overflow(module: nn.Module) -> None:
+    gradient = next(module.parameters()).grad
+    assert gradient is not None
+    gradient.fill_(float("inf"))
+
+
 class Overflows(Unaccepted):
     """The gradients of batches 2 and 5 are infinite."""
 
     def on_after_backward(self) -> None:
         if self.trainer.fit_loop.batch_idx in (2, 5):
-            next(self.parameters()).grad.fill_(float("inf"))
+            overflow(self)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
@@ -126,7 +133,7 @@ def test_a_step_that_the_grad_scaler_skips_is_no_step_of_a_plain_loop(fused: boo
         optimizer.zero_grad()
         scaler.scale(mse_loss(net(x), y)).backward()
         if index in (0, 3):
-            next(net.parameters()).grad.fill_(float("inf"))
+            overflow(net)
         scaler.step(optimizer)
         scaler.update()
         statuses.append(accelerator.step().status)
@@ -187,7 +194,8 @@ class TwoOptimizers(lightning.pytorch.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
-        for optimizer, net in zip(self.optimizers(), (self.first, self.second), strict=True):
+        optimizers: Any = self.optimizers()
+        for optimizer, net in zip(optimizers, (self.first, self.second), strict=True):
             if self.toggled:
                 self.toggle_optimizer(optimizer)
             optimizer.zero_grad()
@@ -234,7 +242,9 @@ def test_several_optimizers_without_a_judge() -> None:
 class Reseeds(lightning.pytorch.Callback):
     """Something else than the optimizer moves the weights, after batch 6."""
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.fit_loop.batch_idx == 6:
             with torch.no_grad():
                 for one in pl_module.parameters():

@@ -13,6 +13,7 @@ from tests.callbacks.regression import (
     INPUTS,
     Record,
     Regression,
+    anderson,
     batches,
     counters,
     fit,
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before the epoch ended"
 )
 
-SMOOTHING = {"average_window": 2, "rsd_threshold": 0.02}
+SMOOTHING: dict[str, Any] = {"average_window": 2, "rsd_threshold": 0.02}
 
 
 class Stepwise(Regression):
@@ -49,7 +50,9 @@ class SaveAt(lightning.pytorch.Callback):
     def __init__(self, step: int, path: Path) -> None:
         self.step, self.path = step, path
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
 
@@ -58,8 +61,8 @@ def adam(parameters: Any) -> Any:
     return torch.optim.Adam(parameters, lr=0.01)
 
 
-def anderson(**options: Any) -> AndersonCallback:
-    return AndersonCallback(**{"store_every_n_steps": 3, "accelerate_every_n_steps": 6} | options)
+def thirds(**options: Any) -> AndersonCallback:
+    return anderson(**{"store_every_n_steps": 3, "accelerate_every_n_steps": 6} | options)
 
 
 def whole_and_resumed(path: Path, make_callbacks: Any, *, stop: int, optimizer: Any) -> Any:
@@ -90,7 +93,7 @@ def test_a_resumed_run_is_bitwise_the_whole_run(
     options: Any, monitor: Any, optimizer: Any, tmp_path: Path
 ) -> None:
     def make_callbacks() -> list[Any]:
-        return [anderson(**options), *([SmoothingMonitor(**monitor)] if monitor else [])]
+        return [thirds(**options), *([SmoothingMonitor(**monitor)] if monitor else [])]
 
     # step 17 of 30, the 7th of the second epoch and the second of its cycle
     whole, resumed = whole_and_resumed(
@@ -111,7 +114,7 @@ def test_a_resumed_run_is_bitwise_the_whole_run(
 def test_any_step_will_do(stop: int, tmp_path: Path) -> None:
     """At the end of an epoch (10, 20), of a cycle (12, 18), and right after an extrapolation."""
     whole, resumed = whole_and_resumed(
-        tmp_path / "stop.ckpt", lambda: [anderson()], stop=stop, optimizer=momentum_sgd
+        tmp_path / "stop.ckpt", lambda: [thirds()], stop=stop, optimizer=momentum_sgd
     )
 
     assert torch.equal(whole[0], resumed[0])
@@ -132,7 +135,7 @@ def test_a_monitor_alone_resumes_its_window(tmp_path: Path) -> None:
 
 def test_a_checkpoint_holds_tensors_and_plain_containers(tmp_path: Path) -> None:
     path = tmp_path / "stop.ckpt"
-    callbacks = [anderson(optimizer_state="mix", apply_to="both"), SmoothingMonitor(**SMOOTHING)]
+    callbacks = [thirds(optimizer_state="mix", apply_to="both"), SmoothingMonitor(**SMOOTHING)]
     fit(Stepwise(), loader(), *callbacks, SaveAt(17, path), max_epochs=2)
 
     state = torch.load(path, weights_only=True)["callbacks"]["AndersonCallback"]
@@ -145,9 +148,9 @@ def test_other_options_drop_the_history_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "stop.ckpt"
-    fit(Stepwise(), loader(), anderson(), SaveAt(17, path), max_epochs=2)
+    fit(Stepwise(), loader(), thirds(), SaveAt(17, path), max_epochs=2)
     caplog.clear()
-    callback = anderson(history_depth=4)
+    callback = thirds(history_depth=4)
     fit(Stepwise(), loader(), callback, ckpt_path=path, max_epochs=3)
 
     warnings = [one for one in caplog.messages if "history of the checkpoint" in one]
@@ -168,7 +171,7 @@ def test_a_monitor_resumed_with_other_options_starts_a_new_window(tmp_path: Path
 
 
 def test_a_second_fit_goes_on_where_the_first_one_ended() -> None:
-    module, callback = Regression(), anderson()
+    module, callback = Regression(), thirds()
     trainer = fit(module, batches(5), callback, max_epochs=2)
     assert counters(callback)["optimizer_steps"] == 10
     trainer.fit_loop.max_epochs = 4
@@ -180,7 +183,7 @@ def test_a_second_fit_goes_on_where_the_first_one_ended() -> None:
 
 
 def test_a_second_fit_of_another_module_shares_no_history() -> None:
-    callback, fresh = anderson(), anderson()
+    callback, fresh = thirds(), thirds()
     fit(Regression(network(seed=0)), batches(1), callback, max_epochs=8)  # 2 steps into a cycle
     again, alone = Regression(network(seed=1)), Regression(network(seed=1))
     fit(again, batches(1), callback, max_epochs=24)
@@ -199,7 +202,7 @@ class ReplacesOptimizer(lightning.pytorch.Callback):
 
 
 def test_an_optimizer_that_is_replaced_is_followed() -> None:
-    callback = anderson()
+    callback = thirds()
     fit(Regression(), batches(9), ReplacesOptimizer(), callback, max_epochs=3)
 
     assert counters(callback)["optimizer_steps"] == 27
@@ -219,7 +222,7 @@ def test_a_parameter_group_that_is_added_starts_a_new_history() -> None:
             self.network[0].requires_grad_(False)
             return torch.optim.SGD(self.network[2].parameters(), lr=0.01)
 
-    callback, module = anderson(), Frozen()
+    callback, module = thirds(), Frozen()
     fit(module, batches(9), Unfreezes(), callback, max_epochs=2)
 
     points = callback.state_dict()["points"]["history"]["points"]

@@ -8,6 +8,7 @@ import torch
 from lightning_stableaa import AndersonCallback, SmoothingMonitor
 from tests.callbacks.regression import (
     TREES,
+    anderson,
     batches,
     counters,
     fit,
@@ -17,8 +18,8 @@ from tests.callbacks.regression import (
 )
 
 
-def anderson(**options: Any) -> AndersonCallback:
-    return AndersonCallback(**{"store_every_n_steps": 4, "accelerate_every_n_steps": 8} | options)
+def fours() -> AndersonCallback:
+    return anderson(store_every_n_steps=4, accelerate_every_n_steps=8)
 
 
 def run(tree: str, *callbacks: Any) -> torch.Tensor:
@@ -29,7 +30,7 @@ def run(tree: str, *callbacks: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("tree", TREES)
 def test_one_engine_step_per_optimizer_step_in_any_order(tree: str) -> None:
-    alone, first, last = anderson(), anderson(), anderson()
+    alone, first, last = fours(), fours(), fours()
     monitors = [SmoothingMonitor(rsd_threshold=0.01), SmoothingMonitor(rsd_threshold=0.01)]
     final = {
         "alone": run(tree, alone),
@@ -50,7 +51,7 @@ def test_one_engine_step_per_optimizer_step_in_any_order(tree: str) -> None:
 
 
 def test_the_trees_train_the_same_weights() -> None:
-    finals = [run(tree, anderson(), SmoothingMonitor()) for tree in TREES]
+    finals = [run(tree, fours(), SmoothingMonitor()) for tree in TREES]
 
     assert torch.equal(*finals)
 
