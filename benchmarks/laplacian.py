@@ -37,7 +37,7 @@ def one_backward_pass_per_dimension(network: nn.Module, points: Tensor) -> Deriv
 
 def nested_jvp(network: nn.Module, points: Tensor) -> Derivatives:
     """torch.func: a forward derivative of a forward derivative, vectorised over dimensions."""
-    weights = dict(network.named_parameters())
+    weights: dict[str, Tensor] = dict(network.named_parameters())
 
     def value(points: Tensor) -> Tensor:
         return functional_call(network, weights, points)[:, 0]
@@ -46,7 +46,9 @@ def nested_jvp(network: nn.Module, points: Tensor) -> Derivatives:
         return jvp(value, (points,), (direction.expand_as(points),))[1]
 
     def second(direction: Tensor) -> tuple[Tensor, Tensor]:
-        return jvp(lambda x: slope(x, direction), (points,), (direction.expand_as(points),))
+        along = direction.expand_as(points)
+        first, second, *_ = jvp(lambda x: slope(x, direction), (points,), (along,))
+        return first, second
 
     unit = torch.eye(points.shape[1], device=points.device)
     gradient, curvature = vmap(second, chunk_size=10)(unit)
@@ -89,7 +91,7 @@ def relative_error(method: Method, network: nn.Module, points: Tensor, draws: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Time the ways to a Laplacian.")
     parser.add_argument("--points", type=int, default=4000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)

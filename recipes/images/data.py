@@ -215,11 +215,14 @@ def normalise(
     batch: ImageBatch, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> Tensor:
     """Images (n, 3, size, size) in ``dtype``, mirrored where ``flips``, channels last."""
-    images = batch.images.permute(0, 3, 1, 2)  # a view, which is channels last as it is
-    images = torch.where(batch.flips[:, None, None, None], images.flip(3), images)
-    like = {"dtype": dtype, "device": images.device}
-    shift, scale = (255 * torch.tensor(v, **like)[:, None, None] for v in (mean, std))
-    return images.to(dtype).sub_(shift).div_(scale)
+    pixels = torch.where(batch.flips[:, None, None, None], batch.images.flip(2), batch.images)
+    n, height, width, _ = pixels.shape
+    # whole rows at a time: an inner loop over three channels is several times slower on a CPU
+    scale = 1 / (255 * torch.tensor(std, dtype=dtype, device=pixels.device))
+    shift = -255 * torch.tensor(mean, dtype=dtype, device=pixels.device) * scale
+    rows = pixels.view(n, height, 3 * width).to(dtype)
+    rows.mul_(scale.repeat(width)).add_(shift.repeat(width))
+    return rows.view(n, height, width, 3).permute(0, 3, 1, 2)  # which is channels last as it is
 
 
 def _report(paths: set[str]) -> None:

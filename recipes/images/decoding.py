@@ -38,5 +38,5 @@ def _resize(image: Image.Image, box: Box, full_size: tuple[int, int], size: int)
     else:
         x, y = image.width / full_size[0], image.height / full_size[1]
         scaled = (left * x, upper * y, right * x, lower * y)
-    resized = image.resize((size, size), Image.Resampling.BILINEAR, scaled)
-    return resized.convert("RGB")
+    image = image.resize((size, size), Image.Resampling.BILINEAR, scaled)
+    return image if image.mode == "RGB" else image.convert("RGB")
