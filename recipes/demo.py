@@ -38,7 +38,7 @@ def main() -> None:
     }
     _draw_comparison(folder / "comparison.png", curves)
     print(table({"plain Adam": plain, "Adam + stable AA": accelerated}))
-    print(verdict(curves["plain"][ERROR], curves["accelerated"][ERROR]))
+    print("one seed only: stableaa-compare recipe=burgers2d repeats this with several")
     print(f"\npictures: {folder / 'comparison.png'}")
     for name in ("plain", "accelerated"):
         print(f"          {folder / name / 'pictures'}")
@@ -76,18 +76,6 @@ def table(runs: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def verdict(plain: Series, accelerated: Series) -> str:
-    """When the accelerated run first had the plain run's final error, if it ever did."""
-    target = plain.values[-1]
-    reached = accelerated.steps[accelerated.values <= target]
-    if not len(reached):
-        return f"The accelerated run did not reach the plain run's final error of {target:.3f}."
-    return (
-        f"The accelerated run had the plain run's final error of {target:.3f} after "
-        f"{reached[0] / plain.steps[-1]:.0%} of the cost."
-    )
-
-
 def _train(callbacks: str, steps: int, folder: Path) -> dict[str, float]:
     with initialize_config_module("lightning_stableaa.conf", version_base="1.3"):
         config = hydra.compose(
@@ -95,7 +83,9 @@ def _train(callbacks: str, steps: int, folder: Path) -> dict[str, float]:
             [
                 "recipe=burgers2d",
                 f"callbacks={callbacks}",
+                "scheduler=cosine",  # at a constant rate the last error is a matter of luck
                 f"trainer.max_steps={steps}",
+                f"trainer.val_check_interval={steps // 20}",
                 "+trainer.enable_model_summary=false",
                 f"run_folder={folder}",
             ],

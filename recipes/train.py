@@ -14,6 +14,7 @@ from typing import Any
 
 import hydra
 import lightning
+import torch
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -45,6 +46,9 @@ def train(config: DictConfig) -> dict[str, float]:
             raise UserError(f"resume_from={config.resume_from}: there is no such checkpoint file")
         with blamed_on("seed"):
             lightning.seed_everything(config.seed, workers=True, verbose=False)
+        if config.threads is not None:
+            with blamed_on("threads", RuntimeError):
+                torch.set_num_threads(config.threads)
         data = instantiate(config.data, _convert_="all")
         module = instantiate(config.module, _convert_="all")
         callbacks = _instantiate_all(config.callbacks)

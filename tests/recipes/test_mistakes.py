@@ -62,6 +62,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
         ([*ADMISSIONS, "data.batch_size=2.5"], r"data.batch_size=2.5: expected int"),
         ([*ADMISSIONS, "data.csv=3"], r"data.csv=3: expected str or null"),
         ([*ADMISSIONS, "seed=-1"], r"seed: -1 is not in bounds, .*"),
+        ([*ADMISSIONS, "threads=0"], r"threads: .*positive.*"),
         ([*ADMISSIONS, "model.activation=cos"], r"model.activation=cos: expected 'relu' or 'tanh'"),
         (
             [*ADMISSIONS, "model.widths=[7]"],
