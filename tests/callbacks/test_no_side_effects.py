@@ -15,6 +15,7 @@ from torchmetrics.wrappers import Running
 from lightning_stableaa import SmoothingMonitor
 from tests.callbacks.regression import (
     INPUTS,
+    QUIET,
     Regression,
     anderson,
     batches,
@@ -261,3 +262,28 @@ def test_a_judge_may_differentiate_the_network() -> None:
     callback = anderson(**REJECTING)
     fit(Informed(), batches(1), callback, max_epochs=6)
     assert counters(callback)["attempted"] == 3
+
+
+def test_results_of_an_earlier_test_are_no_obstacle() -> None:
+    """``Trainer.test`` works in inference mode: no other code may write to what it left."""
+
+    class Tested(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.error = MeanSquaredError()
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            x, y = batch
+            self.error.update(self.network(x), y)
+
+        def on_test_epoch_end(self) -> None:
+            self.left = self.error.compute()
+
+    callback, module = anderson(), Tested()
+    trainer = lightning.pytorch.Trainer(**QUIET, callbacks=[callback], max_epochs=8)
+    trainer.test(module, batches(2), verbose=False)
+    assert module.left.is_inference()
+    trainer.fit(module, batches(1))
+
+    assert counters(callback)["attempted"] == 2
+    assert module.error.compute() is module.left
