@@ -1,5 +1,6 @@
 """``stableaa-compare``: variants x seeds of one recipe, and a verdict."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -8,7 +9,6 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from lightning_stableaa.recipes.comparison.drawing import draw
@@ -103,6 +103,8 @@ def main() -> None:
     if "compare.module" in names and "recipe" not in names:
         sys.argv.append(OWN_MODULE)
     quieten()
+    # reports an import that fails in three lines, before the one sentence that is enough
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
     with mistakes_in_one_sentence("stableaa-compare"):
         try:
             _compare_from_command_line()

@@ -31,7 +31,7 @@ def explain(error: Exception) -> str:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return f"{group}={choice}: there is no such choice; {_offer(choice, error.options or ())}"
     if group := re.match(r"You must specify '(.+?)'", str(error)):
-        options = re.findall(r"\t(.+)", str(error))
+        options = re.findall(r"\t([^_].*)", str(error))
         return f"{group[1]} is not given; {_offer('', options)}, as in {group[1]}={options[0]}"
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         known = cause.parent_node if isinstance(cause.parent_node, DictConfig) else {}

@@ -2,10 +2,11 @@
 
 import io
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -56,12 +57,14 @@ def draw(folder: Path, title: str, runs: Sequence[Run], summary: Summary) -> Non
 
 def band(series: Iterable[tuple[Sequence[float], Sequence[float]]]) -> Band:
     """Quartiles of step functions, each (x, y) holding y from x on, where all are defined."""
-    series = [(np.asarray(x, float), np.asarray(y, float)) for x, y in series if len(x)]
-    start = max(x[0] for x, _ in series)
-    end = min(x[-1] for x, _ in series)
-    grid = np.unique(np.concatenate([x[(x >= start) & (x <= end)] for x, _ in series]))
-    held = np.stack([y[np.searchsorted(x, grid, side="right") - 1] for x, y in series])
-    with np.errstate(invalid="ignore"):  # quartiles between infinities
+    steps = [(np.asarray(x, float), np.asarray(y, float)) for x, y in series]
+    start = max(x[0] for x, _ in steps)
+    end = min(x[-1] for x, _ in steps)
+    grid = np.unique(np.concatenate([x[(x >= start) & (x <= end)] for x, _ in steps]))
+    held = np.stack([y[np.searchsorted(x, grid, side="right") - 1] for x, y in steps])
+    with warnings.catch_warnings():
+        # between infinities, or of values that are all unknown: NaN, which is not drawn
+        warnings.simplefilter("ignore", RuntimeWarning)
         return Band(grid, *np.nanquantile(held, [0.25, 0.5, 0.75], axis=0))
 
 
@@ -71,7 +74,7 @@ def _draw_curves(path: Path, title: str, runs: dict[str, list[Run]], summary: Su
     accelerated = [name for name in styles if is_anderson(name)]
     smoothed = [name for name in styles if any(run.rsd for run in runs[name])]
     below = (["rsd"] if smoothed else []) + (["accepted"] if accelerated else [])
-    rows = [["cost", "time"], *([name, "legend"] for name in below or ["legend"])]
+    rows: list[Any] = [["cost", "time"], *([name, "legend"] for name in below or ["legend"])]
     with _figure(path, 10, 4.2 + 1.9 * len(rows[1:])) as figure:
         axes = figure.subplot_mosaic(rows, height_ratios=[3, *[1.3] * len(rows[1:])])
         for name, style in styles.items():
@@ -89,7 +92,8 @@ def _draw_curves(path: Path, title: str, runs: dict[str, list[Run]], summary: Su
             axes[key].set(xlabel=label, ylabel=summary.metric)
             _scale(axes[key], values, summary.mode)
         if smoothed:
-            axes["rsd"].set(ylabel="RSD", yscale="log")
+            axes["rsd"].set(ylabel="RSD")
+            _log_scale(axes["rsd"])
         if accelerated:
             axes["accepted"].set(ylabel="accepted\nshare", ylim=(-0.05, 1.05))
         for key in below:
@@ -188,18 +192,9 @@ def _styles(summary: Summary) -> dict[str, Style]:
 
 
 def _plot(axes: "Axes", drawn: Band, style: Style, label: str | None = None) -> None:
-    axes.fill_between(
-        drawn.x, drawn.lower, drawn.upper, step="post", color=style.color, alpha=0.15, linewidth=0
-    )
-    axes.plot(
-        drawn.x,
-        drawn.median,
-        drawstyle="steps-post",
-        color=style.color,
-        linestyle=style.linestyle,
-        linewidth=1.5,
-        label=label,
-    )
+    color, linestyle = style
+    axes.fill_between(drawn.x, drawn.lower, drawn.upper, color=color, alpha=0.15, linewidth=0)
+    axes.plot(drawn.x, drawn.median, color=color, linestyle=linestyle, linewidth=1.5, label=label)
     axes.grid(alpha=0.25)
 
 
@@ -207,9 +202,19 @@ def _scale(axes: "Axes", values: Sequence[float], mode: Mode) -> None:
     """Logarithmic for errors; a diverged run must not squeeze all others together."""
     finite = np.array([value for value in values if math.isfinite(value)])
     if mode == "min" and len(finite) and finite.min() > 0:
-        axes.set_yscale("log")
+        _log_scale(axes)
         top = min(finite.max(), 1e3 * np.median(finite))
         axes.set_ylim(finite.min() / 1.2, top * 1.2)
+
+
+def _log_scale(axes: "Axes") -> None:
+    """Logarithmic, with numbers to read even where less than a decade is shown."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _acceptance(curve: Curve) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_stableaa.recipes.errors import UserError
@@ -72,9 +72,10 @@ def one_optimizer(configured: Any) -> Training:
             "configure_optimizers returns something else than one optimizer: leave out the "
             "variants that change it (lookahead, schedule_free, lbfgs, lr_sweep, @3x, @cosine)"
         )
-    if schedulers is not None and not isinstance(schedulers, Mapping):
-        schedulers = {"scheduler": schedulers}
-    return Training(configured, schedulers and dict(schedulers))
+    if schedulers is None:
+        return Training(configured, None)
+    named = schedulers if isinstance(schedulers, Mapping) else {"scheduler": schedulers}
+    return Training(configured, dict(named))
 
 
 class LearningRateMultiple(OptimizerChange):
@@ -170,10 +171,13 @@ class ScheduleFree(OptimizerChange):
         import schedulefree
 
         replaced = training.optimizer
-        options: dict[str, Any] = {
-            "warmup_steps": int(self.warmup_share * trainer.estimated_stepping_batches)
-        }
-        groups = [
+        if not isinstance(replaced, SGD | Adam | AdamW):
+            raise UserError(
+                f"schedule_free replaces SGD, Adam and AdamW, and the optimizer is "
+                f"{type(replaced).__name__}: leave it out of compare.variants"
+            )
+        warmup_steps = int(self.warmup_share * trainer.estimated_stepping_batches)
+        groups: list[dict[str, Any]] = [
             {"params": g["params"], "lr": _full_rate(g), "weight_decay": g["weight_decay"]}
             for g in replaced.param_groups
         ]
@@ -181,15 +185,13 @@ class ScheduleFree(OptimizerChange):
         if isinstance(replaced, SGD):
             for group in groups:
                 group["lr"] /= 1 - first["momentum"]
-            options["momentum"] = first["momentum"] or 0.9  # must be positive: the default
-            self.optimizer = schedulefree.SGDScheduleFree(groups, **options)
-        elif isinstance(replaced, Adam | torch.optim.AdamW):
-            options |= {"betas": first["betas"], "eps": first["eps"]}
-            self.optimizer = schedulefree.AdamWScheduleFree(groups, **options)
+            momentum = first["momentum"] or 0.9  # must be positive: its default
+            self.optimizer = schedulefree.SGDScheduleFree(
+                groups, momentum=momentum, warmup_steps=warmup_steps
+            )
         else:
-            raise UserError(
-                f"schedule_free replaces SGD, Adam and AdamW, and the optimizer is "
-                f"{type(replaced).__name__}: leave it out of compare.variants"
+            self.optimizer = schedulefree.AdamWScheduleFree(
+                groups, betas=first["betas"], eps=first["eps"], warmup_steps=warmup_steps
             )
         return Training(self.optimizer, None)
 

@@ -92,6 +92,6 @@ class CostRecorder(Callback):
 
 
 def _now() -> float:
-    if torch.cuda.is_available():  # kernels still running belong to what was timed
+    if torch.cuda.is_initialized():  # kernels still running belong to what was timed
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -28,6 +28,7 @@ PACKAGES = (
     "pytorch-optimizer",
     "schedulefree",
 )
+RECORDER = "recorder"
 MIB = 2**20
 
 
@@ -52,7 +53,7 @@ def write_report(
         "definitions": list(DEFINITIONS),
         "best_swept": summary.best_swept,
         "variants": {
-            name: {"about": plan.about[name], **_without_seeds(dataclasses.asdict(one))}
+            name: {"about": plan.about[name], **dataclasses.asdict(one), "seeds": len(one.seeds)}
             for name, one in summary.variants.items()
         },
         "hardware": hardware(),
@@ -165,9 +166,6 @@ def _configuration(plan: Plan) -> dict[str, Any]:
     return {"config": shorten_paths(shared), "callbacks": shorten_paths(callbacks)}
 
 
-RECORDER = "recorder"
-
-
 def _run(run: Run, summary: Summary) -> dict[str, Any]:
     """Everything that was recorded, and what came of it."""
     result = summary.variants[run.variant].seeds.get(run.seed)
@@ -175,13 +173,6 @@ def _run(run: Run, summary: Summary) -> dict[str, Any]:
         "error": shorten_paths(run.error),
         "compared": result and dataclasses.asdict(result),
     }
-
-
-def _without_seeds(variant: dict[str, Any]) -> dict[str, Any]:
-    spreads = {
-        name: value._asdict() for name, value in variant.items() if hasattr(value, "_asdict")
-    }
-    return {name: value for name, value in variant.items() if name != "seeds"} | spreads
 
 
 def _csv(runs: Sequence[Run], summary: Summary) -> str:
@@ -230,13 +221,11 @@ def _finite(value: Any) -> Any:
 def _ratio_cell(spread: Spread) -> str:
     if not spread.count:
         return ""
-    worst = f"{spread.never} never" if spread.never else f"worst {_significant(spread.worst)}"
     if math.isinf(spread.median):
-        return f"never ({worst.replace('never', f'of {spread.count}')})"
-    return (
-        f"{_significant(spread.median)} ({_significant(spread.lower)} to "
-        f"{_significant(spread.upper)}; {worst})"
-    )
+        return f"never ({spread.never} of {spread.count})"
+    upper = _significant(spread.upper, infinite="never")
+    worst = f"{spread.never} never" if spread.never else f"worst {_significant(spread.worst)}"
+    return f"{_significant(spread.median)} ({_significant(spread.lower)} to {upper}; {worst})"
 
 
 def _value_cell(spread: Spread) -> str:
@@ -248,10 +237,10 @@ def _value_cell(spread: Spread) -> str:
     )
 
 
-def _significant(value: float, digits: int = 3) -> str:
+def _significant(value: float, digits: int = 3, infinite: str = "not finite") -> str:
     if math.isnan(value):
         return ""
-    return "never" if math.isinf(value) else f"{value:.{digits}g}"
+    return infinite if math.isinf(value) else f"{value:.{digits}g}"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -9,8 +9,10 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -21,13 +23,14 @@ from omegaconf import OmegaConf
 
 from lightning_stableaa.recipes.comparison.cost import Curve
 from lightning_stableaa.recipes.comparison.recorder import CURVE
-from lightning_stableaa.recipes.comparison.variants import Job
+from lightning_stableaa.recipes.comparison.variants import TRAINING, Job
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.mistakes import MISTAKES, explain
 from lightning_stableaa.recipes.pictures import read_metrics
 from lightning_stableaa.recipes.train import quieten, train
 
 RESULT = "result.json"
+FAILURE = "failure.json"
 LOG = "log.txt"
 KEPT_RSD = 200  # points of the RSD that are kept, evenly spaced
 
@@ -73,6 +76,7 @@ def run_all(
     made = _in_this_process(missing) if processes == 0 else _in_workers(missing, processes, threads)
     for run in made:
         if run.mistake and run.variant == jobs[0].variant:
+            _remove(next(job.folder for job in missing if job.fingerprint == run.fingerprint))
             raise UserError(run.error)
         yield run
 
@@ -101,9 +105,9 @@ def run_job(job: Job) -> Run:
         return dataclasses.replace(run, error=f"{type(error).__name__}: {message}")
     run = dataclasses.replace(
         run,
-        curve=Curve(**json.loads((job.folder / CURVE).read_text())),
+        curve=Curve(**json.loads((job.folder / TRAINING / CURVE).read_text())),
         peak_memory=_peak_memory(),
-        **_smoothing_log(job.folder / "metrics.csv"),
+        **_smoothing_log(job.folder / TRAINING / "metrics.csv"),
     )
     write_atomically(job.folder / RESULT, json.dumps(dataclasses.asdict(run)))
     return run
@@ -152,6 +156,7 @@ def _in_workers(jobs: Sequence[Job], processes: int, threads: int) -> Iterator[R
 def _work(job: Job, threads: int) -> None:
     """What a worker process does; everything printed goes to the log of the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what ends
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
     with (job.folder / LOG).open("w") as log:
@@ -161,14 +166,22 @@ def _work(job: Job, threads: int) -> None:
     quieten()
     run = run_job(job)
     if run.error is not None:
-        write_atomically(job.folder / "failure.json", json.dumps(dataclasses.asdict(run)))
+        write_atomically(job.folder / FAILURE, json.dumps(dataclasses.asdict(run)))
+
+
+def _end_with_main_process() -> None:
+    """Or a worker whose main process was killed would write beside that of the next attempt."""
+    main = multiprocessing.parent_process()
+    if main is not None:
+        wait([main.sentinel])
+        os._exit(1)
 
 
 def _outcome(job: Job, exit_code: int) -> Run:
     run = read_run(job)
     if run is not None:
         return run
-    failure = job.folder / "failure.json"
+    failure = job.folder / FAILURE
     if failure.exists():
         kept = json.loads(failure.read_text())
         return Run(**kept | {"curve": Curve(**kept["curve"])})
@@ -176,6 +189,14 @@ def _outcome(job: Job, exit_code: int) -> Run:
     return Run(
         job.variant, job.seed, job.fingerprint, error=f"the worker process ended with {ending}"
     )
+
+
+def _remove(folder: Path) -> None:
+    """Removes a run, and the folders above it that held nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for parent in folder.parents[:4]:  # variant, runs, comparison, comparisons
+            parent.rmdir()
 
 
 def _peak_memory() -> int:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from lightning_stableaa.recipes.comparison.cost import (
     Mode,
@@ -35,7 +34,8 @@ DEFINITIONS = (
 )
 
 
-class Spread(NamedTuple):
+@dataclass(frozen=True)
+class Spread:
     """A quantity over seeds."""
 
     median: float

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hydra import compose
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 import lightning_stableaa
 from lightning_stableaa.recipes.comparison.cost import Mode
@@ -21,6 +21,7 @@ from lightning_stableaa.recipes.mistakes import check_options
 BASELINE = "plain"
 CHANGES = "lightning_stableaa.recipes.comparison.optimizers"
 RECORDER = "lightning_stableaa.recipes.comparison.recorder.CostRecorder"
+TRAINING = "training"
 # what a run needs on its own, and a comparison pays for or sees nothing of
 LEFT_OUT = ("best", "progress", "learning_rate")
 
@@ -33,7 +34,7 @@ class Job:
     seed: int
     fingerprint: str  # of everything that decides the outcome
     folder: Path
-    settings: dict[str, Any]  # resolved configuration for train()
+    settings: dict[str, Any]  # resolved configuration for train(), whose folder is inside folder
 
 
 @dataclass(frozen=True)
@@ -68,22 +69,26 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
     folder = Path(options.folder or Path("comparisons") / title)
     seeds = _seeds(options.seeds)
     fixed, of_callbacks = _split(overrides)
+    names = list(dict.fromkeys([BASELINE, *_expand(config)]))
+    runs: dict[str, DictConfig] = {}
     used: set[str] = set()
-    variants, about, jobs = [], {}, []
-    for name in dict.fromkeys([BASELINE, *_expand(config)]):
-        base, *modifiers = name.split("@")
-        run, applied = _compose_variant(base, fixed, of_callbacks)
+    # composing takes most of the time here: once for a variant and all its modifications
+    for base in dict.fromkeys(name.split("@")[0] for name in names):
+        composed, applied = _compose_variant(base, fixed, of_callbacks)
         used |= applied
-        _insert_own_module(run)
-        _insert_modifiers(run, name, modifiers)
-        metric, mode = _decisive(run)
-        about[name] = ", ".join([run.compare.about, *map(_describe, modifiers)])
-        variants.append(name)
-        jobs += [_job(run, name, seed, metric, folder) for seed in seeds]
-    for override in set(of_callbacks) - used:
-        raise UserError(f"{override}: none of the variants {', '.join(variants)} has that callback")
+        of_base = [name for name in names if name.split("@")[0] == base]
+        runs |= {name: _modify(composed, name) for name in of_base}
+    for override in of_callbacks:
+        if override not in used:
+            raise UserError(f"{override}: no variant among {', '.join(names)} has that callback")
+    metric, mode = _decisive(runs[BASELINE])
+    about = {name: _describe(name, runs[name]) for name in names}
+    jobs: list[Job] = []
+    for name in names:
+        _prepare(runs[name], metric)
+        jobs += _jobs(runs[name], name, seeds, folder)
     jobs.sort(key=lambda job: seeds.index(job.seed))
-    return Plan(title, folder, metric, mode, variants, seeds, about, jobs)
+    return Plan(title, folder, metric, mode, names, seeds, about, jobs)
 
 
 def _refuse_conflicts(overrides: Iterable[str]) -> None:
@@ -97,14 +102,14 @@ def _refuse_conflicts(overrides: Iterable[str]) -> None:
 def _seeds(seeds: Any) -> list[int]:
     if isinstance(seeds, int) and not isinstance(seeds, bool) and seeds > 0:
         return list(range(seeds))
-    if OmegaConf.is_list(seeds) and len(seeds) and all(type(seed) is int for seed in seeds):
+    if isinstance(seeds, ListConfig) and seeds and all(type(seed) is int for seed in seeds):
         return list(dict.fromkeys(seeds))
     raise UserError(f"compare.seeds={seeds}: expected a positive number, or a list such as [7,8]")
 
 
 def _expand(config: DictConfig) -> list[str]:
     """The names asked for, with the members of the sweep in place of its name."""
-    if not OmegaConf.is_list(config.compare.variants) or not config.compare.variants:
+    if not isinstance(config.compare.variants, ListConfig) or not config.compare.variants:
         raise UserError(
             f"compare.variants={config.compare.variants}: expected a list such as [plain,anderson]"
         )
@@ -140,7 +145,10 @@ def _compose_variant(
     overrides = [*fixed, f"+compare/variant={base}"]
     run = compose("compare", overrides)
     applied = [one for one in of_callbacks if one[0] == "+" or _callback(one) in run.callbacks]
-    return (compose("compare", [*overrides, *applied]) if applied else run), set(applied)
+    if applied:
+        run = compose("compare", [*overrides, *applied])
+    _insert_own_module(run)
+    return run, set(applied)
 
 
 def _insert_own_module(run: DictConfig) -> None:
@@ -166,8 +174,9 @@ def _import(path: str, option: str) -> Any:
         ) from error
 
 
-def _insert_modifiers(run: DictConfig, name: str, modifiers: Iterable[str]) -> None:
-    """Adds the callbacks that stand for ``@cosine`` and ``@3x``, ahead of the variant's own."""
+def _modify(composed: DictConfig, name: str) -> DictConfig:
+    """A copy with the callbacks that stand for ``@cosine`` and ``@3x``, ahead of its own."""
+    _, *modifiers = name.split("@")
     added = {}
     for modifier in modifiers:
         if modifier == "cosine":
@@ -182,15 +191,20 @@ def _insert_modifiers(run: DictConfig, name: str, modifiers: Iterable[str]) -> N
                 f"compare.variants: {name} has the unknown modifier @{modifier}; write @3x for "
                 f"three times the learning rate, @cosine for a cosine schedule"
             )
+    run = composed.copy()
     kept = {name: one for name, one in run.callbacks.items() if name not in LEFT_OUT}
     with open_dict(run):
         run.callbacks = {**added, **kept}
+    return run
 
 
-def _describe(modifier: str) -> str:
-    if modifier == "cosine":
-        return "cosine schedule to zero"
-    return f"{modifier[:-1]} times the learning rate"
+def _describe(name: str, run: DictConfig) -> str:
+    _, *modifiers = name.split("@")
+    texts = [
+        "cosine schedule to zero" if one == "cosine" else f"{one[:-1]} times the learning rate"
+        for one in modifiers
+    ]
+    return ", ".join([run.compare.about, *texts])
 
 
 def _decisive(run: DictConfig) -> tuple[str, Mode]:
@@ -209,31 +223,45 @@ def _decisive(run: DictConfig) -> tuple[str, Mode]:
     return metric, mode
 
 
-def _job(run: DictConfig, variant: str, seed: int, metric: str, folder: Path) -> Job:
-    run = run.copy()
+def _prepare(run: DictConfig, metric: str) -> None:
+    """Adds what records the run, and leaves out what only a run on its own needs."""
     with open_dict(run):
-        run.seed = seed
-        run.run_folder = "RUN_FOLDER"
-        run.logger = {"csv": {**CSV_LOGGER, "save_dir": "${run_folder}"}}
-        run.callbacks = {
-            "recorder": {"_target_": RECORDER, "metric": metric, "folder": "${run_folder}"},
-            **run.callbacks,
-        }
+        run.run_folder = RUN_FOLDER
+        run.logger = {"csv": {**CSV_LOGGER, "save_dir": RUN_FOLDER}}
+        recorder = {"_target_": RECORDER, "metric": metric, "folder": RUN_FOLDER}
+        run.callbacks = {"recorder": recorder, **run.callbacks}
         run.trainer.update(QUIET_TRAINER)
         run.pop("compare")
     if run.trainer.devices not in (1, "auto") or run.trainer.num_nodes != 1:
         raise UserError(
             f"trainer.devices={run.trainer.devices}: every run of a comparison has one device"
         )
-    settings: Any = OmegaConf.to_container(run, resolve=True, throw_on_missing=True)
-    check_options(settings)
-    fingerprint = _fingerprint(settings)
-    # a folder per configuration: results of other settings stay, and are found again
-    run.run_folder = str(folder / "runs" / variant / f"seed{seed}-{fingerprint}")
-    settings = OmegaConf.to_container(run, resolve=True)
-    return Job(variant, seed, fingerprint, Path(run.run_folder), settings)
 
 
+def _jobs(run: DictConfig, variant: str, seeds: Sequence[int], folder: Path) -> list[Job]:
+    jobs = []
+    for seed in seeds:
+        run.seed = seed
+        settings: Any = OmegaConf.to_container(run, resolve=True, throw_on_missing=True)
+        if seed == seeds[0]:
+            check_options(settings)
+        fingerprint = _fingerprint(settings)
+        # a folder per configuration: results of other settings stay, and are found again
+        own = folder / "runs" / variant / f"seed{seed}-{fingerprint}"
+        jobs.append(Job(variant, seed, fingerprint, own, _place(settings, str(own / TRAINING))))
+    return jobs
+
+
+def _place(settings: Any, run_folder: str) -> Any:
+    """The settings with a folder, which is known only after they have been."""
+    if isinstance(settings, dict):
+        return {name: _place(value, run_folder) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [_place(value, run_folder) for value in settings]
+    return run_folder if settings == RUN_FOLDER else settings
+
+
+RUN_FOLDER = "RUN_FOLDER"
 CSV_LOGGER = {
     "_target_": "lightning.pytorch.loggers.CSVLogger",
     "name": "",

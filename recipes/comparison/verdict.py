@@ -37,11 +37,16 @@ def best_averaging(summary: Summary) -> VariantSummary | None:
         for one in summary.variants.values()
         if one.name.split("@")[0] in AVERAGING and one.cost_ratio.count
     ]
-    return min(averaging, key=lambda one: one.cost_ratio.median, default=None)
+    sign = 1 if summary.mode == "min" else -1
+    return min(
+        averaging,
+        key=lambda one: (one.cost_ratio.median, sign * one.equal_cost.median),
+        default=None,
+    )
 
 
 def outcome(one: VariantSummary, summary: Summary) -> str:
-    """``helped``, ``did not help``, ``made it worse`` or ``was mixed``, by cost and by end.
+    """``helped``, ``did not help``, ``made it worse`` or the two ways between, by cost and end.
 
     By cost: the median cost to reach the plain run's final value differs from 1 by more than
     ``MARGIN``. By end: in more seeds than not, the value at equal cost is better, or worse.
@@ -54,8 +59,10 @@ def outcome(one: VariantSummary, summary: Summary) -> str:
         return "helped"
     if later and not better:
         return "made it worse"
-    if sooner or later:
-        return "was mixed"
+    if sooner:
+        return "was sooner but ended worse"
+    if later:
+        return "was later but ended better"
     return "did not help"
 
 
@@ -104,7 +111,8 @@ def _beside(one: VariantSummary, averaging: VariantSummary) -> str:
     alone, both = averaging.cost_ratio.median, one.cost_ratio.median
     took = (
         f"averaging alone ({averaging.name}, the best of its kind) "
-        f"{'never did' if math.isinf(alone) else f'took {alone:.2f}'}"
+        f"{'never did' if math.isinf(alone) else f'took {alone:.2f}'} and ended at "
+        f"{averaging.equal_cost.median:.3g}"
     )
     if alone > both + MARGIN:
         return f"{took}, so extrapolation adds to it"
@@ -118,8 +126,8 @@ def _against_swept(one: VariantSummary, summary: Summary) -> str:
     head = f"the best-swept plain run ({summary.best_swept}) "
     if math.isinf(ratio.median):
         return f"{head}ended better than it ever was in {ratio.never} of {ratio.count} seeds"
-    beaten = "it did not beat" if ratio.median >= 1 - MARGIN else "it beat as well, at"
-    return f"{head}{beaten} ({ratio.median:.2f} of the cost)".replace("at (", "(")
+    beaten = "it did not beat" if ratio.median >= 1 - MARGIN else "it beat as well"
+    return f"{head}{beaten} ({ratio.median:.2f} of the cost)"
 
 
 def _best(summary: Summary) -> str:

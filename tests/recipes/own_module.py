@@ -1,0 +1,63 @@
+"""A module and data that are no recipe, as a user of stableaa-compare has them."""
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Module(lightning.LightningModule):
+    """A small regression; counts its training steps, and shows validation's view of the weights."""
+
+    def __init__(self, width: int = 3, lr: float = 0.1, schedule: bool = False) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(2, width), nn.Tanh(), nn.Linear(width, 1))
+        self.lr = lr
+        self.schedule = schedule
+        self.training_steps = 0
+        self.validated: list[Tensor] = []
+        self.rates: list[float] = []
+
+    def weights(self) -> Tensor:
+        """All parameters as one vector (n,)."""
+        return nn.utils.parameters_to_vector(self.parameters()).detach().clone()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Squared error of a batch."""
+        self.training_steps += 1
+        features, targets = batch
+        return mse_loss(self.network(features), targets)
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """Squared error of everything."""
+        self.validated.append(self.weights())
+        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        features, targets = batch
+        self.log("val/loss", mse_loss(self.network(features), targets))
+
+    def configure_optimizers(self) -> Any:
+        """SGD, and a rate that a schedule halves every epoch."""
+        optimizer = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.5)
+        if not self.schedule:
+            return optimizer
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
+
+
+class Data(lightning.LightningDataModule):
+    """Five batches of four rows, the same in every epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        features = torch.rand(20, 2, generator=torch.Generator().manual_seed(0))
+        self.rows = TensorDataset(features, features.sum(dim=1, keepdim=True))
+
+    def train_dataloader(self) -> DataLoader:
+        """In order."""
+        return DataLoader(self.rows, batch_size=4)
+
+    def val_dataloader(self) -> DataLoader:
+        """All at once."""
+        return DataLoader(self.rows, batch_size=20)

@@ -1,0 +1,353 @@
+"""A comparison from configuration to report, its continuation, and mistakes."""
+
+import csv
+import json
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hydra
+import pytest
+from hydra import initialize_config_module
+
+from lightning_stableaa.recipes.compare import compare, main
+from lightning_stableaa.recipes.comparison.report import shorten_paths, to_json
+from lightning_stableaa.recipes.comparison.runner import RESULT, Run, read_run, run_all
+from lightning_stableaa.recipes.comparison.variants import Plan, make_plan
+from tests.recipes.conftest import SMALL
+
+BURGERS = [*SMALL["burgers2d"], "trainer.max_steps=40", "compare.seeds=1"]
+ONE_RUN = ["compare.variants=[plain]", "compare.seeds=1", "compare.jobs=0"]
+MakePlan = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Iterator[MakePlan]:
+    """Plans a comparison as the command line does; its folder is a temporary one."""
+
+    def plan(*overrides: str, variants: str = "plain") -> Plan:
+        listed = [*overrides, f"compare.variants=[{variants}]", f"compare.folder={tmp_path}"]
+        return make_plan(hydra.compose("compare", listed), listed, "title")
+
+    with initialize_config_module("lightning_stableaa.conf", version_base="1.3"):
+        yield plan
+
+
+def run_here(plan: Plan) -> dict[str, Run]:
+    return {run.variant: run for run in run_all(plan.jobs, processes=0, threads=1)}
+
+
+# every variant that changes a run in its own way, sixteen in all with the sweep
+def test_every_variant_runs_and_pays_for_what_it_evaluates(plan: MakePlan) -> None:
+    made = plan(
+        *BURGERS,
+        "callbacks.anderson.store_every_n_steps=5",
+        "callbacks.anderson.accelerate_every_n_steps=10",
+        "callbacks.anderson.regularization=[1e-6,1e-3]",
+        variants="lbfgs,anderson_smoothing,smoothing,ema,swa,lookahead,schedule_free,plain@3x",
+    )
+    runs = run_here(made)
+    assert {name: run.error for name, run in runs.items()} == dict.fromkeys(made.variants)
+    steps = list(range(5, 41, 5))
+    for name, run in runs.items():
+        if name != "lbfgs":
+            assert run.curve.gradients == steps
+            # the loss before and two candidates
+            assert run.curve.losses == [3 * attempted for attempted in run.curve.attempted]
+    # the first of the attempts, every ten steps, has the two residuals it needs
+    assert runs["anderson_smoothing"].curve.attempted == [0, 1, 1, 2, 2, 3, 3, 4]
+    assert runs["anderson_smoothing"].curve.costs == [5, 11, 16, 22, 27, 33, 38, 44]
+    assert runs["plain"].curve.attempted == [0] * 8
+    assert len(runs["anderson_smoothing"].rsd) == 8  # windows of five steps
+    assert len(runs["smoothing"].rsd) == 4  # of ten
+    assert 15 < runs["lbfgs"].curve.gradients[-1] <= 40
+    ends = {run.curve.values[-1] for run in runs.values()}
+    assert len(ends) >= len(runs) - 1  # the average may never have been switched on
+
+
+def test_names_become_settings(plan: MakePlan) -> None:
+    made = plan(
+        "recipe=admissions_mlp",
+        "compare.seeds=[3,5]",
+        "callbacks.anderson.history_depth=4",
+        variants="anderson,lr_sweep,plain@3x",
+    )
+    assert made.variants == [
+        "plain",
+        "anderson",
+        "plain@0.3x",
+        "plain@3x",
+        "plain@10x",
+        "plain@cosine",
+        "plain@cosine@3x",
+        "plain@cosine@10x",
+    ]
+    assert [(job.seed, job.variant) for job in made.jobs] == [
+        (seed, name) for seed in (3, 5) for name in made.variants
+    ]
+    assert (made.metric, made.mode) == ("val/mse", "min")
+    by_name = {job.variant: job.settings for job in made.jobs if job.seed == 5}
+    assert by_name["plain"]["data"]["seed"] == 5
+    assert list(by_name["plain"]["callbacks"]) == ["recorder"]
+    assert by_name["anderson"]["callbacks"]["anderson"]["history_depth"] == 4
+    assert list(by_name["plain@cosine@3x"]["callbacks"]) == [
+        "recorder",
+        "cosine",
+        "learning_rate_multiple",
+    ]
+    assert len({job.fingerprint for job in made.jobs}) == len(made.jobs)
+    assert len({job.folder for job in made.jobs}) == len(made.jobs)
+
+
+def test_pinns_are_compared_with_lbfgs(plan: MakePlan) -> None:
+    standard = hydra.compose("compare", ["recipe=admissions_mlp"]).compare.variants
+    for recipe in ("burgers2d", "burgers100d", "burgers100d_product"):
+        variants = hydra.compose("compare", [f"recipe={recipe}"]).compare.variants
+        assert set(variants) - set(standard) == {"lbfgs"}
+
+
+def test_a_recipe_with_a_schedule_is_not_swept_over_schedules(plan: MakePlan) -> None:
+    made = plan("recipe=admissions_mlp", "scheduler=cosine", variants="lr_sweep")
+    assert made.variants == ["plain", "plain@0.3x", "plain@3x", "plain@10x"]
+
+
+def test_own_module_becomes_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = [
+        "compare.module=tests.recipes.own_module.Module",
+        "+compare.module_args.width=4",
+        "compare.datamodule=tests.recipes.own_module.Data",
+        "compare.metric=val/loss",
+        "compare.variants=[anderson,plain@3x]",
+        "callbacks.anderson.store_every_n_steps=2",
+        "callbacks.anderson.accelerate_every_n_steps=4",
+        "compare.seeds=2",
+        "compare.jobs=0",
+        "trainer.max_epochs=5",
+    ]
+    monkeypatch.setattr(sys, "argv", ["stableaa-compare", *options])
+    main()
+    said = capsys.readouterr().out.splitlines()
+    folder = tmp_path / "comparisons" / "Module"
+    report = json.loads((folder / "results.json").read_text())
+    assert report["verdict"] == said
+    assert said[0].startswith("anderson ")
+    assert said[0].endswith("fewer than five seeds prove little.")
+    assert " ".join(report["variants"]) == "plain anderson plain@3x"
+    assert report["variants"]["plain"]["cost_ratio"] == {
+        "median": 1,
+        "lower": 1,
+        "upper": 1,
+        "worst": 1,
+        "never": 0,
+        "count": 2,
+    }
+    assert report["config"]["module"] == {
+        "_target_": "tests.recipes.own_module.Module",
+        "width": 4,
+    }
+    assert report["callbacks"]["plain@3x"]["learning_rate_multiple"]["multiple"] == 3
+    assert report["seeds"] == [0, 1]
+    assert report["hardware"]["cores"] == os.cpu_count()
+    assert report["versions"]["schedulefree"] is not None
+    assert len(report["runs"]) == 6
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    assert [(row["variant"], row["seed"]) for row in rows[:3]] == [
+        ("plain", "0"),
+        ("plain", "1"),
+        ("anderson", "0"),
+    ]
+    assert [row["gradients"] for row in rows] == ["25"] * 6
+    table = (folder / "table.md").read_text()
+    assert all(sentence in table for sentence in said)
+    assert table.count("\n| ") == 4
+    for name in ("curves.png", "variants.png", "ratios.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert str(tmp_path) not in (folder / "results.json").read_text()
+
+
+def test_a_run_that_fails_does_not_stop_the_others(plan: MakePlan, tmp_path: Path) -> None:
+    options = [
+        *BURGERS,
+        f"compare.folder={tmp_path}",
+        "compare.variants=[schedule_free,smoothing]",
+        "compare.jobs=0",
+        # Schedule-Free has nothing to put in the place of Rprop
+        "optimizer={_target_:torch.optim.Rprop,_partial_:true,lr:1e-3}",
+        "~optimizer.betas",
+        "~optimizer.weight_decay",
+    ]
+    summary = compare(hydra.compose("compare", options), options, "burgers2d")
+    sentence = (
+        "schedule_free replaces SGD, Adam and AdamW, and the optimizer is Rprop: "
+        "leave it out of compare.variants"
+    )
+    assert [one.errors for one in summary.variants.values()] == [{}, {0: sentence}, {}]
+    assert f"- schedule_free, seed 0: {sentence}" in (tmp_path / "table.md").read_text()
+
+
+def kill_the_worker(folder: Path) -> None:
+    """Waits until a worker trains in ``folder``, and kills it."""
+    while not (folder / "training" / "config.yaml").exists():
+        time.sleep(0.01)
+    (worker,) = multiprocessing.active_children()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow  # starts processes
+def test_an_interrupted_run_is_made_again_and_a_finished_one_is_not(plan: MakePlan) -> None:
+    (job,) = plan(*BURGERS, "trainer.max_steps=400").jobs
+    killer = threading.Thread(target=kill_the_worker, args=(job.folder,))
+    killer.start()
+    (killed,) = run_all([job], processes=1, threads=1)
+    killer.join()
+    assert killed.error == "the worker process ended with signal SIGKILL"
+    assert read_run(job) is None
+
+    (made,) = run_all([job], processes=1, threads=1)
+    assert made.error is None
+    assert made.curve.gradients[-1] == 400
+    assert made.peak_memory is not None
+    assert 2**27 < made.peak_memory < 2**31  # bytes: 128 MiB would not hold PyTorch
+
+    written = (job.folder / RESULT).stat().st_mtime_ns
+    assert list(run_all([job], processes=1, threads=1)) == [made]  # read, to the last digit
+    assert (job.folder / RESULT).stat().st_mtime_ns == written
+
+
+def test_other_settings_are_another_run(plan: MakePlan) -> None:
+    (job,) = plan(*BURGERS).jobs
+    list(run_all([job], processes=0, threads=1))
+    (other,) = plan(*BURGERS, "optimizer.lr=2e-3").jobs
+    assert read_run(job) is not None
+    assert read_run(other) is None
+    shutil.copytree(job.folder, other.folder)
+    assert read_run(other) is None  # the fingerprint in the file decides, not the folder
+
+
+def test_report_is_valid_json_without_paths() -> None:
+    text = to_json({"a": [1.23456789, float("inf")], "b": {"c": float("nan")}})
+    assert json.loads(text) == {"a": [1.23457, None], "b": {"c": None}}
+    assert shorten_paths(["data.csv=/home/me/a.csv", {"b": "/data/c"}, "val/loss", 3]) == [
+        "data.csv=a.csv",
+        {"b": "c"},
+        "val/loss",
+        3,
+    ]
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    logs = [logging.getLogger(n) for n in ("lightning.pytorch.utilities.rank_zero", "hydra.utils")]
+    levels = [log.level for log in logs]
+    yield tmp_path
+    for log, level in zip(logs, levels, strict=True):
+        log.setLevel(level)
+
+
+OWN = ["compare.module=tests.recipes.own_module.Module", "compare.metric=val/loss"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], r"recipe is not given; choose one of .*admissions_mlp.*, as in recipe=admissions_mlp"),
+        (
+            [*BURGERS, "compare.variants=[andersen]"],
+            r"compare/variant=andersen: there is no such choice; did you mean anderson\?",
+        ),
+        (
+            [*BURGERS, "compare.variants=[plain@3]"],
+            r"compare.variants: plain@3 has the unknown modifier @3; write @3x for .*",
+        ),
+        (
+            [*BURGERS, "compare.variants=plain"],
+            r"compare.variants=plain: expected a list such as \[plain,anderson\]",
+        ),
+        (
+            [*BURGERS, "compare.variant=[plain]"],
+            r"compare.variant: there is no such option; did you mean variants\?",
+        ),
+        (
+            [*BURGERS, "compare.seeds=0"],
+            r"compare.seeds=0: expected a positive number, or a list.*",
+        ),
+        ([*BURGERS, "compare.jobs=-1"], r"compare.jobs=-1: expected a whole number >= 0"),
+        ([*BURGERS, *ONE_RUN, "compare.mode=less"], r"compare.mode=less: choose min or max"),
+        ([*BURGERS, "seed=3"], r"seed=3: a comparison has several, as in compare.seeds=\[7,8,9\]"),
+        (
+            [*BURGERS, "callbacks=stable_aa"],
+            r"callbacks=stable_aa: each variant brings its callbacks; see compare.variants",
+        ),
+        (
+            [*BURGERS, "callbacks.anderson.history_depth=4", "compare.variants=[ema]"],
+            r"callbacks.anderson.history_depth=4: no variant among plain, ema has that callback",
+        ),
+        (
+            [*BURGERS, *ONE_RUN, "trainer.devices=2"],
+            r"trainer.devices=2: every run of a comparison has one.*",
+        ),
+        (
+            ["compare.module=nowhere.Module"],
+            r"compare.module=nowhere.Module: No module named 'nowhere'; give an import path .*",
+        ),
+        (
+            [*ONE_RUN, "compare.module=tests.recipes.own_module.Module"],
+            r"compare.metric is not given: name what validation logs, as in compare.metric=val/l.*",
+        ),
+        (
+            [*OWN, "compare.datamodule=tests.recipes.own_module.Dat"],
+            r"compare.datamodule=tests.recipes.own_module.Dat: .*",
+        ),
+        (
+            [*OWN, *ONE_RUN, "+compare.module_args.depth=3"],
+            r"module.depth: there is no such option; did you mean width\?",
+        ),
+        (
+            [
+                *OWN,
+                "compare.datamodule=tests.recipes.own_module.Data",
+                "compare.metric=val/mse",
+                "trainer.max_epochs=1",
+                *ONE_RUN,
+            ],
+            r"compare.metric=val/mse: validation does not log it; choose one of val/loss",
+        ),
+        (
+            [*BURGERS, *ONE_RUN, "trainer.val_check_interval=50", "data.redraw_every=50"],
+            r"the run ended before its first validation: train longer, .*",
+        ),
+    ],
+    ids=lambda value: " ".join(value[-1:]) if isinstance(value, list) else "",
+)
+def test_mistake_is_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    empty_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["stableaa-compare", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    assert re.fullmatch(f"stableaa-compare: {sentence}", errors.splitlines()[-1]), errors
+    assert list(empty_folder.iterdir()) == []

@@ -1,0 +1,193 @@
+"""Variants that change the optimizer or average, on a module that knows nothing of them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lightning_stableaa.recipes.comparison.averages import LateWeightAveraging
+from lightning_stableaa.recipes.comparison.optimizers import (
+    LBFGS,
+    CosineSchedule,
+    LearningRateMultiple,
+    Lookahead,
+    ScheduleFree,
+    one_optimizer,
+)
+from lightning_stableaa.recipes.errors import UserError
+from tests.recipes.own_module import Data, Module
+
+
+def fit(
+    module: Module, *callbacks: Callback, epochs: int = 2, resume: Path | None = None, **more: Any
+) -> lightning.Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "max_epochs": epochs,
+        "val_check_interval": 1,
+        "num_sanity_val_steps": 0,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(one, ModelCheckpoint) for one in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = lightning.Trainer(callbacks=list(callbacks), **settings | more)
+    trainer.fit(module, Data(), ckpt_path=resume)
+    return trainer
+
+
+def module(**options: Any) -> Module:
+    torch.manual_seed(0)
+    return Module(**options)
+
+
+def path_of(made: Module, make: Any, steps: int) -> list[torch.Tensor]:
+    """Weights after each step of a plain loop over the same batches with an optimizer."""
+    optimizer, evaluate, train = make(made.parameters())
+    batches = list(Data().train_dataloader())
+    seen = []
+    for step in range(steps):
+        train()
+        optimizer.zero_grad()
+        made.training_step(batches[step % len(batches)], 0).backward()
+        optimizer.step()
+        evaluate()
+        seen.append(made.weights())
+    return seen
+
+
+def test_learning_rate_multiple_reaches_the_schedule() -> None:
+    made = module(schedule=True)
+    fit(made, LearningRateMultiple(3.0), val_check_interval=5, epochs=3)
+    # validation comes after the epoch's step of the schedule
+    assert made.rates == pytest.approx([0.15, 0.075, 0.0375])
+
+
+def test_cosine_replaces_the_schedule() -> None:
+    made = module(schedule=True)
+    fit(made, LearningRateMultiple(2.0), CosineSchedule(), epochs=2)
+    expected = [0.1 * (1 + math.cos(math.pi * step / 10)) for step in range(1, 11)]
+    assert made.rates == pytest.approx(expected)
+
+
+def test_the_module_gets_its_own_method_back() -> None:
+    made = module()
+    fit(made, LearningRateMultiple(3.0), CosineSchedule())
+    assert "configure_optimizers" not in vars(made)
+
+
+def test_schedule_free_validates_its_average() -> None:
+    from schedulefree import SGDScheduleFree
+
+    made = module()
+    fit(made, ScheduleFree())
+
+    def make(parameters: Any) -> tuple[Any, ...]:
+        # lr 0.1 at momentum 0.5 goes as far as 0.2 without
+        optimizer = SGDScheduleFree(parameters, lr=0.2, momentum=0.5)
+        return optimizer, optimizer.eval, optimizer.train
+
+    expected = path_of(module(), make, steps=10)
+    assert torch.equal(torch.stack(made.validated), torch.stack(expected))
+    assert torch.equal(made.weights(), expected[-1])
+
+
+def test_schedule_free_stands_for_sgd_and_adam_only() -> None:
+    made = module()
+    made.configure_optimizers = lambda: torch.optim.Rprop(made.parameters())
+    with pytest.raises(UserError, match=r"the optimizer is Rprop: leave it out of compare.varia"):
+        fit(made, ScheduleFree())
+
+
+def test_lookahead_validates_its_slow_weights() -> None:
+    from pytorch_optimizer import Lookahead as Package
+
+    made = module()
+    fit(made, Lookahead(k=3))
+    plain = module()
+
+    def make(parameters: Any) -> tuple[Any, ...]:
+        optimizer = Package(torch.optim.SGD(parameters, lr=0.1, momentum=0.5), k=3)
+        return optimizer, lambda: None, lambda: None
+
+    fast = path_of(plain, make, steps=10)
+    start = module().weights()
+    expected = [start, start, *[fast[2]] * 3, *[fast[5]] * 3, *[fast[8]] * 2]
+    assert torch.equal(torch.stack(made.validated), torch.stack(expected))
+    assert torch.equal(made.weights(), fast[-1])
+
+
+# PyTorch cannot tell that the step of the wrapping optimizer calls the one it has wrapped
+@pytest.mark.filterwarnings("ignore:Seems like `optimizer.step")
+def test_lookahead_keeps_the_schedule() -> None:
+    made = module(schedule=True)
+    fit(made, Lookahead(), val_check_interval=5, epochs=3)
+    assert made.rates == pytest.approx([0.05, 0.025, 0.0125])
+
+
+@pytest.mark.parametrize("change", [Lookahead, ScheduleFree])
+def test_checkpoint_continues_exactly(change: type[Callback], tmp_path: Path) -> None:
+    whole = module()
+    fit(whole, change(), epochs=4)
+    fit(module(), change(), ModelCheckpoint(tmp_path / "first", filename="kept"), epochs=2)
+    kept = tmp_path / "first" / "kept.ckpt"
+    torch.load(kept, weights_only=True)
+    resumed = Module()
+    fit(resumed, change(), ModelCheckpoint(tmp_path / "second"), epochs=4, resume=kept)
+    assert torch.equal(resumed.weights(), whole.weights())
+
+
+def test_lbfgs_stays_within_the_gradients_of_the_plain_run() -> None:
+    made = module()
+    optimizer = LBFGS(max_iter=8)
+    fit(made, optimizer, epochs=12, val_check_interval=1.0)
+    assert optimizer.budget == 60
+    assert optimizer.gradients == made.training_steps
+    # one more step of up to ten might have exceeded the budget
+    assert 50 < optimizer.gradients <= 60
+    assert made.validated
+
+
+def test_average_of_the_last_weights() -> None:
+    made, plain = module(), module()
+    fit(plain)
+    fit(made, LateWeightAveraging(start_share=0.7))
+    raw = plain.validated
+    expected = [*raw[:7], raw[7], sum(raw[7:9]) / 2, sum(raw[7:10]) / 3]
+    # the average is updated in place, one rounding a step
+    torch.testing.assert_close(torch.stack(made.validated), torch.stack(expected))
+    assert torch.equal(made.weights(), made.validated[-1])
+
+
+SGD = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+SCHEDULER = torch.optim.lr_scheduler.ConstantLR(SGD)
+
+
+@pytest.mark.parametrize(
+    ("configured", "scheduling"),
+    [
+        (SGD, None),
+        ([SGD], None),
+        ({"optimizer": SGD}, None),
+        (([SGD], []), None),
+        (([SGD], [SCHEDULER]), {"scheduler": SCHEDULER}),
+        ({"optimizer": SGD, "lr_scheduler": SCHEDULER}, {"scheduler": SCHEDULER}),
+        (
+            {"optimizer": SGD, "lr_scheduler": {"scheduler": SCHEDULER, "interval": "step"}},
+            {"scheduler": SCHEDULER, "interval": "step"},
+        ),
+        (({"optimizer": SGD, "lr_scheduler": SCHEDULER},), {"scheduler": SCHEDULER}),
+    ],
+)
+def test_every_form_with_one_optimizer_is_read(configured: Any, scheduling: Any) -> None:
+    assert one_optimizer(configured) == (SGD, scheduling)
+
+
+@pytest.mark.parametrize("configured", [None, [SGD, SGD], ([SGD, SGD], [SCHEDULER]), []])
+def test_other_forms_are_refused(configured: Any) -> None:
+    with pytest.raises(UserError, match="something else than one optimizer: leave out the varia"):
+        one_optimizer(configured)

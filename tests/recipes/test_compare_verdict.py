@@ -1,0 +1,139 @@
+"""The sentences of the verdict, for curves made by hand."""
+
+import math
+
+import pytest
+
+from lightning_stableaa.recipes.comparison.cost import Curve
+from lightning_stableaa.recipes.comparison.runner import Run
+from lightning_stableaa.recipes.comparison.summary import Summary, summarise
+from lightning_stableaa.recipes.comparison.verdict import outcome, verdict
+from tests.recipes.test_compare_cost import curve
+
+PLAIN = [8.0, 4.0, 2.0, 1.0]
+
+
+def compare(variants: dict[str, list[float] | Curve], seeds: int = 5) -> Summary:
+    """Every seed of a variant has the same curve."""
+    runs = [
+        Run(name, seed, "", made if isinstance(made, Curve) else curve(made))
+        for name, made in {"plain": PLAIN, **variants}.items()
+        for seed in range(seeds)
+    ]
+    return summarise(runs, ["plain", *variants], "val/mse", "min")
+
+
+def test_helped() -> None:
+    assert verdict(compare({"anderson": [4, 1, 0.5, 0.25]})) == [
+        "anderson helped: it reached the final val/mse of plain at 0.50 of the cost (median; "
+        "quartiles 0.50 to 0.50; worst 0.50), cheaper in 5 of 5 seeds (sign test p = 0.062); "
+        "at equal cost val/mse is 0.25 against 1, better in 5 of 5 seeds.",
+        "The best median val/mse at equal cost was that of anderson (0.25).",
+    ]
+
+
+def test_did_not_help() -> None:
+    assert verdict(compare({"anderson": PLAIN}, seeds=2)) == [
+        "anderson did not help: it reached the final val/mse of plain at 1.00 of the cost (median; "
+        "quartiles 1.00 to 1.00; worst 1.00), cheaper in 0 of 2 seeds (sign test p = 1); "
+        "at equal cost val/mse is 1 against 1, better in 0 of 2 seeds; "
+        "fewer than five seeds prove little.",
+        "The best median val/mse at equal cost was that of plain (1).",
+    ]
+
+
+def test_made_it_worse() -> None:
+    assert verdict(compare({"anderson": [8, 8, 8, 8]})) == [
+        "anderson made it worse: it never reached the final val/mse of plain in 5 of 5 seeds, "
+        "cheaper in 0 of 5 seeds (sign test p = 0.062); "
+        "at equal cost val/mse is 8 against 1, better in 0 of 5 seeds.",
+        "The best median val/mse at equal cost was that of plain (1).",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("values", "losses", "expected"),
+    [
+        ([1, 1, 1, 2], 0, "was sooner but ended worse"),
+        ([8, 1, 0.5, 0.5], 3, "helped"),  # at its second validation, 22 of 40
+        ([8, 4, 2, 1], 6, "made it worse"),  # the same curve at a fifth more
+        ([8, 4, 2, math.nan], 0, "made it worse"),
+    ],
+)
+def test_outcome_weighs_cost_and_end(values: list[float], losses: int, expected: str) -> None:
+    summary = compare({"anderson": curve(values, losses=losses)})
+    assert outcome(summary.variants["anderson"], summary) == expected
+
+
+def test_later_but_better() -> None:
+    """Plain met its final value early by luck; the variant came there later and went on."""
+    lucky = curve([1, 2, 2, 1])
+    runs = [Run("plain", 0, "", lucky), Run("anderson", 0, "", curve([8, 1, 0.5, 0.5]))]
+    summary = summarise(runs, ["plain", "anderson"], "val/mse", "min")
+    assert outcome(summary.variants["anderson"], summary) == "was later but ended better"
+
+
+@pytest.mark.parametrize(
+    ("alone", "sentence"),
+    [
+        (
+            [4, 1, 0.5, 0.5],
+            "averaging alone (smoothing, the best of its kind) took 0.50 and ended at 0.5, "
+            "so what there is to gain comes from averaging",
+        ),
+        (
+            PLAIN,
+            "averaging alone (smoothing, the best of its kind) took 1.00 and ended at 1, "
+            "so extrapolation adds to it",
+        ),
+        (
+            [8, 8, 8, 8],
+            "averaging alone (smoothing, the best of its kind) never did and ended at 8, "
+            "so extrapolation adds to it",
+        ),
+    ],
+)
+def test_averaging_alone_stands_beside(alone: list[float], sentence: str) -> None:
+    summary = compare({"anderson": [4, 1, 0.5, 0.25], "smoothing": alone, "ema": [9, 9, 9, 9]})
+    assert sentence in verdict(summary)[0]
+
+
+@pytest.mark.parametrize(
+    ("swept", "sentence"),
+    [
+        (
+            [0.5, 0.5, 0.4, 0.1],
+            "the best-swept plain run (plain@3x) ended better than it ever was in 5 of 5 seeds",
+        ),
+        (
+            [4, 2, 0.8, 0.7],
+            "the best-swept plain run (plain@3x) it beat as well (0.75 of the cost)",
+        ),
+        (
+            [2, 0.6, 0.5, 0.5],
+            "the best-swept plain run (plain@3x) it did not beat (1.00 of the cost)",
+        ),
+    ],
+)
+def test_the_best_learning_rate_stands_beside(swept: list[float], sentence: str) -> None:
+    summary = compare({"anderson": [4, 1, 0.5, 0.25], "plain@3x": swept})
+    assert sentence in verdict(summary)[0]
+
+
+def test_without_a_common_seed_nothing_is_known() -> None:
+    runs = [Run("plain", 0, "", curve(PLAIN)), Run("anderson", 0, "", error="no")]
+    sentences = verdict(summarise(runs, ["plain", "anderson"], "val/mse", "min"))
+    assert sentences[0] == (
+        "anderson: no seed was finished by both it and plain, so nothing is known."
+    )
+
+
+def test_accuracy_is_better_when_it_is_more() -> None:
+    runs = [
+        Run(name, seed, "", curve(values))
+        for name, values in {"plain": [0.2, 0.4, 0.6], "anderson": [0.6, 0.7, 0.8]}.items()
+        for seed in range(5)
+    ]
+    sentences = verdict(summarise(runs, ["plain", "anderson"], "val/top1", "max"))
+    assert sentences[0].startswith("anderson helped: ")
+    assert "val/top1 is 0.8 against 0.6, better in 5 of 5 seeds" in sentences[0]
