@@ -103,6 +103,7 @@ def test_wrong_configuration_leaves_a_used_folder_alone(compose: Compose, tmp_pa
 
 @pytest.mark.ddp
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # the processes import everything anew, in turn on a busy machine
 @pytest.mark.parametrize(
     ("launcher", "options"),
     [
@@ -124,7 +125,7 @@ def test_two_processes_share_one_run_folder(
         ],
         cwd=tmp_path,
         check=True,
-        timeout=240,
+        timeout=540,
     )
     (run,) = (tmp_path / "runs/burgers2d").iterdir()
     assert (run / "checkpoints/last.ckpt").is_file()
