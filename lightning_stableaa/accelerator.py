@@ -209,7 +209,7 @@ class AndersonAccelerator:
             "fingerprint": None if points is None else self._fingerprint(points),
             "points": None if points is None else points.state_dict(),
             "smoother": None if smoother is None else smoother.state_dict(),
-            "evaluation": points.candidate.cpu()
+            "evaluation": points.candidate.to("cpu", copy=True)
             if points is not None and self._has_evaluation_weights
             else None,
         }
@@ -315,7 +315,7 @@ class AndersonAccelerator:
     def _restart_cycle(self) -> None:
         """Something else than the optimizer moved the weights: no residual across it."""
         assert self._points is not None
-        log.debug("the weights were changed from outside; the open cycle is dropped")
+        self.outcomes[Status.WEIGHTS_CHANGED] += 1
         self._points.break_chain()
         self._cycle_steps = 0
         if self._smoother is not None:

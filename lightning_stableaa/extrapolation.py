@@ -63,6 +63,8 @@ def extrapolate(
         status = Status.REJECTED_STAGNATION
     elif loss_before is not None:
         status, best = _choose(loss_before, losses_after)
+    elif not math.isfinite(norms[0]):
+        status = Status.REJECTED_NON_FINITE_CANDIDATE
     accepted = status is Status.ACCEPTED
     jump = proposal.jumps[best] if accepted else None
     return Extrapolation(

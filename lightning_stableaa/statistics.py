@@ -100,7 +100,7 @@ class RunningStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and CPU tensors."""
-        tensors = {name: tensor.cpu() for name, tensor in self._tensors().items()}
+        tensors = {name: tensor.to("cpu", copy=True) for name, tensor in self._tensors().items()}
         return {"count": self.count, **tensors}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ class Status(Enum):
     REJECTED_LOSS = "rejected_loss"
     REJECTED_NON_FINITE_LOSS = "rejected_non_finite_loss"
     REJECTED_NON_FINITE_HISTORY = "rejected_non_finite_history"
+    REJECTED_NON_FINITE_CANDIDATE = "rejected_non_finite_candidate"
     REJECTED_STAGNATION = "rejected_stagnation"
 
     @property
@@ -45,6 +46,14 @@ _REMEDIES = {
     Status.REJECTED_NON_FINITE_HISTORY: (
         "the weights were not finite and the history was dropped: lower the learning rate or "
         "clip gradients"
+    ),
+    Status.REJECTED_NON_FINITE_CANDIDATE: (
+        "the mixing weights were not finite: raise regularization"
+    ),
+    Status.WEIGHTS_CHANGED: (
+        "something other than the optimizer changed the weights before a cycle was complete, and "
+        "no residual is formed across such a change: do it less often than every "
+        "store_every_n_steps, or lower that option"
     ),
     Status.REJECTED_STAGNATION: (
         "the weights did not move between stored points: check that the optimizer updates them "

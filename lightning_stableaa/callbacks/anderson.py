@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
+
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.callbacks.base import LightningCallback, log_to_loggers
 from lightning_stableaa.callbacks.judge import BatchLoss, has_own_loss
@@ -140,7 +142,8 @@ class AndersonCallback(LightningCallback):
         """Say how it went, once."""
         if self._engine is not None and trainer.is_global_zero:
             level, text = summary(self._engine)
-            log.log(level, text)
+            # good news where Lightning prints its own: a library's INFO is shown nowhere
+            rank_zero_info(text) if level == logging.INFO else log.log(level, text)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Show validation the candidate, where candidates are for evaluation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from lightning_stableaa.accelerator import AndersonAccelerator
+from lightning_stableaa.status import Status
 
 
 def summary(engine: AndersonAccelerator) -> tuple[int, str]:
@@ -14,15 +15,17 @@ def summary(engine: AndersonAccelerator) -> tuple[int, str]:
         f"Anderson acceleration: {accepted} of {attempted} extrapolations accepted in "
         f"{engine.optimizer_steps} optimizer steps"
     )
+    breaks = engine.outcomes[Status.WEIGHTS_CHANGED]
+    if attempted == 0 and breaks:
+        return logging.WARNING, f"{head}: {breaks} times {Status.WEIGHTS_CHANGED.remedy}."
     if attempted == 0:
         return logging.WARNING, (
             f"{head}: the run was too short for one; lower accelerate_every_n_steps "
             f"({engine.options.accelerate_every_n_steps}) or warmup_steps "
-            f"({engine.options.warmup_steps})"
+            f"({engine.options.warmup_steps})."
         )
-    causes = engine.outcomes.copy()
-    rejected = {status: count for status, count in causes.items() if status.rejected}
     if 2 * accepted >= attempted:
         return logging.INFO, f"{head}."
+    rejected = {status: count for status, count in engine.outcomes.items() if status.rejected}
     why = max(rejected, key=lambda status: rejected[status])
     return logging.WARNING, f"{head}. Most often ({rejected[why]} times) {why.remedy}."

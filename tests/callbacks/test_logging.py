@@ -166,7 +166,7 @@ def test_the_progress_bar_shows_the_count_and_the_rsd() -> None:
 
 
 def summary_of(caplog: pytest.LogCaptureFixture, *callbacks: Any, module: Any, epochs: int) -> Any:
-    with caplog.at_level(logging.INFO, logger="lightning_stableaa"):
+    with caplog.at_level(logging.INFO):
         fit(module, batches(1), *callbacks, max_epochs=epochs)
     (record,) = [one for one in caplog.records if one.getMessage().startswith("Anderson acc")]
     return record
@@ -202,7 +202,27 @@ def test_the_summary_of_a_short_run_names_the_schedule(caplog: pytest.LogCapture
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
         "Anderson acceleration: 0 of 0 extrapolations accepted in 3 optimizer steps: the run was "
-        "too short for one; lower accelerate_every_n_steps (4) or warmup_steps (7)"
+        "too short for one; lower accelerate_every_n_steps (4) or warmup_steps (7)."
+    )
+
+
+def test_the_summary_says_when_somebody_else_moves_the_weights(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Clamped(Regression):
+        def on_train_batch_start(self, *_: Any) -> None:
+            with torch.no_grad():
+                for parameter in self.parameters():
+                    parameter.clamp_(-10.0, 10.0)
+
+    record = summary_of(caplog, anderson(), module=Clamped(), epochs=6)
+
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "Anderson acceleration: 0 of 0 extrapolations accepted in 6 optimizer steps: 5 times "
+        "something other than the optimizer changed the weights before a cycle was complete, and "
+        "no residual is formed across such a change: do it less often than every "
+        "store_every_n_steps, or lower that option."
     )
 
 
