@@ -21,7 +21,7 @@ HYSTERESIS = 0.8
 # Elements read from the parameters at a time: the work space beside the vectors kept.
 _CHUNK = 1 << 20
 
-Read = Callable[[Tensor, int], None]
+Read = Callable[[Tensor, int], object]
 """``read(out, start)`` copies the elements [start, start + len(out)) of the iterate to ``out``."""
 
 
@@ -50,7 +50,8 @@ class RunningStatistics:
         rsd: RsdKind = "norm",
         of: RsdOf = "iterates",
     ) -> None:
-        self.rsd, self.of = rsd, of
+        self.rsd: RsdKind = rsd
+        self.of: RsdOf = of
         self.count = 0
         self.mean = torch.zeros(length, dtype=dtype, device=device)
         self._squares = torch.zeros_like(self.mean) if rsd == "max" else None  # M2

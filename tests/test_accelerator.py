@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_stableaa import AndersonAccelerator, Smoothing, Status
+from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
 from tests.reference import ReferenceAccelerator, Vector
+
+NOTHING = StepReport(status=Status.NO_OPTIMIZER_STEP)
 
 
 class Quadratic:
@@ -127,7 +129,7 @@ def test_an_affine_contraction_is_solved_after_n_plus_one_maps(size: int) -> Non
         max_extrapolation=math.inf,
         safeguard="none",
     )
-    before = problem.x.detach().norm()
+    before, report = problem.x.detach().norm(), NOTHING
     for _ in range(size + 1):
         problem.train_step()
         report = accelerator.step()
@@ -183,19 +185,21 @@ def test_a_rejected_candidate_leaves_everything_bitwise() -> None:
     accelerator = AndersonAccelerator(
         problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=3
     )
-    for step in range(1, 4):
+    for _ in range(2):
         problem.train_step()
-        weights, gradient = problem.x.detach().clone(), problem.x.grad.clone()
-        random = torch.get_rng_state()
-        calls = []
+        assert not accelerator.step(problem.loss).attempted
+    problem.train_step()
+    weights, random = problem.x.detach().clone(), torch.get_rng_state()
+    assert problem.x.grad is not None
+    gradient = problem.x.grad.clone()
+    calls = []
 
-        def worse_elsewhere(here: Tensor = weights, calls: list[int] = calls) -> Tensor:
-            calls.append(1)
-            torch.rand(3)  # a loss with dropout draws random numbers
-            return (problem.x - here).square().sum()
+    def worse_elsewhere() -> Tensor:
+        calls.append(1)
+        torch.rand(3)  # a loss with dropout draws random numbers
+        return (problem.x - weights).square().sum()
 
-        report = accelerator.step(worse_elsewhere)
-        assert report.attempted == (step == 3)
+    report = accelerator.step(worse_elsewhere)
     assert report.status is Status.REJECTED_LOSS
     assert (report.loss_before, len(calls)) == (0.0, 1 + 3)
     assert report.loss_after is not None
@@ -231,6 +235,7 @@ def test_a_loss_that_is_not_finite_is_rejected(bad: float, where: str) -> None:
     accelerator = AndersonAccelerator(
         problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=2
     )
+    weights, report = torch.empty(0), NOTHING
     for _ in range(2):
         problem.train_step()
         losses = iter([torch.tensor(bad if where == "before" else 1.0)])
@@ -248,6 +253,7 @@ def test_one_finite_candidate_among_others_is_taken() -> None:
         accelerate_every_n_steps=2,
         regularization=[1e-8, 1e-3, 1.0],
     )
+    report = NOTHING
     for _ in range(2):
         problem.train_step()
         losses = iter([2.0, math.nan, 1.0, math.inf])
@@ -287,6 +293,7 @@ def test_weights_that_do_not_move_are_reported() -> None:
     accelerator = AndersonAccelerator(
         problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=3
     )
+    report = NOTHING
     for _ in range(3):
         problem.train_step()
         report = accelerator.step(problem.loss)
@@ -440,6 +447,7 @@ def test_momentum_on_acceptance(optimizer_state: str) -> None:
         optimizer_state=optimizer_state,  # type: ignore[arg-type]
         max_extrapolation=math.inf,
     )
+    buffer, report = torch.empty(0), NOTHING
     points, momenta = [problem.x.detach().clone()], [torch.zeros_like(problem.x)]
     for _ in range(3):
         problem.train_step()
@@ -470,7 +478,7 @@ def test_evaluation_weights_are_seen_only_inside_the_context() -> None:
         accelerate_every_n_steps=6,
         apply_to="evaluation",
     )
-    plain = problem.x.detach().numpy().copy()
+    plain, report = problem.x.detach().numpy().copy(), NOTHING
     for _ in range(6):
         problem.train_step()
         plain = problem.plain_step(plain)
@@ -599,7 +607,7 @@ def test_detached_hooks_see_no_steps() -> None:
     assert accelerator.step().status is Status.NO_OPTIMIZER_STEP
 
 
-def test_a_history_on_another_device_dtype_and_the_weights_meet() -> None:
+def test_a_history_may_live_on_a_device_of_its_own() -> None:
     problem = Quadratic()
     here = AndersonAccelerator(
         problem.optimizer,
@@ -608,6 +616,7 @@ def test_a_history_on_another_device_dtype_and_the_weights_meet() -> None:
         safeguard="none",
         history_device="cpu",
     )
+    report = NOTHING
     for _ in range(2):
         problem.train_step()
         report = here.step()

@@ -45,18 +45,18 @@ def test_every_generator_is_restored() -> None:
 
 
 def test_buffers_and_metrics_are_restored_also_after_an_error() -> None:
-    module = nn.ModuleDict({"norm": nn.BatchNorm1d(2), "mean": MeanMetric(), "cat": CatMetric()})
-    mean, values = module["mean"], module["cat"]
+    norm, mean, values = nn.BatchNorm1d(2), MeanMetric(), CatMetric()
+    module = nn.ModuleList([norm, mean, values])
     mean.update(1.0)
     values.update(torch.tensor([1.0]))
     buffers = [buffer.clone() for buffer in module.buffers()]
 
     def train_and_fail() -> None:
         with undo_side_effects(module):
-            module["norm"](torch.randn(8, 2))
+            norm(torch.randn(8, 2))
             mean(5.0)
             values(torch.tensor([7.0]))
-            assert not torch.equal(module["norm"].running_mean, buffers[0])
+            assert not torch.equal(next(module.buffers()), buffers[0])
             raise RuntimeError("interrupted")
 
     with pytest.raises(RuntimeError, match="interrupted"):

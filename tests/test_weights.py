@@ -30,7 +30,8 @@ def test_trainable_parameters_are_unique_non_empty_and_require_a_gradient() -> N
 
 
 def test_read_and_write_keep_identity_strides_and_dtype() -> None:
-    convolution = nn.Conv2d(3, 4, 2).to(memory_format=torch.channels_last)
+    convolution = nn.Conv2d(3, 4, 2)
+    convolution.weight.data = convolution.weight.data.contiguous(memory_format=torch.channels_last)
     transposed = nn.Parameter(torch.randn(5, 2).T)
     half = nn.Parameter(torch.randn(3).bfloat16())
     tensors = [*convolution.parameters(), transposed, half]
