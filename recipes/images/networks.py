@@ -35,7 +35,14 @@ def resnet_small(num_classes: int = 10, width: int = 16, small_images: bool = Tr
     """ResNet-14 of basic blocks with ``width``, 2 ``width`` and 4 ``width`` channels.
 
     With 16 channels it has 175,258 parameters and trains on a CPU.
+
+    Raises:
+        ValueError: ``width`` is below 8.
     """
+    # torch 2.13 corrupts memory on a CPU in the gradient of a 1x1 convolution with stride 2 that
+    # has fewer than 8 input channels and is stored channels last
+    if width < 8:
+        raise ValueError(f"width must be >= 8, got {width}")
     config = ResNetConfig(
         num_labels=num_classes,  # pyright: ignore[reportCallIssue]  # 'No parameter named "num_labels"'
         layer_type="basic",
@@ -93,6 +100,6 @@ def timm_model(name: str = "resnet50", num_classes: int = 1000) -> nn.Module:
 
 def _missing(package: str, error: Exception) -> UserError:
     return UserError(
-        f"model: {package} cannot be imported beside torch {torch.__version__} ({error}); install "
+        f"{package} cannot be imported beside torch {torch.__version__} ({error}); install "
         f"the {package} that fits it, or choose model=resnet50, which needs neither"
     )

@@ -14,6 +14,7 @@ from lightning_stableaa.recipes.burgers100d.data import Points, draw_points
 from lightning_stableaa.recipes.burgers100d.laplacian import derivatives
 from lightning_stableaa.recipes.burgers100d.problems import Derivatives
 from lightning_stableaa.recipes.networks import mlp
+from lightning_stableaa.recipes.train import train
 
 PROBLEMS = [LogisticBurgers(), ProductBurgers()]
 
@@ -247,3 +248,21 @@ def test_estimate_follows_the_step_and_not_the_random_state():
     drawn = draw_points(problem, 6, 5, seed=(0,))
     losses = [module.anderson_loss(Points(*drawn, step)).item() for step in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize("recipe", ["burgers100d", "burgers100d_product"])
+def test_two_steps_of_the_recipe(recipe, compose):
+    results = train(
+        compose(
+            f"recipe={recipe}",
+            "data.interior_points=20",
+            "trainer.max_steps=2",
+            "trainer.val_check_interval=1",
+            "callbacks=none",
+            "callbacks.progress=null",
+            "logger=none",
+        )
+    )
+    assert results["best/val/relative_l2"] <= results["val/relative_l2"]
+    # the product is of the order of 1e-9: an untrained network is off by a factor of millions
+    assert (results["val/relative_l2"] > 1e6) == (recipe == "burgers100d_product")

@@ -32,6 +32,7 @@ from lightning_stableaa.recipes.images.networks import (
     timm_model,
     torchvision_resnet50,
 )
+from lightning_stableaa.recipes.train import train
 
 LEFT_OUT = "(cannot|could not) be decoded"
 RANDOM = np.random.default_rng(0)
@@ -278,13 +279,17 @@ class TestNetworks:
     def test_small_resnet_has_its_parameters(self):
         assert sum(p.numel() for p in resnet_small().parameters()) == 175_258
 
+    def test_narrow_networks_are_refused(self):
+        with pytest.raises(ValueError, match="width must be >= 8, got 7"):
+            resnet_small(width=7)
+
     @pytest.mark.parametrize(
         ("build", "package"), [(torchvision_resnet50, "torchvision"), (timm_model, "timm")]
     )
     def test_missing_packages_are_named(self, build, package, monkeypatch):
         monkeypatch.setitem(sys.modules, package, None)
         monkeypatch.setitem(sys.modules, f"{package}.models", None)
-        with pytest.raises(UserError, match=f"model: {package} cannot be imported .*=resnet50"):
+        with pytest.raises(UserError, match=f"{package} cannot be imported .*=resnet50"):
             build()
 
 
@@ -463,3 +468,32 @@ class TestData:
         resumed = run("resumed", ckpt_path=tmp_path / "whole" / "step=6.ckpt")
         for ours, theirs in zip(weights(resumed), weights(whole), strict=True):
             assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "precision"),
+    [("cpu", "32-true"), ("gpu", "bf16-mixed"), ("multinode", "bf16-mixed")],
+)
+def test_half_precision_is_for_devices_that_are_fast_at_it(trainer, precision, compose):
+    assert compose("recipe=resnet50_cifar10", f"trainer={trainer}").trainer.precision == precision
+
+
+def test_two_steps_of_the_recipe(folder, compose):
+    results = train(
+        compose(
+            "recipe=resnet50_cifar10",
+            "model=resnet_small",
+            "model.num_classes=2",
+            "model.width=8",
+            "data.batch_size=6",
+            "data.workers=0",
+            f"data.folder={folder}",
+            "trainer=cpu",
+            "trainer.max_epochs=1",
+            "callbacks=none",
+            "callbacks.progress=null",
+            "logger=none",
+        )
+    )
+    assert results["val/top5"] == 1  # of two classes
+    assert results["best/val/top1"] == results["val/top1"]
