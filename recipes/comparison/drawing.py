@@ -13,7 +13,7 @@ import numpy as np
 from lightning_stableaa.recipes.comparison.cost import Curve, Mode
 from lightning_stableaa.recipes.comparison.runner import Run, write_atomically
 from lightning_stableaa.recipes.comparison.summary import Summary
-from lightning_stableaa.recipes.comparison.verdict import best_averaging, is_anderson
+from lightning_stableaa.recipes.comparison.verdict import best_averaging, contenders, is_anderson
 from lightning_stableaa.recipes.pictures import BLUE, GREEN, GREY, ORANGE, VERMILLION
 
 if TYPE_CHECKING:
@@ -56,16 +56,18 @@ def draw(folder: Path, title: str, runs: Sequence[Run], summary: Summary) -> Non
 
 
 def band(series: Iterable[tuple[Sequence[float], Sequence[float]]]) -> Band:
-    """Quartiles of step functions, each (x, y) holding y from x on, where all are defined."""
-    steps = [(np.asarray(x, float), np.asarray(y, float)) for x, y in series]
-    start = max(x[0] for x, _ in steps)
-    end = min(x[-1] for x, _ in steps)
-    grid = np.unique(np.concatenate([x[(x >= start) & (x <= end)] for x, _ in steps]))
-    held = np.stack([y[np.searchsorted(x, grid, side="right") - 1] for x, y in steps])
+    """Quartiles of the i-th values of all (x, y), at the median of their i-th x.
+
+    The seeds of a variant validate after the same steps; the shortest one ends the band.
+    """
+    listed = list(series)
+    length = min(len(x) for x, _ in listed)
+    x = np.array([x[:length] for x, _ in listed], float)
+    y = np.array([y[:length] for _, y in listed], float)
     with warnings.catch_warnings():
         # between infinities, or of values that are all unknown: NaN, which is not drawn
         warnings.simplefilter("ignore", RuntimeWarning)
-        return Band(grid, *np.nanquantile(held, [0.25, 0.5, 0.75], axis=0))
+        return Band(np.median(x, axis=0), *np.nanquantile(y, [0.25, 0.5, 0.75], axis=0))
 
 
 def _draw_curves(path: Path, title: str, runs: dict[str, list[Run]], summary: Summary) -> None:
@@ -169,20 +171,24 @@ def _plain_ticks(axes: "Axes", bounds: list[float], never: float) -> None:
     """Ticks that read as ratios, and one named never where something stands there."""
     from matplotlib.ticker import FixedLocator, NullLocator
 
-    nice = [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)]
+    nice = [m * 10.0**e for e in range(-4, 5) for m in (1, 1.5, 2, 3, 5, 7)]
     shown = [tick for tick in nice if bounds[0] * 0.9 <= tick <= bounds[1] * 1.1]
     axes.xaxis.set_major_locator(FixedLocator([*shown, never]))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xticklabels([*(f"{tick:g}" for tick in shown), "never"])
+    axes.set_xlim(bounds[0] * 0.85, never * 1.15)
 
 
 def _styles(summary: Summary) -> dict[str, Style]:
-    """Plain, its best sweep, everything accelerated, and the best that only averages."""
+    """Plain, its best sweep, what the verdict speaks of, and the best that only averages.
+
+    What may lie on top of another line is dashed.
+    """
     styles = {summary.baseline: Style(BLACK, "-")}
     styles.setdefault(summary.best_swept, Style(BLACK, "--"))
-    colors = iter([(BLUE, "-"), (VERMILLION, "-"), (PURPLE, "-"), (BLUE, "--"), (VERMILLION, "--")])
-    for name in filter(is_anderson, summary.variants):
-        styles[name] = Style(*next(colors, (PURPLE, "--")))
+    spare = iter([(BLUE, "-"), (VERMILLION, "--"), (PURPLE, "-")])
+    for one in contenders(summary):
+        styles[one.name] = Style(*next(spare, (PURPLE, ":")))
     if "smoothing" in summary.variants:
         styles["smoothing"] = Style(ORANGE, "-.")
     averaging = best_averaging(summary)

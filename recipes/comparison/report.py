@@ -78,8 +78,8 @@ def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
         "",
         f"| variant | cost to reach {summary.baseline}'s final "
         f"| cost to reach {summary.best_swept}'s final | final | at equal cost | rank | time "
-        "| memory, MiB | accepted |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| memory, MiB | accepted | smoothing on |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in summary.variants.items():
         cells = [
@@ -92,6 +92,7 @@ def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
             _significant(one.time_ratio, 3),
             _significant(one.peak_memory / MIB, 4),
             f"{one.accepted} of {one.attempted}" if one.attempted else "",
+            "" if math.isnan(one.smoothing_on) else f"{one.smoothing_on:.0%}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     failures = [
@@ -204,6 +205,7 @@ def _row(run: Run, summary: Summary) -> dict[str, Any]:
         "peak_memory_mib": run.peak_memory and round(run.peak_memory / MIB, 1),
         "attempted": curve.attempted[-1] if ended else None,
         "accepted": curve.accepted[-1] if ended else None,
+        "smoothing_on": run.smoothing_on,
         "error": run.error and shorten_paths(run.error),
     }
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import OmegaConf
@@ -48,6 +49,7 @@ class Run:
     peak_memory: int | None = None  # bytes: of the device on CUDA, else of the whole process
     rsd_gradients: list[float] = field(default_factory=list)
     rsd: list[float] = field(default_factory=list)
+    smoothing_on: float | None = None  # share of the windows; None without a SmoothingMonitor
 
 
 def run_all(
@@ -206,10 +208,15 @@ def _peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
 
 
-def _smoothing_log(path: Path) -> dict[str, list[float]]:
-    """The RSD against the optimizer step, thinned."""
-    series = read_metrics(path).get("smoothing/rsd") if path.exists() else None
-    if series is None:
+def _smoothing_log(path: Path) -> dict[str, Any]:
+    """The RSD against the optimizer step, thinned, and how often the average was on."""
+    metrics = read_metrics(path) if path.exists() else {}
+    if "smoothing/rsd" not in metrics:
         return {}
-    every = math.ceil(len(series.steps) / KEPT_RSD)
-    return {"rsd_gradients": series.steps[::every].tolist(), "rsd": series.values[::every].tolist()}
+    steps, values = metrics["smoothing/rsd"]
+    every = math.ceil(len(steps) / KEPT_RSD)
+    return {
+        "rsd_gradients": steps[::every].tolist(),
+        "rsd": values[::every].tolist(),
+        "smoothing_on": float(metrics["smoothing/on"].values.mean()),
+    }

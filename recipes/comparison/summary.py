@@ -29,6 +29,8 @@ DEFINITIONS = (
     "Rank: median over seeds of the rank by the value at equal cost, 1 is best.",
     "Time: median over seeds of the training time of the whole run, validations left out, over "
     "that of plain. Memory: median of the peak; of the device on CUDA, else of the process.",
+    "Accepted: extrapolations over all seeds. Smoothing on: median share of the windows in which "
+    "the RSD had switched the moving average on; at 0 % a SmoothingMonitor changes nothing.",
     "Best-swept plain: the variant of plain (learning rates, schedules) with the best median of "
     "final values.",
 )
@@ -76,6 +78,7 @@ class VariantSummary:
     extra_cost: float  # losses at one third, as a share of the gradients
     attempted: int
     accepted: int
+    smoothing_on: float  # share of the windows of the moving average
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ def _summarise_variant(
     name: str, runs: dict[int, Run], seeds: dict[int, SeedResult], rank: float, mode: Mode
 ) -> VariantSummary:
     curves = [runs[seed].curve for seed in seeds]
+    on = [run.smoothing_on for run in runs.values()]
     memory = [run.peak_memory for run in runs.values() if run.peak_memory is not None]
 
     def over_seeds(quantity: str, mode: Mode = "min") -> Spread:
@@ -203,6 +207,7 @@ def _summarise_variant(
         extra_cost=quantile([_over(c.costs[-1], c.gradients[-1]) - 1 for c in curves], 0.5),
         attempted=sum(curve.attempted[-1] for curve in curves),
         accepted=sum(curve.accepted[-1] for curve in curves),
+        smoothing_on=quantile([share for share in on if share is not None], 0.5),
     )
 
 

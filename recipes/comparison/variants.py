@@ -114,9 +114,10 @@ def _expand(config: DictConfig) -> list[str]:
             f"compare.variants={config.compare.variants}: expected a list such as [plain,anderson]"
         )
     sweep = [
-        name
-        for name in config.compare.lr_sweep
-        if "@cosine" not in name or config.scheduler is None
+        f"{base}@{change}"
+        for base in config.compare.lr_sweep_of
+        for change in config.compare.lr_sweep
+        if "cosine" not in change or config.scheduler is None
     ]
     names: list[str] = []
     for name in map(str, config.compare.variants):

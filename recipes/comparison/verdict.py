@@ -1,6 +1,7 @@
 """Whether Anderson acceleration helped, in a sentence that a sceptic may quote."""
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from lightning_stableaa.recipes.comparison.cost import sign_test
@@ -20,9 +21,19 @@ class Duel(NamedTuple):
 
 def verdict(summary: Summary) -> list[str]:
     """One sentence for each variant with Anderson acceleration, and one that names the best."""
-    contenders = [one for one in summary.variants.values() if is_anderson(one.name)]
-    sentences = [_sentence(one, summary) for one in contenders]
+    sentences = [
+        _tuned_sentence(one, summary) if "@" in one.name else _sentence(one, summary)
+        for one in contenders(summary)
+    ]
     return [*sentences, _best(summary)]
+
+
+def contenders(summary: Summary) -> list[VariantSummary]:
+    """The accelerated variants: each as it is, and the best of those with another rate."""
+    accelerated = [one for one in summary.variants.values() if is_anderson(one.name)]
+    unchanged = [one for one in accelerated if "@" not in one.name]
+    best = _least((one for one in accelerated if one not in unchanged), summary)
+    return unchanged if best is None else [*unchanged, best]
 
 
 def is_anderson(name: str) -> bool:
@@ -86,6 +97,22 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
     return "; ".join(parts) + ("; fewer than five seeds prove little." if few else ".")
 
 
+def _tuned_sentence(one: VariantSummary, summary: Summary) -> str:
+    """Whether the best learning rate and schedule with acceleration beats the best without."""
+    swept = summary.variants[summary.best_swept]
+    if not one.swept_ratio.count:
+        return f"{one.name}: no seed was finished by both it and {swept.name}."
+    ends = _ends(one, summary, summary.best_swept)
+    beaten = one.swept_ratio.median < 1 - MARGIN and ends.wins >= ends.losses
+    return (
+        f"{one.name}, the best accelerated run with another learning rate or schedule, "
+        f"{'beat' if beaten else 'did not beat'} the best-swept plain run: "
+        f"{_reached(one.swept_ratio, swept.name, summary)}; at equal cost {summary.metric} is "
+        f"{one.equal_cost.median:.3g} against {swept.equal_cost.median:.3g}, better in "
+        f"{_of(ends.wins, one)}."
+    )
+
+
 def _reached(spread: Spread, target: str, summary: Summary) -> str:
     if math.isinf(spread.median):
         return (
@@ -131,12 +158,7 @@ def _against_swept(one: VariantSummary, summary: Summary) -> str:
 
 
 def _best(summary: Summary) -> str:
-    sign = 1 if summary.mode == "min" else -1
-    best = min(
-        (one for one in summary.variants.values() if one.final.count),
-        key=lambda one: sign * one.equal_cost.median,
-        default=None,
-    )
+    best = _least(summary.variants.values(), summary)
     if best is None:
         return "No run was finished."
     return (
@@ -145,11 +167,22 @@ def _best(summary: Summary) -> str:
     )
 
 
-def _ends(one: VariantSummary, summary: Summary) -> Duel:
-    """Values at equal cost beside those of the plain run, seed by seed."""
-    plain = summary.variants[summary.baseline].seeds
+def _least(variants: Iterable[VariantSummary], summary: Summary) -> VariantSummary | None:
+    """The variant with the best median at equal cost."""
     sign = 1 if summary.mode == "min" else -1
-    differences = [sign * (r.equal_cost - plain[s].final) for s, r in one.seeds.items()]
+    finished = (one for one in variants if one.equal_cost.count)
+    return min(finished, key=lambda one: sign * one.equal_cost.median, default=None)
+
+
+def _ends(one: VariantSummary, summary: Summary, reference: str | None = None) -> Duel:
+    """Values at equal cost beside those of the reference, seed by seed; of plain by default."""
+    other = summary.variants[reference or summary.baseline].seeds
+    sign = 1 if summary.mode == "min" else -1
+    differences = [
+        sign * (result.equal_cost - other[seed].equal_cost)
+        for seed, result in one.seeds.items()
+        if seed in other
+    ]
     return Duel(sum(d < 0 for d in differences), sum(d > 0 for d in differences))
 
 

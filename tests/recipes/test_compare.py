@@ -66,6 +66,8 @@ def test_every_variant_runs_and_pays_for_what_it_evaluates(plan: MakePlan) -> No
     assert runs["anderson_smoothing"].curve.attempted == [0, 1, 1, 2, 2, 3, 3, 4]
     assert runs["anderson_smoothing"].curve.costs == [5, 11, 16, 22, 27, 33, 38, 44]
     assert runs["plain"].curve.attempted == [0] * 8
+    assert runs["plain"].smoothing_on is None
+    assert runs["smoothing"].smoothing_on is not None
     assert len(runs["anderson_smoothing"].rsd) == 8  # windows of five steps
     assert len(runs["smoothing"].rsd) == 4  # of ten
     assert 15 < runs["lbfgs"].curve.gradients[-1] <= 40
@@ -115,8 +117,13 @@ def test_pinns_are_compared_with_lbfgs(plan: MakePlan) -> None:
 
 
 def test_a_recipe_with_a_schedule_is_not_swept_over_schedules(plan: MakePlan) -> None:
-    made = plan("recipe=admissions_mlp", "scheduler=cosine", variants="lr_sweep")
-    assert made.variants == ["plain", "plain@0.3x", "plain@3x", "plain@10x"]
+    options = ["scheduler=cosine", "compare.lr_sweep_of=[plain,anderson]"]
+    made = plan("recipe=admissions_mlp", *options, variants="lr_sweep")
+    assert made.variants == [
+        "plain",
+        *("plain@0.3x", "plain@3x", "plain@10x"),
+        *("anderson@0.3x", "anderson@3x", "anderson@10x"),
+    ]
 
 
 def test_own_module_becomes_a_report(

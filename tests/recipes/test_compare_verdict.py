@@ -120,6 +120,27 @@ def test_the_best_learning_rate_stands_beside(swept: list[float], sentence: str)
     assert sentence in verdict(summary)[0]
 
 
+def test_the_best_of_both_sweeps_meet() -> None:
+    summary = compare(
+        {
+            "anderson@3x": [2, 0.5, 0.2, 0.1],
+            "anderson@10x": [8, 8, 8, 8],
+            "plain@3x": [2, 1, 0.6, 0.5],
+        }
+    )
+    assert verdict(summary)[0] == (
+        "anderson@3x, the best accelerated run with another learning rate or schedule, beat the "
+        "best-swept plain run: it reached the final val/mse of plain@3x at 0.50 of the cost "
+        "(median; quartiles 0.50 to 0.50; worst 0.50); at equal cost val/mse is 0.1 against 0.5, "
+        "better in 5 of 5 seeds."
+    )
+    summary = compare({"anderson@3x": [2, 1, 0.8, 0.7], "plain@3x": [2, 1, 0.6, 0.5]})
+    assert verdict(summary)[0].endswith(
+        "did not beat the best-swept plain run: it never reached the final val/mse of plain@3x in "
+        "5 of 5 seeds; at equal cost val/mse is 0.7 against 0.5, better in 0 of 5 seeds."
+    )
+
+
 def test_without_a_common_seed_nothing_is_known() -> None:
     runs = [Run("plain", 0, "", curve(PLAIN)), Run("anderson", 0, "", error="no")]
     sentences = verdict(summarise(runs, ["plain", "anderson"], "val/mse", "min"))
