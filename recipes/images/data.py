@@ -21,6 +21,7 @@ from lightning_stableaa.recipes.images.folder import LAYOUT, ImageIndex, index_i
 from lightning_stableaa.recipes.loading import EpochSampler
 
 UNREADABLE = -100  # label of an image that could not be decoded: torch's default ignore_index
+WARNINGS = 10  # images reported one by one; all are listed at the end
 
 
 class ImageBatch(NamedTuple):
@@ -173,7 +174,9 @@ class ImageFolderData(lightning.LightningDataModule):
 
     def _worker_share(self) -> int:
         processes = self._trainer.world_size // self._trainer.num_nodes
-        return max(1, len(os.sched_getaffinity(0)) // processes)
+        linux = hasattr(os, "sched_getaffinity")  # which knows of containers and batch systems
+        cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+        return max(1, cores // processes)
 
     @property
     def _trainer(self) -> lightning.Trainer:
@@ -187,7 +190,8 @@ class ImageFolderData(lightning.LightningDataModule):
             path = str(split.images.path(index))
             if path not in self.unreadable:
                 self.unreadable.add(path)
-                rank_zero_warn(f"{path} cannot be decoded and is left out")
+                if len(self.unreadable) <= WARNINGS:
+                    rank_zero_warn(f"{path} cannot be decoded and is left out")
         return batch
 
     def on_after_batch_transfer(
@@ -207,7 +211,7 @@ class ImageFolderData(lightning.LightningDataModule):
         _report(paths)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Lists the images left out by this process alone: the others may be gone."""
+        """Lists the images left out by the first process: the others may be gone."""
         _report(self.unreadable)
 
 
