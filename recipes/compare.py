@@ -35,16 +35,15 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
         UserError, or an error of Hydra or OmegaConf that means a wrong configuration.
     """
     options = config.compare
-    for name, least in (("jobs", 0), ("threads", 1)):
-        if type(options[name]) is not int or options[name] < least:
-            raise UserError(f"compare.{name}={options[name]}: expected a whole number >= {least}")
+    if type(options.jobs) is not int or options.jobs < 0:
+        raise UserError(f"compare.jobs={options.jobs}: expected a whole number >= 0")
     plan = make_plan(config, overrides, title)
     runs: list[Run] = []
     console = Console(stderr=True)
     try:
         with _progress(console) as progress:
             bar = progress.add_task(plan.title, total=len(plan.jobs), note="")
-            for run in run_all(plan.jobs, processes=options.jobs, threads=options.threads):
+            for run in run_all(plan.jobs, processes=options.jobs):
                 runs.append(run)
                 progress.update(bar, advance=1, note=f"{run.variant}, seed {run.seed}")
                 if run.error is not None:
@@ -66,7 +65,7 @@ def _report(plan: Plan, runs: list[Run], overrides: list[str], config: DictConfi
         verdict(summary),
         overrides=overrides,
         jobs=config.compare.jobs,
-        threads=config.compare.threads,
+        threads=config.threads,
     )
     draw(plan.folder, plan.title, runs, summary)
     return summary

@@ -5,6 +5,8 @@ from typing import Any
 import lightning
 from lightning.pytorch.callbacks import WeightAveraging
 
+from lightning_stableaa.recipes.errors import UserError
+
 
 class LateWeightAveraging(WeightAveraging):
     """Lightning's ``WeightAveraging`` over the last part of the run.
@@ -23,6 +25,14 @@ class LateWeightAveraging(WeightAveraging):
         super().__init__()
         self.start_share = start_share
         self.start_step = 0
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Refuses what Lightning's own class would fail on without a reason."""
+        if not isinstance(pl_module, lightning.LightningModule):
+            raise UserError("swa averages modules of lightning, not of pytorch_lightning")
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule

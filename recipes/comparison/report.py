@@ -41,7 +41,7 @@ def write_report(
     *,
     overrides: Iterable[str],
     jobs: int,
-    threads: int,
+    threads: int | None,
 ) -> None:
     """Leaves the three files in ``folder``, each of them whole or as it was."""
     contents = {

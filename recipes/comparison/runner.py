@@ -56,14 +56,12 @@ def run_all(
     jobs: Sequence[Job],
     *,
     processes: int,
-    threads: int,
 ) -> Iterator[Run]:
     """Yields the run of every job, those that were finished earlier first.
 
     Args:
         jobs: what to run; a run that failed or was interrupted is made again.
         processes: worker processes at a time, each for one run; 0 trains in this process.
-        threads: of torch, in each worker.
 
     Raises:
         UserError: a run of the first variant is refused for its configuration.
@@ -75,7 +73,7 @@ def run_all(
             missing.append(job)
         else:
             yield run
-    made = _in_this_process(missing) if processes == 0 else _in_workers(missing, processes, threads)
+    made = _in_this_process(missing) if processes == 0 else _in_workers(missing, processes)
     for run in made:
         if run.mistake and run.variant == jobs[0].variant:
             _remove(next(job.folder for job in missing if job.fingerprint == run.fingerprint))
@@ -130,19 +128,18 @@ def _in_this_process(jobs: Iterable[Job]) -> Iterator[Run]:
         yield dataclasses.replace(run_job(job), peak_memory=None)
 
 
-def _in_workers(jobs: Sequence[Job], processes: int, threads: int) -> Iterator[Run]:
+def _in_workers(jobs: Sequence[Job], processes: int) -> Iterator[Run]:
     # Forked from a server that has done the imports and nothing else: workers start at once, and
     # the peak memory of each is its own.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read when the server imports torch
     waiting = list(reversed(jobs))
     running: dict[int, tuple[BaseProcess, Job]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < processes:
                 job = waiting.pop()
-                worker = context.Process(target=_work, args=(job, threads), name=job.variant)
+                worker = context.Process(target=_work, args=(job,), name=job.variant)
                 worker.start()
                 running[worker.sentinel] = worker, job
             for sentinel in wait(list(running)):
@@ -155,7 +152,7 @@ def _in_workers(jobs: Sequence[Job], processes: int, threads: int) -> Iterator[R
             worker.join()
 
 
-def _work(job: Job, threads: int) -> None:
+def _work(job: Job) -> None:
     """What a worker process does; everything printed goes to the log of the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what ends
     threading.Thread(target=_end_with_main_process, daemon=True).start()
@@ -164,7 +161,6 @@ def _work(job: Job, threads: int) -> None:
     with (job.folder / LOG).open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    torch.set_num_threads(threads)
     quieten()
     run = run_job(job)
     if run.error is not None:

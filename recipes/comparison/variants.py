@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from inspect import getmro, isclass
 from pathlib import Path
 from typing import Any
 
@@ -159,9 +160,19 @@ def _insert_own_module(run: DictConfig) -> None:
     with open_dict(run):
         for key, option in (("module", "module"), ("data", "datamodule")):
             path = options[option]
-            if path is not None:
-                _import(path, f"compare.{option}")
+            imported = None if path is None else _import(path, f"compare.{option}")
+            if key == "module" and isclass(imported):
+                _follow_tree(run, imported)
             run[key] = path and {"_target_": path, **options[f"{option}_args"]}
+
+
+def _follow_tree(run: DictConfig, module: Any) -> None:
+    """Gives a module of pytorch_lightning the Trainer and the callbacks of its own tree."""
+    if any(one.__module__.startswith("pytorch_lightning.") for one in getmro(module)):
+        for settings in (run.trainer, *run.callbacks.values()):
+            settings._target_ = re.sub(
+                r"^lightning\.(pytorch\.)?", "pytorch_lightning.", settings._target_
+            )
 
 
 def _import(path: str, option: str) -> Any:

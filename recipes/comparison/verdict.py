@@ -90,7 +90,7 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
     ]
     averaging = best_averaging(summary)
     if averaging is not None:
-        parts.append(_beside(one, averaging))
+        parts.append(_beside(one, averaging, helped=outcome(one, summary) == "helped"))
     if summary.best_swept != summary.baseline:
         parts.append(_against_swept(one, summary))
     few = one.cost_ratio.count < 5
@@ -134,14 +134,14 @@ def _costs(one: VariantSummary) -> str:
     return f"cheaper in {_of(sooner, one)} (sign test p = {sign_test(sooner, later):.2g})"
 
 
-def _beside(one: VariantSummary, averaging: VariantSummary) -> str:
+def _beside(one: VariantSummary, averaging: VariantSummary, *, helped: bool) -> str:
     alone, both = averaging.cost_ratio.median, one.cost_ratio.median
     took = (
         f"averaging alone ({averaging.name}, the best of its kind) "
         f"{'never did' if math.isinf(alone) else f'took {alone:.2f}'} and ended at "
         f"{averaging.equal_cost.median:.3g}"
     )
-    if alone > both + MARGIN:
+    if helped and alone > both + MARGIN:
         return f"{took}, so extrapolation adds to it"
     if alone <= 1 - MARGIN:
         return f"{took}, so what there is to gain comes from averaging"

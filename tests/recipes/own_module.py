@@ -46,6 +46,16 @@ class Module(lightning.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
 
 
+class _ModuleOfTheOtherTree:
+    """Stands for ``pytorch_lightning.LightningModule``, which takes seconds to import."""
+
+    __module__ = "pytorch_lightning.core.module"
+
+
+class OfTheOtherTree(_ModuleOfTheOtherTree):
+    """A module as it was written before ``lightning`` was a package."""
+
+
 class Data(lightning.LightningDataModule):
     """Five batches of four rows, the same in every epoch."""
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import hydra
 import pytest
 from hydra import initialize_config_module
+from lightning.pytorch import callbacks
 
 from lightning_stableaa.recipes.compare import compare, main
 from lightning_stableaa.recipes.comparison.report import shorten_paths, to_json
@@ -25,6 +26,7 @@ from lightning_stableaa.recipes.comparison.variants import Plan, make_plan
 from tests.recipes.conftest import SMALL
 
 BURGERS = [*SMALL["burgers2d"], "trainer.max_steps=40", "compare.seeds=1"]
+AVERAGES = ",ema,swa" if hasattr(callbacks, "WeightAveraging") else ""  # since Lightning 2.6
 ONE_RUN = ["compare.variants=[plain]", "compare.seeds=1", "compare.jobs=0"]
 MakePlan = Callable[..., Plan]
 
@@ -42,7 +44,7 @@ def plan(tmp_path: Path) -> Iterator[MakePlan]:
 
 
 def run_here(plan: Plan) -> dict[str, Run]:
-    return {run.variant: run for run in run_all(plan.jobs, processes=0, threads=1)}
+    return {run.variant: run for run in run_all(plan.jobs, processes=0)}
 
 
 # every variant that changes a run in its own way, sixteen in all with the sweep
@@ -52,7 +54,7 @@ def test_every_variant_runs_and_pays_for_what_it_evaluates(plan: MakePlan) -> No
         "callbacks.anderson.store_every_n_steps=5",
         "callbacks.anderson.accelerate_every_n_steps=10",
         "callbacks.anderson.regularization=[1e-6,1e-3]",
-        variants="lbfgs,anderson_smoothing,smoothing,ema,swa,lookahead,schedule_free,plain@3x",
+        variants=f"lbfgs,anderson_smoothing,smoothing,lookahead,schedule_free,plain@3x{AVERAGES}",
     )
     runs = run_here(made)
     assert {name: run.error for name, run in runs.items()} == dict.fromkeys(made.variants)
@@ -124,6 +126,21 @@ def test_a_recipe_with_a_schedule_is_not_swept_over_schedules(plan: MakePlan) ->
         *("plain@0.3x", "plain@3x", "plain@10x"),
         *("anderson@0.3x", "anderson@3x", "anderson@10x"),
     ]
+
+
+def test_a_module_of_the_other_tree_gets_its_trainer(plan: MakePlan) -> None:
+    made = plan(
+        *ONE_RUN[1:],
+        "recipe=_own",
+        "compare.module=tests.recipes.own_module.OfTheOtherTree",
+        "compare.metric=val/loss",
+        variants="ema",
+    )
+    settings = made.jobs[1].settings
+    assert settings["trainer"]["_target_"] == "pytorch_lightning.Trainer"
+    target = settings["callbacks"]["ema"]["_target_"]
+    assert target == "pytorch_lightning.callbacks.EMAWeightAveraging"
+    assert settings["data"] is None
 
 
 def test_own_module_becomes_a_report(
@@ -219,25 +236,25 @@ def test_an_interrupted_run_is_made_again_and_a_finished_one_is_not(plan: MakePl
     (job,) = plan(*BURGERS, "trainer.max_steps=400").jobs
     killer = threading.Thread(target=kill_the_worker, args=(job.folder,))
     killer.start()
-    (killed,) = run_all([job], processes=1, threads=1)
+    (killed,) = run_all([job], processes=1)
     killer.join()
     assert killed.error == "the worker process ended with signal SIGKILL"
     assert read_run(job) is None
 
-    (made,) = run_all([job], processes=1, threads=1)
+    (made,) = run_all([job], processes=1)
     assert made.error is None
     assert made.curve.gradients[-1] == 400
     assert made.peak_memory is not None
     assert 2**27 < made.peak_memory < 2**31  # bytes: 128 MiB would not hold PyTorch
 
     written = (job.folder / RESULT).stat().st_mtime_ns
-    assert list(run_all([job], processes=1, threads=1)) == [made]  # read, to the last digit
+    assert list(run_all([job], processes=1)) == [made]  # read, to the last digit
     assert (job.folder / RESULT).stat().st_mtime_ns == written
 
 
 def test_other_settings_are_another_run(plan: MakePlan) -> None:
     (job,) = plan(*BURGERS).jobs
-    list(run_all([job], processes=0, threads=1))
+    list(run_all([job], processes=0))
     (other,) = plan(*BURGERS, "optimizer.lr=2e-3").jobs
     assert read_run(job) is not None
     assert read_run(other) is None

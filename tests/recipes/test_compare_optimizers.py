@@ -9,7 +9,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_stableaa.recipes.comparison.averages import LateWeightAveraging
 from lightning_stableaa.recipes.comparison.optimizers import (
     LBFGS,
     CosineSchedule,
@@ -20,6 +19,8 @@ from lightning_stableaa.recipes.comparison.optimizers import (
 )
 from lightning_stableaa.recipes.errors import UserError
 from tests.recipes.own_module import Data, Module
+
+AVERAGES = "lightning_stableaa.recipes.comparison.averages"
 
 
 def fit(
@@ -153,9 +154,11 @@ def test_lbfgs_stays_within_the_gradients_of_the_plain_run() -> None:
 
 
 def test_average_of_the_last_weights() -> None:
+    reason = "WeightAveraging came with Lightning 2.6"
+    averages = pytest.importorskip(AVERAGES, reason=reason, exc_type=ImportError)
     made, plain = module(), module()
     fit(plain)
-    fit(made, LateWeightAveraging(start_share=0.7))
+    fit(made, averages.LateWeightAveraging(start_share=0.7))
     raw = plain.validated
     expected = [*raw[:7], raw[7], sum(raw[7:9]) / 2, sum(raw[7:10]) / 3]
     # the average is updated in place, one rounding a step

@@ -98,6 +98,11 @@ def test_averaging_alone_stands_beside(alone: list[float], sentence: str) -> Non
     assert sentence in verdict(summary)[0]
 
 
+def test_extrapolation_that_did_not_help_adds_nothing() -> None:
+    summary = compare({"anderson": PLAIN, "ema": [8, 8, 8, 8]})
+    assert "never did and ended at 8." in verdict(summary)[0]
+
+
 @pytest.mark.parametrize(
     ("swept", "sentence"),
     [
