@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of one vector per chunk: the differences of a window of 11 rows, in float32 and again
-# in float64, stay in the cache of a core, while a GPU wants few, large kernels.
-_CPU_CHUNK = 1 << 15
+# Elements of one vector per chunk. Smaller ones would stay in the cache of a core, but where other
+# processes keep all cores busy every parallel kernel waits for a thread: few chunks, few waits.
+_CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 22
 
 
