@@ -46,7 +46,9 @@ def best_averaging(summary: Summary) -> VariantSummary | None:
     averaging = [
         one
         for one in summary.variants.values()
-        if one.name.split("@")[0] in AVERAGING and one.cost_ratio.count
+        if one.name.split("@")[0] in AVERAGING
+        and one.cost_ratio.count
+        and one.smoothing_on != 0  # a switch that never came on averaged nothing; NaN has none
     ]
     sign = 1 if summary.mode == "min" else -1
     return min(
