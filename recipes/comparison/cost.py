@@ -19,13 +19,15 @@ class Curve:
     """One entry a validation, oldest first.
 
     ``gradients`` and ``losses`` are evaluations so far, ``seconds`` the time spent in training so
-    far (without validations), ``values`` the decisive metric as validation logged it, and
-    ``accepted`` and ``attempted`` the extrapolations so far.
+    far (without validations), ``processor_seconds`` what the process used of the processor in that
+    time, ``values`` the decisive metric as validation logged it, and ``accepted`` and
+    ``attempted`` the extrapolations so far.
     """
 
     gradients: list[int] = field(default_factory=list)
     losses: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     attempted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
@@ -59,6 +61,19 @@ def cost_to_reach(curve: Curve, target: float, mode: Mode) -> float:
     """Cost at the first validation at least as good as ``target``; inf if never."""
     index = first_reaching(curve, target, mode)
     return math.inf if index is None else curve.costs[index]
+
+
+def cost_to_keep(curve: Curve, target: float, mode: Mode) -> float:
+    """Cost at the validation from which on all are at least as good as ``target``; inf if none.
+
+    Where the metric goes up and down, the first hit is luck; this is not.
+    """
+    kept = math.inf
+    for cost, value in zip(reversed(curve.costs), reversed(curve.values), strict=True):
+        if not at_least_as_good(value, target, mode):
+            break
+        kept = cost
+    return kept
 
 
 def seconds_to_reach(curve: Curve, target: float, mode: Mode) -> float:

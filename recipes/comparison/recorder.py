@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,30 @@ from lightning_stableaa.recipes.comparison.cost import Curve
 from lightning_stableaa.recipes.errors import UserError
 
 CURVE = "curve.json"
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """Seconds on the wall, and those of them that this process had a processor for.
+
+    Beside other programs on the same cores only the second can be compared.
+    """
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def now(cls) -> "Clocks":
+        """Waits for CUDA first: kernels still running belong to what was timed."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return cls(time.perf_counter(), time.process_time())
+
+    def __add__(self, other: "Clocks") -> "Clocks":
+        return Clocks(self.wall + other.wall, self.processor + other.processor)
+
+    def __sub__(self, other: "Clocks") -> "Clocks":
+        return Clocks(self.wall - other.wall, self.processor - other.processor)
 
 
 class CostRecorder(Callback):
@@ -30,14 +55,14 @@ class CostRecorder(Callback):
         self.path = Path(folder) / CURVE
         self.curve = Curve()
         self.gradients = 0
-        self.seconds = 0.0
-        self.started = 0.0
+        self.clocks = Clocks(0.0, 0.0)  # what training has taken so far
+        self.started = Clocks(0.0, 0.0)
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Starts the clock."""
-        self.started = _now()
+        self.started = Clocks.now()
 
     def on_after_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -49,7 +74,7 @@ class CostRecorder(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Stops the clock: how often to validate is no property of the variant."""
-        self.seconds += _now() - self.started
+        self.clocks += Clocks.now() - self.started
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -70,14 +95,15 @@ class CostRecorder(Callback):
         row: dict[str, Any] = {
             "gradients": self.gradients,
             "losses": losses,
-            "seconds": round(self.seconds, 4),
+            "seconds": round(self.clocks.wall, 4),
+            "processor_seconds": round(self.clocks.processor, 4),
             "values": logged[self.metric].item(),
             "attempted": attempted,
             "accepted": accepted,
         }
         for name, value in row.items():
             getattr(self.curve, name).append(value)
-        self.started = _now()
+        self.started = Clocks.now()
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -89,9 +115,3 @@ class CostRecorder(Callback):
                 "(trainer.val_check_interval, trainer.check_val_every_n_epoch)"
             )
         self.path.write_text(json.dumps(dataclasses.asdict(self.curve)))
-
-
-def _now() -> float:
-    if torch.cuda.is_initialized():  # kernels still running belong to what was timed
-        torch.cuda.synchronize()
-    return time.perf_counter()

@@ -77,19 +77,22 @@ def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
         *(f"- {sentence}" for sentence in sentences),
         "",
         f"| variant | cost to reach {summary.baseline}'s final "
-        f"| cost to reach {summary.best_swept}'s final | final | at equal cost | rank | time "
-        "| memory, MiB | accepted | smoothing on |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| cost to keep it | cost to reach {summary.best_swept}'s final "
+        "| final | at equal cost | rank | time | processor time | memory, MiB | accepted "
+        "| smoothing on |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in summary.variants.items():
         cells = [
             name + (f" ({len(one.errors)} failed)" if one.errors else ""),
             _ratio_cell(one.cost_ratio),
+            _ratio_cell(one.keep_ratio),
             _ratio_cell(one.swept_ratio),
             _value_cell(one.final),
             _significant(one.equal_cost.median),
             _significant(one.rank, 2),
             _significant(one.time_ratio, 3),
+            _significant(one.processor_ratio, 3),
             _significant(one.peak_memory / MIB, 4),
             f"{one.accepted} of {one.attempted}" if one.attempted else "",
             "" if math.isnan(one.smoothing_on) else f"{one.smoothing_on:.0%}",
@@ -196,12 +199,14 @@ def _row(run: Run, summary: Summary) -> dict[str, Any]:
         "final": result and result.final,
         "at_equal_cost": result and result.equal_cost,
         "cost_to_plain_ratio": result and result.cost_ratio,
+        "cost_to_keep_plain_ratio": result and result.keep_ratio,
         "seconds_to_plain_ratio": result and result.seconds_ratio,
         "cost_to_best_swept_ratio": result and result.swept_ratio,
         "gradients": curve.gradients[-1] if ended else None,
         "extra_losses": curve.losses[-1] if ended else None,
         "cost": curve.costs[-1] if ended else None,
         "seconds": curve.seconds[-1] if ended else None,
+        "processor_seconds": curve.processor_seconds[-1] if ended else None,
         "peak_memory_mib": run.peak_memory and round(run.peak_memory / MIB, 1),
         "attempted": curve.attempted[-1] if ended else None,
         "accepted": curve.accepted[-1] if ended else None,

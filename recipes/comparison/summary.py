@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lightning_stableaa.recipes.comparison.cost import (
     Mode,
+    cost_to_keep,
     cost_to_reach,
     final_value,
     quantile,
@@ -22,13 +23,16 @@ DEFINITIONS = (
     "Cost to reach: cost at a seed's first validation at least as good as the final value of the "
     "reference run with the same seed, divided by the cost at which the reference run itself "
     "first was as good; so the reference has 1 and a lucky early validation counts for it too.",
+    "Cost to keep: cost from which on a seed's validations all are at least as good as that value, "
+    "over the cost of the whole plain run; no lucky validation counts.",
     "Final: the last validation of the run. Every variant takes as many optimizer steps as plain "
     "(L-BFGS as many gradients). At equal cost: the last validation at or below the cost of the "
     "plain run with the same seed.",
     "Brackets: quartiles over seeds, then the worst seed, or how many seeds never got there.",
     "Rank: median over seeds of the rank by the value at equal cost, 1 is best.",
     "Time: median over seeds of the training time of the whole run, validations left out, over "
-    "that of plain. Memory: median of the peak; of the device on CUDA, else of the process.",
+    "that of plain; processor time likewise, without the time in which other programs had the "
+    "processor. Memory: median of the peak; of the device on CUDA, else of the process.",
     "Accepted: extrapolations over all seeds. Smoothing on: median share of the windows in which "
     "the RSD had switched the moving average on; at 0 % a SmoothingMonitor changes nothing.",
     "Best-swept plain: the variant of plain (learning rates, schedules) with the best median of "
@@ -55,9 +59,11 @@ class SeedResult:
     final: float
     equal_cost: float
     cost_ratio: float  # to the plain run's final value
+    keep_ratio: float  # until it stays there, of the cost of the whole plain run
     seconds_ratio: float  # the same in training time
     swept_ratio: float  # to the best-swept plain run's final value
     time_ratio: float  # of the whole run
+    processor_ratio: float
 
 
 @dataclass(frozen=True)
@@ -70,9 +76,11 @@ class VariantSummary:
     final: Spread
     equal_cost: Spread
     cost_ratio: Spread
+    keep_ratio: Spread
     seconds_ratio: Spread
     swept_ratio: Spread
     time_ratio: float
+    processor_ratio: float
     rank: float
     peak_memory: float  # bytes
     extra_cost: float  # losses at one third, as a share of the gradients
@@ -147,6 +155,7 @@ def _best_swept(finished: dict[str, dict[int, Run]], baseline: str, mode: Mode) 
 
 def _compare(run: Run, plain: Run, swept: Run | None, mode: Mode) -> SeedResult:
     plain_final = final_value(plain.curve, mode)
+    comparable = math.isfinite(plain_final)  # whatever is finite beats a run that is not
 
     def ratio(reach: Callable[..., float], reference: Run) -> float:
         target = final_value(reference.curve, mode)
@@ -155,11 +164,14 @@ def _compare(run: Run, plain: Run, swept: Run | None, mode: Mode) -> SeedResult:
     return SeedResult(
         final=final_value(run.curve, mode),
         equal_cost=value_within(run.curve, plain.curve.costs[-1], mode),
-        # whatever is finite beats a run that is not, from the start
-        cost_ratio=ratio(cost_to_reach, plain) if math.isfinite(plain_final) else math.nan,
-        seconds_ratio=ratio(seconds_to_reach, plain) if math.isfinite(plain_final) else math.nan,
+        cost_ratio=ratio(cost_to_reach, plain) if comparable else math.nan,
+        keep_ratio=_over(cost_to_keep(run.curve, plain_final, mode), plain.curve.costs[-1])
+        if comparable
+        else math.nan,
+        seconds_ratio=ratio(seconds_to_reach, plain) if comparable else math.nan,
         swept_ratio=ratio(cost_to_reach, swept) if swept is not None else math.nan,
         time_ratio=_over(run.curve.seconds[-1], plain.curve.seconds[-1]),
+        processor_ratio=_over(run.curve.processor_seconds[-1], plain.curve.processor_seconds[-1]),
     )
 
 
@@ -199,9 +211,11 @@ def _summarise_variant(
         final=over_seeds("final", mode),
         equal_cost=over_seeds("equal_cost", mode),
         cost_ratio=over_seeds("cost_ratio"),
+        keep_ratio=over_seeds("keep_ratio"),
         seconds_ratio=over_seeds("seconds_ratio"),
         swept_ratio=over_seeds("swept_ratio"),
         time_ratio=over_seeds("time_ratio").median,
+        processor_ratio=over_seeds("processor_ratio").median,
         rank=rank,
         peak_memory=quantile(memory, 0.5),
         extra_cost=quantile([_over(c.costs[-1], c.gradients[-1]) - 1 for c in curves], 0.5),

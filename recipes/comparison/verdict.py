@@ -8,7 +8,7 @@ from lightning_stableaa.recipes.comparison.cost import sign_test
 from lightning_stableaa.recipes.comparison.summary import Spread, Summary, VariantSummary
 
 ANDERSON = "anderson"
-AVERAGING = ("smoothing", "ema", "ema_slow", "swa")
+AVERAGING = ("smoothing", "smoothing_always", "history_average", "ema", "ema_slow", "swa")
 MARGIN = 0.05  # differences in cost below five percent are called none
 
 

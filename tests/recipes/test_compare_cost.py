@@ -8,6 +8,7 @@ import pytest
 from lightning_stableaa.recipes.comparison.cost import (
     Curve,
     Mode,
+    cost_to_keep,
     cost_to_reach,
     final_value,
     quantile,
@@ -29,6 +30,7 @@ def curve(values: list[float], *, losses: int = 0, every: int = 10) -> Curve:
         gradients=[every * i for i in counts],
         losses=[losses * i for i in counts],
         seconds=[float(i) for i in counts],
+        processor_seconds=[float(i) / 2 for i in counts],
         values=values,
         attempted=[0] * len(values),
         accepted=[0] * len(values),
@@ -99,6 +101,20 @@ def test_equal_values_share_their_rank() -> None:
     assert ranks([3, 1, 3, -INF], "max") == [1.5, 3, 1.5, 4]
 
 
+@pytest.mark.parametrize(
+    ("values", "cost"),
+    [
+        ([1, 3, 2, 1], 30),
+        ([2, 2, 2, 2], 10),
+        ([1, 1, 1, 3], INF),
+        ([3, math.nan, 1, 2], 30),
+        ([1, 1, 1, math.nan], INF),
+    ],
+)
+def test_cost_to_keep_forgets_lucky_validations(values: list[float], cost: float) -> None:
+    assert cost_to_keep(curve(values), 2, "min") == cost
+
+
 def test_sign_test() -> None:
     assert sign_test(5, 0) == 2 / 32
     assert sign_test(1, 3) == 10 / 16
@@ -127,6 +143,9 @@ def test_summary_of_two_seeds() -> None:
     assert [swept.seeds[seed].cost_ratio for seed in (0, 1)] == [10 / 20, 10 / 40]
     # twelve for ten, and at the end 48 against 40
     assert [anderson.seeds[seed].cost_ratio for seed in (0, 1)] == [12 / 20, 48 / 40]
+    # the first stays at its target from the first validation on, plain only at its last
+    assert [anderson.seeds[seed].keep_ratio for seed in (0, 1)] == [12 / 40, 48 / 40]
+    assert [plain.seeds[seed].keep_ratio for seed in (0, 1)] == [1, 1]
     assert [anderson.seeds[seed].seconds_ratio for seed in (0, 1)] == [1 / 2, 4 / 4]
     assert [anderson.seeds[seed].swept_ratio for seed in (0, 1)] == [INF, INF]
     # of 40 gradients, its third validation cost 36 and its fourth 48

@@ -98,6 +98,16 @@ def test_averaging_alone_stands_beside(alone: list[float], sentence: str) -> Non
     assert sentence in verdict(summary)[0]
 
 
+def test_a_switch_that_never_came_on_is_no_averaging() -> None:
+    """It equals plain, so that acceleration would seem to add to averaging."""
+    seeds = range(5)
+    never_on = [Run("smoothing", seed, "", curve(PLAIN), smoothing_on=0.0) for seed in seeds]
+    others = {"plain": PLAIN, "anderson": [4, 1, 0.5, 0.25], "ema": [8.0, 4.0, 2.0, 1.5]}
+    made = [Run(name, seed, "", curve(v)) for name, v in others.items() for seed in seeds]
+    summary = summarise(never_on + made, [*others, "smoothing"], "val/mse", "min")
+    assert "averaging alone (ema, the best of its kind) never did" in verdict(summary)[0]
+
+
 def test_extrapolation_that_did_not_help_adds_nothing() -> None:
     summary = compare({"anderson": PLAIN, "ema": [8, 8, 8, 8]})
     assert "never did and ended at 8." in verdict(summary)[0]
