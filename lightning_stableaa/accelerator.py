@@ -147,7 +147,8 @@ class AndersonAccelerator:
             loss_fn: returns the scalar loss of the current batch, a tensor, at the current
                 weights. Called a few times when an extrapolation is due, with gradients enabled,
                 and never differentiated. Buffers that it changes are the caller's to restore:
-                see :func:`~lightning_stableaa.safeguard.undo_side_effects`.
+                see :func:`~lightning_stableaa.safeguard.undo_side_effects`. Without a safeguard
+                it is not called.
 
         Raises:
             ValueError: the safeguard is ``"loss"`` and there is no ``loss_fn``.
@@ -157,6 +158,8 @@ class AndersonAccelerator:
                 "safeguard='loss' needs a loss_fn, got None: call step(loss_fn) with the loss of "
                 "the current batch, or choose safeguard='none'"
             )
+        if self.options.safeguard == "none":
+            loss_fn = None
         if not self._watch.take():
             return _NO_STEP
         self.optimizer_steps += 1

@@ -621,3 +621,22 @@ def test_a_history_may_live_on_a_device_of_its_own() -> None:
         problem.train_step()
         report = here.step()
     assert report.accepted
+
+
+def test_without_a_safeguard_nobody_judges() -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=2, safeguard="none"
+    )
+    calls = []
+
+    def worst() -> Tensor:
+        calls.append(1)
+        return torch.tensor(math.nan)
+
+    report = NOTHING
+    for _ in range(2):
+        problem.train_step()
+        report = accelerator.step(worst)
+    assert (report.status, calls, report.loss_before) == (Status.ACCEPTED, [], None)
+    assert accelerator.loss_evaluations == 0
