@@ -135,6 +135,7 @@ class AndersonAccelerator:
         self._cycle_steps = 0
         self._steps_since_attempt = 0
         self._has_evaluation_weights = False
+        self._evaluating = False  # parameters and candidate have changed places
         self._points: PointStore | None = None
         self._smoother: Smoother | None = None
         self._loaded: dict[str, Any] | None = None
@@ -183,12 +184,22 @@ class AndersonAccelerator:
             yield
             return
         disturbed = self._watch.disturbed
+        self._evaluating = True
         try:
             with self._points.candidate_in_place():
                 yield
         finally:
+            self._evaluating = False
             if not disturbed:
                 self._watch.mark()
+
+    def evaluation_tensors(self) -> dict[Tensor, Tensor]:
+        """By parameter, copies of what ``evaluation_weights`` shows; empty without a candidate."""
+        return self._copies(of_candidate=not self._evaluating)
+
+    def training_tensors(self) -> dict[Tensor, Tensor]:
+        """By parameter, copies of what the optimizer works on; empty without a candidate."""
+        return self._copies(of_candidate=self._evaluating)
 
     def detach(self) -> None:
         """Remove the hooks from the optimizers; the accelerator sees no further steps."""
@@ -201,6 +212,14 @@ class AndersonAccelerator:
         """
         if self._loaded is not None:  # loaded and not yet in use
             return self._loaded
+        if self._evaluating:  # saved in the middle of a validation: the state is that of training
+            assert self._points is not None
+            self._evaluating = False
+            try:
+                with self._points.candidate_in_place():
+                    return self.state_dict()
+            finally:
+                self._evaluating = True
         points, smoother = self._points, self._smoother
         if points is not None and points.sharded:
             # a checkpoint is written by one rank, which holds one slice: better none than wrong
@@ -235,6 +254,18 @@ class AndersonAccelerator:
         self.outcomes = Counter({Status(name): n for name, n in state["outcomes"].items()})
         self._loaded = state
         self._points = self._smoother = None  # built anew at the next step, from the state
+
+    def _copies(self, *, of_candidate: bool) -> dict[Tensor, Tensor]:
+        points = self._points
+        if points is None or not self._has_evaluation_weights:
+            return {}
+        parameters = points.parameters
+        copies = (
+            points.weights.unpack(points.candidate)
+            if of_candidate
+            else [one.detach().clone() for one in parameters]
+        )
+        return dict(zip(parameters, copies, strict=True))
 
     def _before_optimizer_step(self) -> None:
         """Make sure that the cycle about to begin, or to go on, has a start in the history."""

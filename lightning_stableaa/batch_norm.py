@@ -15,6 +15,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 Batch = TypeVar("Batch")
 
 
+def batch_norm_layers(module: nn.Module) -> dict[str, _BatchNorm]:
+    """The layers that keep running statistics, by name."""
+    return {
+        name: layer
+        for name, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats
+    }
+
+
 @torch.no_grad()
 def recalibrate_batch_norm(
     module: nn.Module,
@@ -42,11 +51,7 @@ def recalibrate_batch_norm(
     Source: as torch.optim.swa_utils.update_bn (Izmailov et al. 2018, Averaging Weights Leads to
     Wider Optima and Better Generalization, section 3.2).
     """
-    layers = [
-        layer
-        for layer in module.modules()
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats
-    ]
+    layers = list(batch_norm_layers(module).values())
     if not layers:
         return 0
     modes = [(child, child.training) for child in module.modules()]

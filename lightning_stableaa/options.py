@@ -25,7 +25,8 @@ def _check_choice(option: str, value: object, choices: Any) -> None:
         raise ValueError(f"{option} must be one of {names}, got {value!r}")
 
 
-def _check_integer(option: str, value: object, minimum: int) -> None:
+def check_integer(option: str, value: object, minimum: int) -> None:
+    """Raises TypeError or ValueError unless ``value`` is an integer of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{option} must be an integer, got {value!r}")
     if value < minimum:
@@ -79,7 +80,7 @@ class Smoothing:
 
     def __post_init__(self) -> None:
         if self.average_window is not None:
-            _check_integer("average_window", self.average_window, 2)
+            check_integer("average_window", self.average_window, 2)
         threshold = _check_real("rsd_threshold", self.rsd_threshold)
         if not threshold >= 0:
             raise ValueError(f"rsd_threshold must be >= 0, got {threshold}")
@@ -118,10 +119,10 @@ class Options:
     history_device: str | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("history_depth", self.history_depth, 2)
-        _check_integer("store_every_n_steps", self.store_every_n_steps, 1)
-        _check_integer("accelerate_every_n_steps", self.accelerate_every_n_steps, 1)
-        _check_integer("warmup_steps", self.warmup_steps, 0)
+        check_integer("history_depth", self.history_depth, 2)
+        check_integer("store_every_n_steps", self.store_every_n_steps, 1)
+        check_integer("accelerate_every_n_steps", self.accelerate_every_n_steps, 1)
+        check_integer("warmup_steps", self.warmup_steps, 0)
         if self.accelerate_every_n_steps % self.store_every_n_steps:
             raise ValueError(
                 "accelerate_every_n_steps must be a multiple of store_every_n_steps "

@@ -97,6 +97,12 @@ class FlatTensors:
         targets, sources = self._pieces(vector[: self.length], 0)
         _copy_all(targets, sources)
 
+    def unpack(self, vector: Tensor) -> list[Tensor]:
+        """The tensors that would hold ``vector``, of the same shapes and strides."""
+        copies = [torch.empty_like(one) for one in self._tensors]
+        FlatTensors(copies).write(vector)
+        return [one.detach() for one in copies]
+
     @torch.no_grad()
     def swap(self, vector: Tensor) -> None:
         """Exchange the contents of the tensors and of ``vector``, with bounded work space."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.callbacks.base import LightningCallback, log_to_loggers
+from lightning_stableaa.callbacks.evaluation import EvaluationModel, restore
 from lightning_stableaa.callbacks.judge import BatchLoss, has_own_loss
 from lightning_stableaa.callbacks.smoothing import SmoothingMonitor, log_smoothing
 from lightning_stableaa.callbacks.summary import summary
@@ -23,6 +23,7 @@ from lightning_stableaa.options import (
     Options,
     Safeguard,
     Smoothing,
+    check_integer,
 )
 from lightning_stableaa.report import StepReport
 
@@ -40,6 +41,15 @@ class AndersonCallback(LightningCallback):
     The options are those of :class:`~lightning_stableaa.AndersonAccelerator`, which explains
     them. A LightningModule may define ``anderson_loss(batch)``, the loss by which candidates are
     judged in place of ``training_step``.
+
+    Args:
+        recalibrate_batch_norm: training batches, the last ones, from which the running statistics
+            of batch normalisation are computed anew before a validation that follows an
+            acceptance; 0 leaves them as they are. Costs that many forward passes, and the memory
+            of the batches.
+
+    With ``apply_to="evaluation"`` or ``"both"``, validation inside fit, checkpoints and the module
+    after fit hold the candidate; a resumed fit goes on with the weights of training.
 
     Logs at every extrapolation, to all loggers: ``anderson/attempted``, ``anderson/accepted`` and
     ``anderson/rejected_<why>`` (counts so far), ``anderson/residual_norm``,
@@ -74,7 +84,9 @@ class AndersonCallback(LightningCallback):
         history: HistoryPlacement = Options.history,
         history_device: str | None = Options.history_device,
         process_group: Any = None,
+        recalibrate_batch_norm: int = 0,
     ) -> None:
+        check_integer("recalibrate_batch_norm", recalibrate_batch_norm, 0)
         self.options = Options(
             history_depth=history_depth,
             store_every_n_steps=store_every_n_steps,
@@ -91,10 +103,11 @@ class AndersonCallback(LightningCallback):
             history_device=history_device,
         )
         self._process_group = process_group
+        self._recalibrate_batch_norm = recalibrate_batch_norm
         self._engine: AndersonAccelerator | None = None
         self._optimizers: list[Any] = []
         self._loaded: dict[str, Any] = {}
-        self._swapped = ExitStack()
+        self._evaluation: EvaluationModel | None = None
 
     @property
     def accelerator(self) -> AndersonAccelerator | None:
@@ -106,13 +119,14 @@ class AndersonCallback(LightningCallback):
         if stage == "fit":
             _effective_options(self.options, trainer)
             check_supported(trainer, pl_module, type(self).__name__)
-            judged = self.options.safeguard == "none" or has_own_loss(pl_module)
+            asked_for = self.options.safeguard == "loss" or self._recalibrate_batch_norm
+            judged = not asked_for or has_own_loss(pl_module)
             check_manual_optimization(pl_module, judged=judged, callback=type(self).__name__)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take up the optimizers, and the state of a checkpoint."""
         check_supported(trainer, pl_module, type(self).__name__)
-        self._start(trainer)
+        self._start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
@@ -120,14 +134,16 @@ class AndersonCallback(LightningCallback):
         """Follow the optimizers where they were replaced."""
         if trainer.optimizers != self._optimizers:
             self._stop()
-            self._start(trainer)
+            self._start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """One engine step for one optimizer step."""
-        engine = self._engine
+        engine, evaluation = self._engine, self._evaluation
         assert engine is not None  # on_train_start ran
+        assert evaluation is not None
+        evaluation.keep(batch, batch_idx)
         if self.options.safeguard == "none":
             report = engine.step()
         else:
@@ -147,31 +163,50 @@ class AndersonCallback(LightningCallback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Show validation the candidate, where candidates are for evaluation."""
-        if self._engine is not None:
-            self._swapped.enter_context(self._engine.evaluation_weights())
+        if self._evaluation is not None:
+            self._evaluation.place()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Give training its own weights back."""
-        self._swapped.close()
+        if self._evaluation is not None:
+            self._evaluation.remove()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give training its own weights back, whatever happened."""
-        self._swapped.close()
+        if self._evaluation is not None:
+            self._evaluation.remove()
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leave the candidate in the module, where candidates are for evaluation."""
+        evaluation, state = self._evaluation, self.state_dict()
+        self._stop()
+        if evaluation is not None and self.options.apply_to == "evaluation":
+            evaluation.export()
+            self._loaded = state  # with the weights of training, for a checkpoint saved hereafter
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the optimizers, keeping the state for a checkpoint or another fit."""
-        self._swapped.close()
         self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise continuation needs."""
-        return self._loaded if self._engine is None else self._engine.state_dict()
+        if self._engine is None or self._evaluation is None:
+            return self._loaded
+        return self._engine.state_dict() | {
+            "training": self._evaluation.training_state(),
+            "recalibrated_at": self._evaluation.recalibrated_at,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state, on the CPU, until the optimizers exist."""
         self._loaded = state_dict
 
-    def _start(self, trainer: Any) -> None:
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Go on with the weights of training, where the checkpoint shows those for evaluation."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key, {})
+        restore(pl_module, state.get("training", {}))
+
+    def _start(self, trainer: Any, pl_module: Any) -> None:
         options = _effective_options(self.options, trainer)
         self._optimizers = list(trainer.optimizers)
         self._engine = AndersonAccelerator(
@@ -179,15 +214,24 @@ class AndersonCallback(LightningCallback):
             process_group=self._process_group,
             **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
         )
+        self._evaluation = EvaluationModel(
+            self._engine,
+            trainer,
+            pl_module,
+            batches=self._recalibrate_batch_norm,
+            recalibrated_at=self._loaded.get("recalibrated_at", 0),
+        )
         if self._loaded:
             self._engine.load_state_dict(self._loaded)
             self._loaded = {}
 
     def _stop(self) -> None:
-        if self._engine is not None:
-            self._loaded = self._engine.state_dict()
-            self._engine.detach()
-            self._engine = None
+        if self._engine is None or self._evaluation is None:
+            return
+        self._evaluation.close()
+        self._loaded = self.state_dict()
+        self._engine.detach()
+        self._engine = self._evaluation = None
 
     def _log(
         self, trainer: Any, pl_module: Any, engine: AndersonAccelerator, report: StepReport

@@ -45,18 +45,19 @@ class BatchLoss:
         if not self._entered:
             self._entered = True
             self._undo.enter_context(undo_side_effects(self._module))
-            self._undo.enter_context(_silenced(self._module))
-        with self._trainer.precision_plugin.train_step_context():
-            return self._evaluate()
+            self._undo.enter_context(silenced(self._module))
+        return loss_of_batch(self._trainer, self._module, self._batch, self._batch_idx)
 
-    def _evaluate(self) -> Any:
-        module: Any = self._module
+
+def loss_of_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Any:
+    """The module's own loss where it has one, else that of its training step."""
+    with trainer.precision_plugin.train_step_context():
         if has_own_loss(module):
-            return module.anderson_loss(self._batch)
+            return module.anderson_loss(batch)
         # like Lightning, by position: the second parameter need not be called batch_idx
         parameters = inspect.signature(module.training_step).parameters.values()
         both = len(parameters) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
-        output = module.training_step(*[self._batch, self._batch_idx][: 1 + both])
+        output = module.training_step(*[batch, batch_idx][: 1 + both])
         return output["loss"] if isinstance(output, Mapping) else output
 
 
@@ -66,7 +67,7 @@ def has_own_loss(module: nn.Module) -> bool:
 
 
 @contextmanager
-def _silenced(module: nn.Module) -> Iterator[None]:
+def silenced(module: nn.Module) -> Iterator[None]:
     """Nothing that the module logs is recorded."""
     hidden = {name: module.__dict__[name] for name in ("log", "log_dict") if name in vars(module)}
     for name in ("log", "log_dict"):

@@ -1,0 +1,183 @@
+"""What validation, checkpoints and the end of fit see: candidates, and statistics that fit them."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_stableaa.accelerator import AndersonAccelerator
+from lightning_stableaa.batch_norm import batch_norm_layers, recalibrate_batch_norm
+from lightning_stableaa.callbacks.judge import loss_of_batch, silenced
+from lightning_stableaa.safeguard import loss_value, undo_side_effects
+
+
+class EvaluationModel:
+    """Puts what is to be evaluated into the module, and takes it out again.
+
+    Where ``apply_to`` is ``"evaluation"`` or ``"both"``, validation and the checkpoints of the
+    Trainer hold the accepted candidate. Where batches are kept, the running statistics of
+    batch normalisation are computed anew before a validation that follows an acceptance; they
+    stay where training goes on from the candidate, and go with it where only evaluation sees it.
+
+    Args:
+        engine: decides which candidates are accepted.
+        trainer: the Trainer of the fit.
+        module: the LightningModule.
+        batches: training batches to compute statistics from; 0 leaves statistics alone.
+        recalibrated_at: acceptances that the statistics know of already.
+    """
+
+    def __init__(
+        self,
+        engine: AndersonAccelerator,
+        trainer: Any,
+        module: nn.Module,
+        *,
+        batches: int,
+        recalibrated_at: int,
+    ) -> None:
+        self._engine = engine
+        self._trainer = trainer
+        self._module = module
+        self._recent: deque[tuple[Any, int]] = deque(
+            maxlen=batches if batch_norm_layers(module) else 0
+        )
+        self.recalibrated_at = recalibrated_at
+        self._of_candidate: dict[str, Tensor] = {}  # statistics that only evaluation sees
+        self._of_training: dict[str, Tensor] = {}  # those of the module, while it is evaluated
+        self._placed = ExitStack()
+        self._into_checkpoints = engine.options.apply_to != "training"
+        if self._into_checkpoints:
+            hooked: Any = module
+            hooked.on_save_checkpoint = _SaveHook(self, hooked.on_save_checkpoint)
+
+    def keep(self, batch: Any, batch_idx: int) -> None:
+        """Remember a training batch; it stays on its device until later ones push it out."""
+        if self._recent.maxlen:
+            self._recent.append((batch, batch_idx))
+
+    def place(self) -> None:
+        """Before a validation."""
+        engine = self._engine
+        candidate = engine.evaluation_weights_ready
+        self._placed.enter_context(engine.evaluation_weights())
+        if not candidate and engine.options.apply_to == "evaluation":
+            self._of_candidate = {}
+            return
+        if engine.accepted != self.recalibrated_at and self._recent:
+            recalibrated = self._recalibrated()
+            self.recalibrated_at = engine.accepted
+            if candidate:
+                self._of_candidate = recalibrated
+            else:
+                _write_statistics(self._module, recalibrated)
+        if candidate and self._of_candidate:
+            self._of_training = _statistics(self._module)
+            _write_statistics(self._module, self._of_candidate)
+
+    def remove(self) -> None:
+        """After a validation, and after whatever interrupted it."""
+        self._placed.close()
+        _write_statistics(self._module, self._of_training)
+        self._of_training = {}
+
+    def close(self) -> None:
+        """Checkpoints are the module's own again."""
+        self.remove()
+        if self._into_checkpoints:
+            del self._module.__dict__["on_save_checkpoint"]
+            self._into_checkpoints = False
+
+    def export(self) -> None:
+        """Leave in the module what validation would see, for what follows the fit."""
+        self.close()
+        restore(self._module, self.replacements())
+
+    def training_state(self) -> dict[str, Tensor]:
+        """By name, on the CPU, what checkpoints lack because they hold the candidate instead."""
+        if not self._into_checkpoints:
+            return {}
+        of_training = self._engine.training_tensors()
+        named = self._by_name(of_training)
+        if named and self._of_candidate:
+            named |= self._of_training or _statistics(self._module)
+        return {name: tensor.cpu() for name, tensor in named.items()}
+
+    def _recalibrated(self) -> dict[str, Tensor]:
+        """Statistics of the current weights over the batches that are kept."""
+        device = next(self._module.parameters()).device
+
+        def forward(kept: tuple[Any, int]) -> None:
+            loss_value(lambda: loss_of_batch(self._trainer, self._module, *kept), device)
+
+        # validation runs in inference mode, in which a training step may not be able to run
+        with (
+            torch.inference_mode(False),
+            undo_side_effects(self._module),
+            silenced(self._module),
+        ):
+            recalibrate_batch_norm(self._module, self._recent, forward)
+            return _statistics(self._module)
+
+    def replacements(self) -> dict[str, Tensor]:
+        """By name, what evaluation sees in place of what training has; empty where nothing is."""
+        weights = self._by_name(self._engine.evaluation_tensors())
+        return weights | self._of_candidate if weights else {}
+
+    def _by_name(self, tensors: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
+        named = self._module.named_parameters(remove_duplicate=False)
+        return {name: tensors[parameter] for name, parameter in named if parameter in tensors}
+
+
+class _SaveHook:
+    """Stands before ``on_save_checkpoint`` of a module: the one hook of every kind of checkpoint.
+
+    Callbacks are not asked where only weights are saved. A copy of the module, or one sent to
+    another process, gets none of it.
+    """
+
+    def __init__(self, evaluation: EvaluationModel | None, own: Any) -> None:
+        self._evaluation = evaluation
+        self._own = own
+
+    def __call__(self, checkpoint: dict[str, Any]) -> None:
+        if self._evaluation is not None:
+            replaced = self._evaluation.replacements()
+            state = checkpoint["state_dict"]
+            state.update({name: one for name, one in replaced.items() if name in state})
+        self._own(checkpoint)
+
+    def __deepcopy__(self, memo: Any) -> _SaveHook:
+        return _SaveHook(None, copy.deepcopy(self._own, memo))
+
+    def __reduce__(self) -> Any:
+        return _SaveHook, (None, self._own)
+
+
+def restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy parameters and buffers into the module, by name."""
+    targets = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
+    with torch.no_grad():
+        for name, value in state.items():
+            if name in targets:
+                targets[name].copy_(value)
+
+
+def _statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of the running statistics, by the names of their buffers."""
+    return {
+        f"{name}.{key}" if name else key: value.clone()
+        for name, layer in batch_norm_layers(module).items()
+        for key, value in layer.named_buffers()
+    }
+
+
+def _write_statistics(module: nn.Module, statistics: Mapping[str, Tensor]) -> None:
+    with torch.inference_mode(False):
+        restore(module, statistics)

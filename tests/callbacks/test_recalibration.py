@@ -1,0 +1,152 @@
+"""Running statistics of batch normalisation before a validation that follows an acceptance."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from lightning_stableaa import AndersonCallback
+from tests.callbacks.regression import (
+    INPUTS,
+    Record,
+    Regression,
+    anderson,
+    batches,
+    counters,
+    fit,
+    network,
+    weights,
+)
+
+EPOCHS = 12  # single steps, each followed by a validation
+
+
+class Normalised(Regression):
+    """With statistics so slow that those of training never follow a jump."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            network(
+                nn.Linear(INPUTS, 8), nn.BatchNorm1d(8, momentum=0.01), nn.Tanh(), nn.Linear(8, 1)
+            )
+        )
+        self.seen: list[Tensor] = []
+        self.losses: list[float] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.seen.append(weights(self))
+        self.losses.append(mse_loss(self.network(x), y).item())
+
+    def val_dataloader(self) -> Any:
+        return batches(1)
+
+
+def run(callback: AndersonCallback, **options: Any) -> tuple[Normalised, list[Tensor]]:
+    """The module, and its weights after every training batch."""
+    module, trained = Normalised(), Record(lambda _, module: weights(module))
+    settings: dict[str, Any] = {"num_sanity_val_steps": 0, "max_epochs": EPOCHS} | options
+    fit(module, batches(1), callback, trained, **settings)
+    return module, trained.values
+
+
+def expected_statistics(module: Normalised) -> Tensor:
+    """Mean and variance that the layer has on the one batch of training."""
+    layer = copy.deepcopy(module.network)[0]
+    (x, _) = next(iter(batches(1)))
+    hidden = layer(x)
+    return torch.cat([hidden.mean(dim=0), hidden.var(dim=0)])
+
+
+def test_statistics_are_those_of_the_weights_that_are_validated() -> None:
+    accepted_at = 4
+    stale, _ = run(anderson(safeguard="none"), max_epochs=accepted_at)
+    fresh, _ = run(anderson(safeguard="none", recalibrate_batch_norm=3), max_epochs=accepted_at)
+    for module, close in ((stale, False), (fresh, True)):
+        layer: Any = module.network[1]
+        found = torch.cat([layer.running_mean, layer.running_var])
+        assert torch.allclose(found, expected_statistics(module), rtol=1e-5, atol=1e-6) == close
+    # validation has the batch of training: with statistics that fit, also its loss
+    apart = [abs(module.losses[-1] - training_loss(module)) for module in (fresh, stale)]
+    assert apart[0] < 0.25 * apart[1]
+
+
+def training_loss(module: Normalised) -> float:
+    x, y = next(iter(batches(1)))
+    return mse_loss(module.network.train()(x), y).item()
+
+
+def test_training_is_bitwise_what_it_is_without() -> None:
+    """The weights, that is: running statistics have no part in training."""
+    parameters = sum(p.numel() for p in Normalised().parameters())
+    _, with_it = run(anderson(safeguard="none", recalibrate_batch_norm=2))
+    _, without = run(anderson(safeguard="none"))
+    names = list(Normalised().state_dict())
+    sizes = [value.numel() for value in Normalised().state_dict().values()]
+    of_parameters = torch.cat(
+        [
+            torch.full((size,), name in dict(Normalised().named_parameters()))
+            for name, size in zip(names, sizes, strict=True)
+        ]
+    )
+    assert int(of_parameters.sum()) == parameters
+    for one, other in zip(with_it, without, strict=True):
+        assert torch.equal(one[of_parameters], other[of_parameters])
+
+
+def test_evaluation_shows_its_own_statistics_and_training_keeps_its_own() -> None:
+    module, trained = run(
+        anderson(safeguard="none", apply_to="evaluation", recalibrate_batch_norm=3)
+    )
+    plain = Normalised()
+    record = Record(lambda _, module: weights(module))
+    fit(plain, batches(1), record, num_sanity_val_steps=0, max_epochs=EPOCHS)
+    assert all(map(torch.equal, trained, record.values))
+    differs = [not torch.equal(a, b) for a, b in zip(module.seen, trained, strict=True)]
+    assert differs == [False] * 3 + [True] * 9
+    # after fit the module holds the candidate with its statistics
+    layer: Any = module.network[1]
+    found = torch.cat([layer.running_mean, layer.running_var])
+    assert torch.allclose(found, expected_statistics(module), rtol=1e-5, atol=1e-6)
+
+
+def test_it_happens_only_after_an_acceptance_and_leaves_no_trace() -> None:
+    calls: list[int] = []
+
+    class Counts(Normalised):
+        def anderson_loss(self, batch: Any) -> Tensor:
+            calls.append(self.global_step)
+            self.log("forbidden", 1.0)
+            x, y = batch
+            return mse_loss(self.network(x), y)
+
+    module, callback = Counts(), anderson(safeguard="none", recalibrate_batch_norm=2)
+    trainer = fit(module, batches(1), callback, num_sanity_val_steps=0, max_epochs=EPOCHS)
+    assert counters(callback)["accepted"] == 3
+    assert calls == [4, 4, 8, 8, 12, 12]
+    assert "forbidden" not in trainer.callback_metrics
+    assert module.network.training
+
+
+def test_networks_without_batch_norm_keep_no_batch() -> None:
+    module, callback = Regression(), anderson(safeguard="none", recalibrate_batch_norm=2)
+    plain = Regression()
+    fit(module, batches(4), callback, max_epochs=2)
+    fit(plain, batches(4), anderson(safeguard="none"), max_epochs=2)
+    assert torch.equal(weights(module), weights(plain))
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True, "2"])
+def test_other_than_a_count_is_refused(value: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="recalibrate_batch_norm must be"):
+        AndersonCallback(recalibrate_batch_norm=value)
+
+
+def test_manual_optimization_needs_a_loss_to_run_the_network() -> None:
+    module = Normalised()
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="anderson_loss"):
+        fit(module, batches(1), anderson(safeguard="none", recalibrate_batch_norm=2), max_epochs=1)
