@@ -183,15 +183,14 @@ class AndersonAccelerator:
         if self._points is None or not self._has_evaluation_weights:
             yield
             return
-        disturbed = self._watch.disturbed
+        self._notice_changes()
         self._evaluating = True
         try:
             with self._points.candidate_in_place():
                 yield
         finally:
             self._evaluating = False
-            if not disturbed:
-                self._watch.mark()
+            self._watch.mark()
 
     def evaluation_tensors(self) -> dict[Tensor, Tensor]:
         """By parameter, copies of what ``evaluation_weights`` shows; empty without a candidate."""
@@ -214,12 +213,12 @@ class AndersonAccelerator:
             return self._loaded
         if self._evaluating:  # saved in the middle of a validation: the state is that of training
             assert self._points is not None
-            self._evaluating = False
-            try:
-                with self._points.candidate_in_place():
-                    return self.state_dict()
-            finally:
-                self._evaluating = True
+            with self._points.candidate_in_place():
+                return self._state()
+        self._notice_changes()  # a continuation could not know of them
+        return self._state()
+
+    def _state(self) -> dict[str, Any]:
         points, smoother = self._points, self._smoother
         if points is not None and points.sharded:
             # a checkpoint is written by one rank, which holds one slice: better none than wrong
@@ -271,8 +270,7 @@ class AndersonAccelerator:
         """Make sure that the cycle about to begin, or to go on, has a start in the history."""
         if self._points is None:
             self._build()
-        elif self._watch.disturbed:
-            self._restart_cycle()
+        self._notice_changes()
         assert self._points is not None
         if not self._points.history.chained and not self._averages_into_history():
             self._points.push_weights()
@@ -345,6 +343,10 @@ class AndersonAccelerator:
             "smoothing": None if smoothing is None else dataclasses.asdict(smoothing),
             "world size": points.communicator.world_size if points.sharded else 1,
         }
+
+    def _notice_changes(self) -> None:
+        if self._points is not None and self._watch.disturbed:
+            self._restart_cycle()
 
     def _restart_cycle(self) -> None:
         """Something else than the optimizer moved the weights: no residual across it."""

@@ -640,3 +640,30 @@ def test_without_a_safeguard_nobody_judges() -> None:
         report = accelerator.step(worst)
     assert (report.status, calls, report.loss_before) == (Status.ACCEPTED, [], None)
     assert accelerator.loss_evaluations == 0
+
+
+def test_a_state_saved_after_a_change_from_outside_knows_of_it(tmp_path: Any) -> None:
+    problem = Quadratic()
+    options: dict[str, Any] = {
+        "store_every_n_steps": 2,
+        "accelerate_every_n_steps": 100,
+        "safeguard": "none",
+    }
+    accelerator = AndersonAccelerator(problem.optimizer, **options)
+    for _ in range(3):
+        problem.train_step()
+        accelerator.step()
+    with torch.no_grad():
+        problem.x.mul_(0.5)
+    torch.save(accelerator.state_dict(), tmp_path / "state.pt")
+    accelerator.detach()
+    resumed = AndersonAccelerator(problem.optimizer, **options)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    statuses = []
+    for _ in range(2):
+        problem.train_step()
+        statuses.append(resumed.step().status)
+    assert statuses == [Status.CYCLE_OPEN, Status.STORED]
+    state = resumed.state_dict()["points"]["history"]
+    assert state["links"] == [False, True, False, True]
+    assert resumed.outcomes[Status.WEIGHTS_CHANGED] == 1
