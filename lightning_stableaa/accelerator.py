@@ -442,7 +442,6 @@ class AndersonAccelerator:
         into_training = self.options.apply_to != "evaluation"
         if into_training:
             self._adapt_momentum(points, jump)
-        points.form(jump)
         self._has_evaluation_weights = self.options.apply_to != "training"
         if into_training:
             points.weights.write(points.candidate)
@@ -452,5 +451,6 @@ class AndersonAccelerator:
     def _adapt_momentum(self, points: PointStore, jump: Tensor) -> None:
         if self.options.optimizer_state == "mix":
             points.mix_momentum(jump)
+            points.form(jump)  # the momentum was formed in its place
         elif self.options.optimizer_state == "reset":
             reset_momentum(self._optimizers, points.parameters)

@@ -38,7 +38,8 @@ def extrapolate(
 ) -> Extrapolation:
     """Form one candidate for each lambda, and choose the one of least loss if it is an advance.
 
-    The device is waited for once, when everything that decides is read back together.
+    The accepted candidate is left in ``points.candidate``. The device is waited for once, when
+    everything that decides is read back together, and once more for an accepted candidate.
 
     Args:
         points: at least two residuals.
@@ -65,11 +66,17 @@ def extrapolate(
         status, best = _choose(loss_before, losses_after)
     elif not math.isfinite(norms[0]):
         status = Status.REJECTED_NON_FINITE_CANDIDATE
-    accepted = status is Status.ACCEPTED
-    jump = proposal.jumps[best] if accepted else None
+    jump = None
+    if status is Status.ACCEPTED:
+        jump = points.agree(proposal.jumps[best])
+        points.form(jump)
+        # finite in float64 may be beyond the precision of the weights; the judge need not tell
+        if not points.candidate_is_finite():
+            status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None
+    accepted = jump is not None
     return Extrapolation(
         status=status,
-        jump=None if jump is None else points.agree(jump),
+        jump=jump,
         residual_norm=residual_norm,
         jump_norm=norms[best] if accepted else max(norms),
         condition=condition_number(gram),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -101,6 +102,11 @@ class PointStore:
     def form(self, jump: Tensor) -> None:
         """Write the newest point plus the jump, (q,), to ``candidate``, on every rank."""
         self._combine(self.history, jump)
+
+    def candidate_is_finite(self) -> bool:
+        """Whether ``candidate`` holds neither NaN nor inf; waits for the device."""
+        largest = torch.linalg.vector_norm(self.candidate, ord=math.inf)
+        return math.isfinite(float(largest))
 
     def load(self, point: Tensor) -> None:
         """Write this rank's slice of a vector into ``candidate``, on every rank."""

@@ -48,7 +48,8 @@ _REMEDIES = {
         "clip gradients"
     ),
     Status.REJECTED_NON_FINITE_CANDIDATE: (
-        "the mixing weights were not finite: raise regularization"
+        "the candidate was beyond the range of the weights' precision: raise regularization or "
+        "lower max_extrapolation"
     ),
     Status.WEIGHTS_CHANGED: (
         "something other than the optimizer changed the weights before a cycle was complete, and "

@@ -667,3 +667,27 @@ def test_a_state_saved_after_a_change_from_outside_knows_of_it(tmp_path: Any) ->
     state = resumed.state_dict()["points"]["history"]
     assert state["links"] == [False, True, False, True]
     assert resumed.outcomes[Status.WEIGHTS_CHANGED] == 1
+
+
+@pytest.mark.parametrize("safeguard", ["loss", "none"])
+def test_a_candidate_beyond_the_precision_of_the_weights_is_rejected(safeguard: Any) -> None:
+    x = nn.Parameter(torch.tensor([-3e38, 3e38]))
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    accelerator = AndersonAccelerator(
+        optimizer,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=2,
+        regularization=1e-8,
+        max_extrapolation=math.inf,
+        safeguard=safeguard,
+    )
+    report = NOTHING
+    for step in (2e37, 1.9e37):  # nearly equal steps: the extrapolation goes far
+        x.grad = torch.tensor([step, -step])
+        optimizer.step()
+        # a judge that likes every other loss better than the first, whatever the weights are
+        losses = iter([1.0])
+        report = accelerator.step(lambda losses=losses: torch.tensor(next(losses, 0.0)))
+    assert report.status is Status.REJECTED_NON_FINITE_CANDIDATE
+    assert "lower max_extrapolation" in report.status.remedy
+    assert bool(x.isfinite().all())
