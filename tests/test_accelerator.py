@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
+from tests.histories import points_of
 from tests.reference import ReferenceAccelerator, Vector
 
 NOTHING = StepReport(status=Status.NO_OPTIMIZER_STEP)
@@ -40,7 +41,7 @@ class Quadratic:
 
 
 def stored_points(accelerator: AndersonAccelerator) -> Tensor:
-    return accelerator.state_dict()["points"]["history"]["points"]
+    return points_of(accelerator.state_dict()["points"]["history"])
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_a_change_from_outside_breaks_the_chain() -> None:
                 problem.x.mul_(0.5)
     state = accelerator.state_dict()["points"]["history"]
     assert state["links"] == [False, True, False, True, True]
-    points = state["points"]
+    points = points_of(state)
     torch.testing.assert_close(points[3], points[2] * (1 - problem.spectrum) ** 2)
 
 
@@ -388,7 +389,7 @@ def test_averages_enter_the_history_while_smoothing_is_on() -> None:
     averages = [window[end - 2 : end + 1].mean(dim=0) for end in (4, 8, 12)]
     state = accelerator.state_dict()["points"]["history"]
     assert state["links"] == [False, True, True]
-    torch.testing.assert_close(state["points"], torch.stack(averages), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(points_of(state), torch.stack(averages), rtol=1e-14, atol=1e-14)
     deviation = window[2:5].std(dim=0).norm() / window[2:5].mean(dim=0).norm()
     assert reports[3].rsd == pytest.approx(deviation.item(), rel=1e-12)
     assert reports[3].smoothing_on is True

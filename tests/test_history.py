@@ -3,6 +3,7 @@ import torch
 
 from lightning_stableaa import history as history_module
 from lightning_stableaa.history import History
+from tests.histories import points_of
 
 
 def make(depth: int = 4, length: int = 5, dtype: torch.dtype = torch.float64) -> History:
@@ -15,7 +16,7 @@ def push_all(history: History, points: torch.Tensor) -> None:
 
 
 def stored(history: History) -> torch.Tensor:
-    return history.state_dict()["points"]
+    return points_of(history.state_dict())
 
 
 def random_points(count: int, length: int = 5, seed: int = 0) -> torch.Tensor:
@@ -95,6 +96,56 @@ def test_the_gram_of_float32_points_keeps_small_residuals() -> None:
     # are rounded once: relative error of a product below 4 * 2^-24
     error = (history.gram() - exact).abs().max() / exact.diagonal().min()
     assert error < 4 * 2**-24
+
+
+def test_products_are_formed_once_and_stay_right_as_the_ring_turns() -> None:
+    history, points = make(depth=4), random_points(12)
+    for count in range(2, 13):
+        push_all(history, points[len(points[: count - 1]) : count] if count > 2 else points[:2])
+        if count % 3:  # one, or two points since the last Gram
+            differences = points[max(0, count - 5) : count].diff(dim=0)
+            torch.testing.assert_close(
+                history.gram(), differences @ differences.T, rtol=1e-13, atol=1e-13
+            )
+
+
+def test_a_start_that_is_forgotten_after_a_gram_leaves_its_predecessor_whole() -> None:
+    history, points = make(depth=6), random_points(6)
+    push_all(history, points[:3])
+    history.break_chain()
+    push_all(history, points[3:4])
+    history.gram()
+    history.break_chain()  # the fourth point goes, the third is the newest again
+    torch.testing.assert_close(history.newest, points[2], rtol=1e-14, atol=1e-15)
+    push_all(history, points[4:])
+    kept = points[[0, 1, 2, 4, 5]].diff(dim=0)
+    torch.testing.assert_close(history.gram(), kept @ kept.T, rtol=1e-13, atol=1e-13)
+    assert history.linked == [True, True, False, True]
+
+
+@pytest.mark.parametrize("length", [1 << 20, (1 << 20) + 1000])
+def test_products_of_float32_are_good_to_1e8(length: int) -> None:
+    """Summed in single precision over short runs only, also where all products have one sign."""
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.rand(3, length, generator=generator)
+    history = make(depth=3, length=length, dtype=torch.float32)
+    points = torch.cat([torch.zeros(1, length), steps]).cumsum(dim=0)
+    push_all(history, points)
+    differences = points.diff(dim=0).double()
+    exact = differences @ differences.T
+    norms = exact.diagonal().sqrt()
+    assert ((history.gram() - exact).abs() / torch.outer(norms, norms)).max() < 1e-8
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_coarser_matrix_products_of_the_user_do_not_reach_the_gram(precision: str) -> None:
+    assert history_module._single_precision_will_do(torch.empty(1, 1 << 20))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert not history_module._single_precision_will_do(torch.empty(1, 1 << 20))
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_rows_of_forgotten_points_touch_nothing() -> None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stableaa import AndersonCallback
+from tests.histories import points_of
 
 TREES = ("lightning.pytorch", "pytorch_lightning")
 
@@ -135,7 +136,7 @@ def counters(callback: Any) -> dict[str, int]:
 
 def stored_points(callback: Any) -> Tensor:  # (k, n)
     """The points of the history, oldest first, during or after a fit."""
-    return callback.state_dict()["points"]["history"]["points"]
+    return points_of(callback.state_dict()["points"]["history"])
 
 
 class Record(lightning.pytorch.Callback):

@@ -64,7 +64,7 @@ def test_precisions(precision: str) -> None:
     callback, module = anderson(), Regression(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.02))
     fit(module, batches(1), callback, SmoothingMonitor(), precision=precision, max_epochs=24)
 
-    stored = callback.state_dict()["points"]["history"]["points"].dtype
+    stored = callback.state_dict()["points"]["history"]["rows"].dtype
     expected = {"bf16-mixed": torch.float32, "bf16-true": torch.bfloat16, "64-true": torch.float64}
     assert stored == next(module.parameters()).dtype == expected[precision]
     assert counters(callback)["optimizer_steps"] == 24

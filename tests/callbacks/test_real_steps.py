@@ -22,6 +22,7 @@ from tests.callbacks.regression import (
     stored_points,
     weights,
 )
+from tests.histories import points_of
 
 
 def every_step(**options: Any) -> AndersonCallback:
@@ -62,7 +63,8 @@ def test_a_history_holds_the_weights_after_every_step() -> None:
     after = Record(lambda _, m: torch.cat([p.detach().flatten() for p in m.parameters()]))
     fit(module, batches(7), callback, after, max_epochs=1)
 
-    assert torch.equal(stored_points(callback)[1:], torch.stack(after.values))
+    # differences are stored, so that points are known to the rounding of a few sums
+    torch.testing.assert_close(stored_points(callback)[1:], torch.stack(after.values))
 
 
 class SkipsBatches(Unaccepted):
@@ -141,7 +143,7 @@ def test_a_step_that_the_grad_scaler_skips_is_no_step_of_a_plain_loop(fused: boo
     skipped, stored = Status.NO_OPTIMIZER_STEP, Status.STORED
     assert statuses == [skipped, stored, stored, skipped, stored, stored]
     assert accelerator.optimizer_steps == 4
-    assert accelerator.state_dict()["points"]["history"]["points"].shape[0] == 5
+    assert accelerator.state_dict()["points"]["history"]["rows"].shape[0] == 5
 
 
 class TiedFrozenEmpty(Unaccepted):
@@ -263,7 +265,7 @@ def test_no_residual_across_a_change_from_outside(reseeds_first: bool) -> None:
     )
 
     history = callback.state_dict()["points"]["history"]
-    jumps = (history["points"].diff(dim=0).abs().amax(dim=1) > 50).tolist()
+    jumps = (points_of(history).diff(dim=0).abs().amax(dim=1) > 50).tolist()
     assert jumps.count(True) == 1
     assert [link for link, jump in zip(history["links"][1:], jumps, strict=True) if jump] == [False]
     assert counters(callback)["optimizer_steps"] == 12

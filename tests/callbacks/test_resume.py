@@ -106,7 +106,7 @@ def test_a_resumed_run_is_bitwise_the_whole_run(
     assert counters(whole[2])["attempted"] >= 4
     assert counters(whole[2])["accepted"] >= 1
     history = [one[2].state_dict()["points"]["history"] for one in (whole, resumed)]
-    assert torch.equal(history[0]["points"], history[1]["points"])
+    assert torch.equal(history[0]["rows"], history[1]["rows"])
     assert history[0]["links"] == history[1]["links"]
 
 
@@ -140,7 +140,7 @@ def test_a_checkpoint_holds_tensors_and_plain_containers(tmp_path: Path) -> None
 
     state = torch.load(path, weights_only=True)["callbacks"]["AndersonCallback"]
     assert state["counters"]["optimizer_steps"] == 17
-    assert state["points"]["momentum"]["points"].shape == state["points"]["history"]["points"].shape
+    assert state["points"]["momentum"]["rows"].shape == state["points"]["history"]["rows"].shape
     assert state["smoother"]["statistics"]["count"] == 1  # 2 steps into a cycle of 3, window of 2
 
 
@@ -191,7 +191,7 @@ def test_a_second_fit_of_another_module_shares_no_history() -> None:
 
     assert counters(fresh)["accepted"] >= 1
     history = callback.state_dict()["points"]["history"]
-    assert torch.equal(history["points"], fresh.state_dict()["points"]["history"]["points"])
+    assert torch.equal(history["rows"], fresh.state_dict()["points"]["history"]["rows"])
     assert torch.equal(weights(again), weights(alone))
 
 
@@ -225,7 +225,7 @@ def test_a_parameter_group_that_is_added_starts_a_new_history() -> None:
     callback, module = thirds(), Frozen()
     fit(module, batches(9), Unfreezes(), callback, max_epochs=2)
 
-    points = callback.state_dict()["points"]["history"]["points"]
+    points = callback.state_dict()["points"]["history"]["rows"]
     assert points.shape[1] == sum(p.numel() for p in module.parameters())
     # the cycle of the change, 10 to 12, is lost: points at 12, 15 and 18
     assert points.shape[0] == 3
