@@ -1,6 +1,7 @@
 """Pictures of a run, drawn from the ``metrics.csv`` in its folder."""
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from omegaconf import OmegaConf
+
+from lightning_stableaa.recipes.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,8 +79,9 @@ def figure(path: Path, rows: int = 1, columns: int = 1) -> Iterator[tuple["Figur
     drawing = Figure(figsize=(4 + 3.5 * columns, 1.2 + 2.8 * rows), dpi=150, layout="constrained")
     FigureCanvasAgg(drawing)
     yield drawing, drawing.subplots(rows, columns, sharex=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(path)
+    picture = io.BytesIO()
+    drawing.savefig(picture, format=path.suffix[1:])
+    write_atomically(path, picture.getvalue())
 
 
 def draw_loss(axes: "Axes", metrics: dict[str, Series]) -> None:

@@ -25,6 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from lightning_stableaa import AndersonCallback
 from lightning_stableaa.recipes.errors import UserError, blamed_on
+from lightning_stableaa.recipes.files import write_atomically
 from lightning_stableaa.recipes.mistakes import MISTAKES, check_options, explain
 from lightning_stableaa.recipes.pictures import draw_run
 
@@ -78,8 +79,8 @@ class _SaveConfiguration(Callback):
     ) -> None:
         """Writes ``config.yaml``."""
         if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(self.settings, self.folder / "config.yaml")
+            resolved = OmegaConf.to_yaml(OmegaConf.create(self.settings))
+            write_atomically(self.folder / "config.yaml", resolved)
 
 
 def _instantiate_all(group: DictConfig) -> list[Any]:

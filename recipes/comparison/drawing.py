@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lightning_stableaa.recipes.comparison.cost import Curve, Mode
-from lightning_stableaa.recipes.comparison.runner import Run, write_atomically
+from lightning_stableaa.recipes.comparison.runner import Run
 from lightning_stableaa.recipes.comparison.summary import Summary
 from lightning_stableaa.recipes.comparison.verdict import best_averaging, contenders, is_anderson
+from lightning_stableaa.recipes.files import write_atomically
 from lightning_stableaa.recipes.pictures import BLUE, GREEN, GREY, ORANGE, VERMILLION
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_stableaa import AndersonCallback
 from lightning_stableaa.recipes.comparison.cost import Curve
 from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.files import write_atomically
 
 CURVE = "curve.json"
 
@@ -114,4 +115,4 @@ class CostRecorder(Callback):
                 "the run ended before its first validation: train longer, or validate more often "
                 "(trainer.val_check_interval, trainer.check_val_every_n_epoch)"
             )
-        self.path.write_text(json.dumps(dataclasses.asdict(self.curve)))
+        write_atomically(self.path, json.dumps(dataclasses.asdict(self.curve)))

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from lightning_stableaa.recipes.comparison.runner import Run, write_atomically
+from lightning_stableaa.recipes.comparison.runner import Run
 from lightning_stableaa.recipes.comparison.summary import DEFINITIONS, Spread, Summary
 from lightning_stableaa.recipes.comparison.variants import Plan
+from lightning_stableaa.recipes.files import write_atomically
 
 PACKAGES = (
     "lightning-stableaa",

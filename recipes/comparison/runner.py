@@ -26,6 +26,7 @@ from lightning_stableaa.recipes.comparison.cost import Curve
 from lightning_stableaa.recipes.comparison.recorder import CURVE
 from lightning_stableaa.recipes.comparison.variants import TRAINING, Job
 from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.files import write_atomically
 from lightning_stableaa.recipes.mistakes import MISTAKES, explain
 from lightning_stableaa.recipes.pictures import read_metrics
 from lightning_stableaa.recipes.train import quieten, train
@@ -111,14 +112,6 @@ def run_job(job: Job) -> Run:
     )
     write_atomically(job.folder / RESULT, json.dumps(dataclasses.asdict(run)))
     return run
-
-
-def write_atomically(path: Path, contents: str | bytes) -> None:
-    """Leaves the old file or the whole new one, whenever it is interrupted."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(contents if isinstance(contents, bytes) else contents.encode())
-    temporary.replace(path)
 
 
 def _in_this_process(jobs: Iterable[Job]) -> Iterator[Run]:
