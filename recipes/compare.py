@@ -18,7 +18,8 @@ from lightning_stableaa.recipes.comparison.summary import Summary, summarise
 from lightning_stableaa.recipes.comparison.variants import Plan, make_plan
 from lightning_stableaa.recipes.comparison.verdict import verdict
 from lightning_stableaa.recipes.errors import UserError
-from lightning_stableaa.recipes.train import mistakes_in_one_sentence, quieten
+from lightning_stableaa.recipes.mistakes import mistakes_in_one_sentence
+from lightning_stableaa.recipes.train import quieten
 
 OWN_MODULE = "recipe=_own"
 

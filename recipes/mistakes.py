@@ -3,9 +3,11 @@
 import difflib
 import inspect
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from hydra.errors import (
@@ -22,6 +24,16 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from lightning_stableaa.recipes.errors import UserError
 
 MISTAKES = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
+
+
+@contextmanager
+def mistakes_in_one_sentence(command: str) -> Iterator[None]:
+    """Ends ``command`` with one sentence and exit code 2 where the user is mistaken."""
+    try:
+        yield
+    except MISTAKES as error:
+        print(f"{command}: {explain(error)}", file=sys.stderr)
+        sys.exit(2)
 
 
 def explain(error: Exception) -> str:

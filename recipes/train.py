@@ -1,9 +1,9 @@
 """``stableaa-train``: one training run, described by the configuration groups in ``conf/``."""
 
 import logging
+import math
 import os
 import shutil
-import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -15,6 +15,8 @@ from typing import Any
 import hydra
 import lightning
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -26,8 +28,14 @@ from torch.distributed.rendezvous import rendezvous
 from lightning_stableaa import AndersonCallback
 from lightning_stableaa.recipes.errors import UserError, blamed_on
 from lightning_stableaa.recipes.files import write_atomically
-from lightning_stableaa.recipes.mistakes import MISTAKES, check_options, explain
+from lightning_stableaa.recipes.launch import check_launch, check_sweep, join_submitit
+from lightning_stableaa.recipes.mistakes import (
+    MISTAKES,
+    check_options,
+    mistakes_in_one_sentence,
+)
 from lightning_stableaa.recipes.pictures import draw_run
+from lightning_stableaa.recipes.preemption import checkpoint_to_resume
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -43,8 +51,8 @@ def train(config: DictConfig) -> dict[str, float]:
     with _nothing_left_behind(Path(config.run_folder)) as folder:
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         check_options(settings)
-        if config.resume_from is not None and not Path(config.resume_from).is_file():
-            raise UserError(f"resume_from={config.resume_from}: there is no such checkpoint file")
+        check_launch(settings, os.environ)
+        checkpoint = checkpoint_to_resume(config.resume_from, folder)
         with blamed_on("seed"):
             lightning.seed_everything(config.seed, workers=True, verbose=False)
         if config.threads is not None:
@@ -59,8 +67,8 @@ def train(config: DictConfig) -> dict[str, float]:
             trainer: lightning.Trainer = make_trainer(
                 callbacks=[_SaveConfiguration(settings, folder), *callbacks], logger=loggers
             )
-        with _refusals_of_callbacks():
-            trainer.fit(module, data, ckpt_path=config.resume_from)
+        with _late_refusals():
+            trainer.fit(module, data, ckpt_path=checkpoint)
     if config.pictures and trainer.is_global_zero:
         draw_run(folder, module.decisive_metric)
         module.draw(folder / "pictures")
@@ -89,14 +97,18 @@ def _instantiate_all(group: DictConfig) -> list[Any]:
 
 
 @contextmanager
-def _refusals_of_callbacks() -> Iterator[None]:
-    """Our callbacks refuse a strategy or an optimizer with a ValueError once they see it."""
+def _late_refusals() -> Iterator[None]:
+    """Callbacks and cluster environments refuse a setting with a ValueError once they see it."""
     try:
         yield
     except ValueError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if frame.f_globals["__name__"].startswith("lightning_stableaa.callbacks"):
-            raise UserError(f"callbacks: {error}") from error
+        for origin, option in (
+            ("lightning_stableaa.callbacks", "callbacks"),
+            ("lightning.fabric.plugins.environments", "trainer"),
+        ):
+            if frame.f_globals["__name__"].startswith(origin):
+                raise UserError(f"{option}: {error}") from error
         raise
 
 
@@ -105,7 +117,9 @@ def _results(trainer: lightning.Trainer, callbacks: list[Callback]) -> dict[str,
     results["cost/gradients"] = trainer.global_step
     for callback in callbacks:
         if isinstance(callback, AndersonCallback):
-            results["cost/losses"] = callback.state_dict()["counters"]["loss_evaluations"]
+            counters = callback.state_dict().get("counters")
+            if counters is not None:  # the processes of ddp_fork keep them to themselves
+                results["cost/losses"] = counters["loss_evaluations"]
         if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
             results[f"best/{callback.monitor}"] = callback.best_model_score.item()
     return results
@@ -127,8 +141,10 @@ def _nothing_left_behind(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _run_time() -> str:
-    """The start of the run as a folder name, the same on every process of a torchrun job."""
+def _name_or_time(name: str | None) -> str:
+    """The run's name, or its start, the same on every process of a torchrun job."""
+    if name is not None:
+        return name
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     if not is_torchelastic_launched():
         return now
@@ -139,7 +155,9 @@ def _run_time() -> str:
 
 
 def _register_resolvers() -> None:
-    OmegaConf.register_new_resolver("run_time", _run_time, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("name_or_time", _name_or_time, use_cache=True, replace=True)
+    OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), replace=True)
+    OmegaConf.register_new_resolver("quotient", lambda a, b: int(a) // int(b), replace=True)
     OmegaConf.register_new_resolver(
         "class_attribute", lambda path, name: getattr(get_class(path), name), replace=True
     )
@@ -152,6 +170,10 @@ _register_resolvers()
 def _train_from_command_line(config: DictConfig) -> None:
     # inside Hydra too, or it announces the failed job with two lines of its own
     with mistakes_in_one_sentence("stableaa-train"):
+        join_submitit()
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode == RunMode.MULTIRUN:  # a sweep can change what was checked before
+            check_sweep(config, hydra_config.launcher)
         _print_results(train(config), config.run_folder)
 
 
@@ -159,16 +181,6 @@ def _train_from_command_line(config: DictConfig) -> None:
 def _print_results(results: dict[str, float], folder: str) -> None:
     print(", ".join(f"{name} {value:.4g}" for name, value in sorted(results.items())))
     print(f"everything about this run: {folder}")
-
-
-@contextmanager
-def mistakes_in_one_sentence(command: str) -> Iterator[None]:
-    """Ends ``command`` with one sentence and exit code 2 where the user is mistaken."""
-    try:
-        yield
-    except MISTAKES as error:
-        print(f"{command}: {explain(error)}", file=sys.stderr)
-        sys.exit(2)
 
 
 def quieten() -> None:

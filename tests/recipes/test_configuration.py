@@ -64,7 +64,11 @@ def test_optimizer_and_scheduler_go_with_every_recipe(
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize(
     ("group", "choice"),
-    [(group, choice) for group in ("logger", "strategy", "trainer") for choice in choices(group)],
+    [
+        (group, choice)
+        for group in ("logger", "strategy", "trainer", "cluster")
+        for choice in choices(group)
+    ],
 )
 def test_machine_goes_with_every_recipe(
     recipe: str, group: str, choice: str, compose: Compose
@@ -91,6 +95,26 @@ def test_callback_options_are_the_constructor_defaults(
     assert {key: config[key] for key in config if key != "_target_"} == {
         key: defaults[key] for key in configurable
     }
+
+
+@pytest.mark.parametrize("cluster", choices("cluster"))
+@pytest.mark.parametrize("strategy", choices("strategy"))
+def test_cluster_goes_with_every_strategy(cluster: str, strategy: str, compose: Compose) -> None:
+    config = compose("recipe=burgers2d", f"cluster={cluster}", f"strategy={strategy}")
+    OmegaConf.resolve(config)
+    assert config.cluster == cluster
+    # whoever may take the machines away gets a checkpoint, and finds it again
+    assert (config.resume_from, "preemption" in config.callbacks) == (
+        (None, False) if cluster == "local" else ("auto", True)
+    )
+    if strategy == "model_parallel":
+        processes = config.trainer.devices * config.trainer.num_nodes
+        assert config.trainer.strategy.data_parallel_size == processes
+        assert processes == {"lsf_summit": 1536}.get(cluster, 1)
+    elif strategy == "ddp_static":
+        assert config.trainer.strategy.static_graph
+    else:
+        assert config.trainer.strategy == strategy
 
 
 def test_multinode_takes_its_size_from_torchrun(

@@ -1,0 +1,105 @@
+"""Jobs whose machines are taken away: the last checkpoint they write, and the one they resume."""
+
+import os
+import signal
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from lightning_stableaa.recipes.errors import UserError
+
+# How notice is given: by SLURM to Lightning, by SLURM to submitit, by everybody else. In this order
+# where several came, since only the first two put the job back into the queue.
+NOTICES = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+
+class Preemption(Checkpoint):
+    """Saves a checkpoint between two steps when the job is given notice to end.
+
+    Lightning and submitit act on a signal at once, wherever each rank happens to be: in the middle
+    of an optimizer step, of an extrapolation, or of a collective that another rank then waits for.
+    Here a signal is noted; after the step, when all ranks have agreed that one of them has been
+    given notice, the checkpoint is saved and the signal handed to those for whom it was meant.
+
+    Args:
+        path: where the checkpoint is saved. Lightning's handler, on SLURM, saves its own.
+    """
+
+    def __init__(self, path: str) -> None:
+        # a Checkpoint runs after all other callbacks, so it saves what they have made of the step
+        self.path = path
+        self.noted: set[int] = set()
+        self.handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        """Takes the place of the handlers that Lightning and submitit have installed by now."""
+        self.noted.clear()
+        self.handlers = {number: signal.getsignal(number) for number in NOTICES}
+        for number in NOTICES:
+            signal.signal(number, lambda number, _: self.noted.add(number))
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Acts on notices, on all ranks after the same step."""
+        notices = torch.tensor(
+            [number in self.noted for number in NOTICES],
+            dtype=torch.int32,
+            device=trainer.strategy.root_device,
+        )
+        notices = trainer.strategy.reduce(notices, reduce_op="max")
+        for number, noted in zip(NOTICES, notices.tolist(), strict=True):
+            if noted:
+                self.noted.discard(number)
+                self._act(trainer, number)
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: Any, exception: BaseException
+    ) -> None:
+        """Gives the handlers back; after a run that ended well, Lightning does so."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _act(self, trainer: lightning.Trainer, number: int) -> None:
+        handler = self.handlers[number]
+        requeues = number == signal.SIGUSR1 and _is_lightnings(handler)
+        if not requeues:
+            trainer.save_checkpoint(self.path)
+        # SLURM sends SIGTERM to a job that it will start again, and expects no other answer
+        if callable(handler) and not (number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ):
+            handler(number, None)
+
+
+def checkpoint_to_resume(choice: str | None, run_folder: Path) -> Path | None:
+    """The checkpoint that ``resume_from`` stands for.
+
+    Args:
+        choice: a path, ``auto`` for the newest complete checkpoint in the run folder, which may
+            be none, or None.
+        run_folder: of this run, as an interrupted one has left it.
+
+    Raises:
+        UserError: there is no checkpoint at the path.
+    """
+    if choice is None:
+        return None
+    if choice != "auto":
+        if not Path(choice).exists():
+            raise UserError(f"resume_from={choice}: there is no such checkpoint file")
+        return Path(choice)
+    found = [*run_folder.glob("checkpoints/*.ckpt"), *run_folder.glob("hpc_ckpt_*.ckpt")]
+    return max(filter(_is_complete, found), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a checkpoint was written to its end: one file, or a folder of one file a process."""
+    return (path / "meta.pt").is_file() if path.is_dir() else zipfile.is_zipfile(path)
+
+
+def _is_lightnings(handler: Callable[..., Any] | int | None) -> bool:
+    return type(handler).__module__.startswith(("lightning.", "pytorch_lightning."))
