@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -24,6 +26,7 @@ class RecipeModule(lightning.LightningModule):
 
     decisive_metric: ClassVar[str]
     decisive_mode: ClassVar[str] = "min"
+    shardable: ClassVar[bool] = True  # FSDP2 cannot differentiate a network by its inputs twice
 
     def __init__(
         self,
@@ -39,6 +42,13 @@ class RecipeModule(lightning.LightningModule):
     def parameter_groups(self) -> Iterable[Any]:
         """What the optimizer gets; recipes override it to treat some parameters differently."""
         return self.parameters()
+
+    def configure_model(self) -> None:
+        """Shards the weights where the strategy is ModelParallelStrategy (FSDP2)."""
+        strategy = self.trainer.strategy
+        # called by every fit and test
+        if isinstance(strategy, ModelParallelStrategy) and not isinstance(self.network, FSDPModule):
+            fully_shard(self.network, mesh=strategy.device_mesh["data_parallel"])
 
     def draw(self, folder: Path) -> None:
         """Draws what is particular to the recipe into ``folder``, after training."""

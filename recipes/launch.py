@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from hydra.experimental.callback import Callback
+from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig
 
 from lightning_stableaa.recipes.errors import UserError
@@ -42,6 +43,10 @@ class Started(NamedTuple):
     per_node: int | None = None
 
 
+# they need whole tensors: torch's own message names an operator
+NOT_SHARDABLE = {"torch.optim.LBFGS", "torch.optim.Adafactor"}
+
+
 def started(environ: Mapping[str, str]) -> Started | None:
     """What started this process; None where Lightning has to start the others itself."""
 
@@ -60,11 +65,12 @@ def started(environ: Mapping[str, str]) -> Started | None:
     return None
 
 
-def check_launch(settings: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+def check_launch(settings: Any, environ: Mapping[str, str]) -> None:
     """Compares a run's configuration with what started its process.
 
     Args:
-        settings: the resolved configuration; ``cluster``, ``run_name`` and ``trainer`` matter.
+        settings: the configuration, a mapping; ``cluster``, ``run_name``, ``trainer``, ``module``
+            and ``optimizer`` matter.
         environ: variables of the process.
 
     Raises:
@@ -72,6 +78,8 @@ def check_launch(settings: Mapping[str, Any], environ: Mapping[str, str]) -> Non
             another component, or train several runs in one folder.
     """
     cluster, trainer = settings["cluster"], settings["trainer"]
+    if "ModelParallel" in str(trainer["strategy"]):
+        _check_sharding(settings["module"]["_target_"], settings["optimizer"])
     by = started(environ)
     launcher, command = LAUNCHERS.get(cluster, (None, None))
     if launcher is not None and (by is None or by.launcher != launcher):
@@ -143,7 +151,25 @@ def count(value: Any) -> int | None:
     return int(value) if str(value).isdigit() else None
 
 
-def _check_nodes_by_hand(settings: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+def _check_sharding(module: str, optimizer: Any) -> None:
+    if not getattr(get_class(module), "shardable", True):
+        raise UserError(
+            f"strategy=model_parallel: the loss of {module} differentiates the network by its "
+            f"inputs, which FSDP2 does not support; use strategy=ddp"
+        )
+    if optimizer["_target_"] in NOT_SHARDABLE:
+        raise UserError(
+            f"optimizer._target_={optimizer['_target_']}: it does not work on sharded weights; "
+            f"use another one, or strategy=ddp"
+        )
+    if optimizer["_target_"] == "torch.optim.SGD" and optimizer.get("fused"):
+        raise UserError(
+            "optimizer.fused=True: torch has no fused SGD for sharded weights; leave it out, or "
+            "use strategy=ddp"
+        )
+
+
+def _check_nodes_by_hand(settings: Any, environ: Mapping[str, str]) -> None:
     nodes = settings["trainer"]["num_nodes"]
     if nodes == 1:
         return
@@ -175,7 +201,7 @@ def _check_tasks(by: Started, environ: Mapping[str, str]) -> None:
         )
 
 
-def _check_counts(by: Started, trainer: Mapping[str, Any]) -> None:
+def _check_counts(by: Started, trainer: Any) -> None:
     devices, nodes = count(trainer["devices"]), count(trainer["num_nodes"])
     if by.processes is None or devices is None or nodes is None:
         return  # Lightning compares once it has counted the devices

@@ -190,6 +190,7 @@ def quieten() -> None:
         "'set_vital' is deprecated",  # torchdata 0.11 with torch 2.13
         ".*LeafSpec.* is deprecated",  # lightning 2.6 with torch 2.13
         ".*does not have many workers",  # the small recipes' data are in memory
+        "Detected an existing checkpoint",  # last.ckpt of model_parallel is meant to be overwritten
         "The dirpath has changed",  # a resumed run keeps its best checkpoint in its own folder
     ):
         warnings.filterwarnings("ignore", message=message)

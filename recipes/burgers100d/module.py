@@ -31,6 +31,7 @@ class Burgers100dModule(RecipeModule):
     """
 
     decisive_metric = "val/relative_l2"
+    shardable = False
 
     def __init__(
         self,

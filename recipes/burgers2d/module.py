@@ -41,6 +41,7 @@ class Burgers2dModule(RecipeModule):
     """
 
     decisive_metric = "val/relative_l2"
+    shardable = False
 
     def __init__(
         self,

@@ -176,6 +176,30 @@ def test_combination_is_refused(
     assert re.fullmatch(sentence, str(error.value))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["recipe=burgers2d"], "strategy=model_parallel: .*Burgers2dModule differentiates .*"),
+        (["recipe=burgers100d"], "strategy=model_parallel: .*; use strategy=ddp"),
+        (["recipe=admissions_mlp", "+optimizer.fused=true"], "optimizer.fused=True: .*"),
+        (
+            ["recipe=admissions_mlp", "optimizer._target_=torch.optim.LBFGS"],
+            "optimizer._target_=torch.optim.LBFGS: .* sharded weights; .*",
+        ),
+        (["recipe=admissions_mlp"], None),
+        (["recipe=admissions_mlp", "optimizer=adamw", "+optimizer.fused=true"], None),
+        (["recipe=resnet50_imagenet"], None),
+    ],
+)
+def test_model_parallel(overrides: list[str], sentence: str | None, compose: Compose) -> None:
+    config = compose("strategy=model_parallel", *overrides)
+    if sentence is None:
+        check_launch(config, {})
+        return
+    with pytest.raises(UserError, match=sentence):
+        check_launch(config, {})
+
+
 BASIC = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
 SUBMITIT = {
     "_target_": "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher",
