@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stableaa import saved
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.extrapolation import extrapolate
 from lightning_stableaa.options import (
@@ -34,8 +35,7 @@ from lightning_stableaa.weights import reset_momentum, trainable_parameters
 
 log = logging.getLogger(__name__)
 
-STATE_VERSION = 1
-
+STATE_VERSION = 2
 
 _COUNTERS = (
     "optimizer_steps",
@@ -200,6 +200,11 @@ class AndersonAccelerator:
         """By parameter, copies of what the optimizer works on; empty without a candidate."""
         return self._copies(of_candidate=self._evaluating)
 
+    @property
+    def placement_reason(self) -> str | None:
+        """Where the history lives and why; None before the first optimizer step."""
+        return None if self._points is None else self._points.placement_reason
+
     def detach(self) -> None:
         """Remove the hooks from the optimizers; the accelerator sees no further steps."""
         self._watch.detach()
@@ -207,7 +212,9 @@ class AndersonAccelerator:
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise continuation needs: plain containers and CPU tensors.
 
-        Loads under ``torch.load(weights_only=True)``. A sharded history is left out.
+        Loads under ``torch.load(weights_only=True)``. Of a sharded history it holds this rank's
+        slice, which loads on the same rank of as many: save one file a rank, or use
+        ``whole_state_dict``.
         """
         if self._loaded is not None:  # loaded and not yet in use
             return self._loaded
@@ -218,21 +225,28 @@ class AndersonAccelerator:
         self._notice_changes()  # a continuation could not know of them
         return self._state()
 
+    def whole_state_dict(self) -> dict[str, Any]:
+        """``state_dict`` of all ranks together, on the first one; loads on any number of ranks.
+
+        A collective call where the history is sharded: every rank has to make it, and only the
+        result on the first rank is of use. Vectors are gathered one at a time.
+        """
+        state = self.state_dict()
+        return state if self._points is None else saved.make_whole(state, self._points)
+
     def _state(self) -> dict[str, Any]:
-        points, smoother = self._points, self._smoother
-        if points is not None and points.sharded:
-            # a checkpoint is written by one rank, which holds one slice: better none than wrong
-            points = smoother = None
-        return {
+        points = self._points
+        vectors = (
+            saved.NOTHING
+            if points is None
+            else saved.save(
+                points, self._smoother, self.options, evaluation=self._has_evaluation_weights
+            )
+        )
+        return vectors | {
             "version": STATE_VERSION,
             "counters": {name: getattr(self, name) for name in _COUNTERS},
             "outcomes": {status.value: count for status, count in self.outcomes.items()},
-            "fingerprint": None if points is None else self._fingerprint(points),
-            "points": None if points is None else points.state_dict(),
-            "smoother": None if smoother is None else smoother.state_dict(),
-            "evaluation": points.candidate.to("cpu", copy=True)
-            if points is not None and self._has_evaluation_weights
-            else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -248,6 +262,12 @@ class AndersonAccelerator:
                 f"the accelerator state has version {state['version']}, this package reads up to "
                 f"{STATE_VERSION}: update lightning-stableaa, or drop the state"
             )
+        if state["version"] < STATE_VERSION:
+            log.warning(
+                "the Anderson history of the checkpoint was dropped and starts anew: "
+                "it was stored by an earlier version of lightning-stableaa"
+            )
+            state = state | saved.NOTHING
         for name in _COUNTERS:
             setattr(self, name, int(state["counters"][name]))
         self.outcomes = Counter({Status(name): n for name, n in state["outcomes"].items()})
@@ -283,7 +303,7 @@ class AndersonAccelerator:
             parameters,
             depth=options.history_depth,
             communicator=communicator,
-            sharded=options.history == "sharded" and communicator.world_size > 1,
+            placement=options.history,
             device=torch.device(options.history_device) if options.history_device else None,
             optimizers=self._optimizers if options.optimizer_state == "mix" else (),
         )
@@ -308,14 +328,8 @@ class AndersonAccelerator:
         assert points is not None
         if state["points"] is None:
             self._cycle_steps = 0
-            if state["counters"]["optimizer_steps"]:
-                log.warning(
-                    "the checkpoint holds no Anderson history (history='sharded' is not saved): "
-                    "it starts anew"
-                )
             return
-        expected, found = self._fingerprint(points), state["fingerprint"]
-        different = [key for key in expected if found.get(key) != expected[key]]
+        different = saved.load(state, points, self._smoother, self.options)
         if different:
             log.warning(
                 "the Anderson history of the checkpoint was dropped and starts anew: "
@@ -323,26 +337,8 @@ class AndersonAccelerator:
                 ", ".join(different),
             )
             self._cycle_steps = 0
-            return
-        points.load_state_dict(state["points"])
-        if self._smoother is not None:
-            self._smoother.load_state_dict(state["smoother"])
-        if state["evaluation"] is not None:
-            points.candidate.copy_(state["evaluation"])
+        elif state["evaluation"] is not None:
             self._has_evaluation_weights = True
-
-    def _fingerprint(self, points: PointStore) -> dict[str, Any]:
-        """What must be equal for a stored history to be continued."""
-        smoothing = self.options.smoothing
-        return {
-            "parameter layout": points.weights.signature(),
-            "set of weights": points.weights.checksum(),
-            "history_depth": self.options.history_depth,
-            "store_every_n_steps": self.options.store_every_n_steps,
-            "optimizer_state": self.options.optimizer_state == "mix",
-            "smoothing": None if smoothing is None else dataclasses.asdict(smoothing),
-            "world size": points.communicator.world_size if points.sharded else 1,
-        }
 
     def _notice_changes(self) -> None:
         if self._points is not None and self._watch.disturbed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,6 +21,13 @@ class Communicator:
         self.rank = dist.get_rank(process_group) if running else 0
         self._first = dist.get_global_rank(process_group, 0) if running and process_group else 0
 
+    @classmethod
+    def alone(cls) -> Communicator:
+        """One that has nobody to communicate with."""
+        communicator = cls()
+        communicator.world_size, communicator.rank = 1, 0
+        return communicator
+
     def sum(self, tensor: Tensor) -> None:
         """Sum over ranks, in place."""
         if self.world_size > 1:
@@ -29,6 +37,12 @@ class Communicator:
         """Maximum over ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether the flag is set on any rank; the same answer on all of them."""
+        answer = torch.tensor(float(flag), device=device)
+        self.max(answer)
+        return bool(answer)
 
     def mean(self, tensor: Tensor) -> None:
         """Mean over ranks, in place; a NaN on one rank is a NaN on all."""
@@ -47,6 +61,15 @@ class Communicator:
             dist.all_gather_into_tensor(out, part, group=self._group)
         else:
             out.copy_(part)
+
+    def to_first(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks on the group's first rank, nothing on the others."""
+        if self.world_size == 1:
+            return [tensor]
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        first = self.rank == 0
+        dist.gather(tensor, parts if first else None, dst=self._first, group=self._group)
+        return parts if first else []
 
     def shard(self, length: int) -> tuple[int, int]:
         """First element and size of this rank's equal slice of ``length``; the last overhangs."""

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.history import History
+from lightning_stableaa.options import HistoryPlacement
+from lightning_stableaa.placement import choose_placement
 from lightning_stableaa.weights import FlatTensors, momentum_tensors
 
 
@@ -26,7 +28,7 @@ class PointStore:
         parameters: the weights, see :func:`~lightning_stableaa.weights.trainable_parameters`.
         depth: residuals kept at most, m.
         communicator: collectives over the ranks that share the weights.
-        sharded: whether ranks keep slices of the points.
+        placement: replicas or slices, see :func:`~lightning_stableaa.placement.choose_placement`.
         device: where points live; ``None`` takes that of the weights.
         optimizers: where the momentum is found, to be mixed; none leaves it alone.
     """
@@ -37,7 +39,7 @@ class PointStore:
         *,
         depth: int,
         communicator: Communicator,
-        sharded: bool = False,
+        placement: HistoryPlacement = "replicated",
         device: torch.device | None = None,
         optimizers: Sequence[Optimizer] = (),
     ) -> None:
@@ -45,15 +47,21 @@ class PointStore:
         self.communicator = communicator
         self._optimizers = optimizers
         self.weights = FlatTensors(parameters)
-        self.sharded = sharded
-        self.start, self.length = (
-            communicator.shard(self.weights.length) if sharded else (0, self.weights.length)
-        )
         self.device = device or self.weights.device
+        self.sharded, self.placement_reason = choose_placement(
+            placement,
+            points=depth + 2,
+            point_bytes=self.weights.length * self.weights.dtype.itemsize,
+            device=self.weights.device,
+            communicator=communicator,
+        )
+        self.start, self.length = (
+            communicator.shard(self.weights.length) if self.sharded else (0, self.weights.length)
+        )
         self.history = self._new_history(depth)
         self._depth = depth
         self._momentum: History | None = None
-        size = self.length * communicator.world_size if sharded else self.length
+        size = self.length * communicator.world_size if self.sharded else self.length
         self.candidate = torch.zeros(size, dtype=self.weights.dtype, device=self.device)
 
     def still_fits(self, parameters: Sequence[Tensor]) -> bool:

@@ -55,6 +55,8 @@ def main(rank: int, port: int, folder: str) -> None:
         "resume": lambda: resume(Path(folder), history="replicated"),
         "resume sharded": lambda: resume(Path(folder), history="sharded"),
         "traffic": traffic,
+        "auto": lambda: auto(anderson(history="auto")),
+        "local state": local_state,
     }
     torch.save({name: job() for name, job in jobs.items()}, Path(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
@@ -140,6 +142,43 @@ def resume(folder: Path, *, history: Any) -> dict[str, Any]:
     whole = train(anderson(**options), SaveAt(8, path), epochs=3)
     dist.barrier()
     return {"whole": whole, "resumed": train(anderson(**options), epochs=3, ckpt_path=path)}
+
+
+def auto(callback: Any) -> dict[str, Any]:
+    """What the history's placement is, and the sentence that says why."""
+    said = []
+
+    class Listens(lightning.pytorch.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            said.append(callback.accelerator.placement_reason)
+
+    train(callback, Listens(), epochs=1)
+    return {"said": said[0]}
+
+
+def local_state() -> dict[str, Any]:
+    """A loop of one's own saves one state a rank; and the whole one, for the process that tests."""
+    options: dict[str, Any] = {"history": "sharded", "accelerate_every_n_steps": 3}
+    whole, again = Quadratic(51, **options), Quadratic(51, **options)
+    for _ in range(7):
+        whole.step()
+    state, gathered = whole.accelerator.state_dict(), whole.accelerator.whole_state_dict()
+    at_saving = whole.x.detach().clone()
+    with torch.no_grad():
+        again.x.copy_(whole.x)
+    again.accelerator.load_state_dict(state)
+    for problem in (whole, again):
+        for _ in range(8):
+            problem.step()
+    return {
+        "shard": state["shard"],
+        "rows": state["points"]["history"]["rows"].shape,
+        "equal": torch.equal(whole.x, again.x),
+        "accepted": (whole.accelerator.accepted, again.accelerator.accepted),
+        "gathered": gathered,
+        "at saving": at_saving,
+        "end": whole.x.detach().clone(),
+    }
 
 
 class Quadratic:

@@ -579,7 +579,7 @@ def test_a_state_of_a_newer_version_is_refused() -> None:
     problem = Quadratic()
     accelerator = AndersonAccelerator(problem.optimizer)
     state = accelerator.state_dict() | {"version": 99}
-    with pytest.raises(ValueError, match="version 99, this package reads up to 1: update"):
+    with pytest.raises(ValueError, match="version 99, this package reads up to 2: update"):
         accelerator.load_state_dict(state)
 
 

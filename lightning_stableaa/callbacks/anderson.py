@@ -26,6 +26,7 @@ from lightning_stableaa.options import (
     check_integer,
 )
 from lightning_stableaa.report import StepReport
+from lightning_stableaa.saved import NOTHING, WHOLE
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +109,7 @@ class AndersonCallback(LightningCallback):
         self._optimizers: list[Any] = []
         self._loaded: dict[str, Any] = {}
         self._evaluation: EvaluationModel | None = None
+        self._told_placement = False
 
     @property
     def accelerator(self) -> AndersonAccelerator | None:
@@ -149,6 +151,10 @@ class AndersonCallback(LightningCallback):
         else:
             with BatchLoss(trainer, pl_module, batch, batch_idx) as loss_fn:
                 report = engine.step(loss_fn)
+        if not self._told_placement and engine.placement_reason is not None:
+            self._told_placement = True
+            if trainer.world_size > 1:
+                rank_zero_info(f"Anderson acceleration: {engine.placement_reason}.")
         if report.rsd is not None:
             log_smoothing(trainer, pl_module, report.rsd, on=bool(report.smoothing_on))
         if report.attempted:
@@ -178,24 +184,30 @@ class AndersonCallback(LightningCallback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the candidate in the module, where candidates are for evaluation."""
-        evaluation, state = self._evaluation, self.state_dict()
+        evaluation = self._evaluation
+        if evaluation is None:
+            return
+        own = self._state_of_evaluation()
         self._stop()
-        if evaluation is not None and self.options.apply_to == "evaluation":
+        if self.options.apply_to == "evaluation":
             evaluation.export()
-            self._loaded = state  # with the weights of training, for a checkpoint saved hereafter
+            # with the weights of training, for a checkpoint saved hereafter
+            self._loaded = self._loaded | own
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Let go of the optimizers, keeping the state for a checkpoint or another fit."""
         self._stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a bitwise continuation needs."""
+        """Everything a bitwise continuation needs, of all ranks; the first one's is complete.
+
+        Collective during a fit where the history is sharded, as Lightning's saving of a checkpoint
+        is. After a fit each rank has its slice, and none of them is saved.
+        """
         if self._engine is None or self._evaluation is None:
-            return self._loaded
-        return self._engine.state_dict() | {
-            "training": self._evaluation.training_state(),
-            "recalibrated_at": self._evaluation.recalibrated_at,
-        }
+            alone = self._loaded.get("shard") in (None, WHOLE, [0, 1])
+            return self._loaded if alone else self._loaded | NOTHING
+        return self._engine.whole_state_dict() | self._state_of_evaluation()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state, on the CPU, until the optimizers exist."""
@@ -205,6 +217,13 @@ class AndersonCallback(LightningCallback):
         """Go on with the weights of training, where the checkpoint shows those for evaluation."""
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         restore(pl_module, state.get("training", {}))
+
+    def _state_of_evaluation(self) -> dict[str, Any]:
+        assert self._evaluation is not None
+        return {
+            "training": self._evaluation.training_state(),
+            "recalibrated_at": self._evaluation.recalibrated_at,
+        }
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
         options = _effective_options(self.options, trainer)
@@ -229,7 +248,8 @@ class AndersonCallback(LightningCallback):
         if self._engine is None or self._evaluation is None:
             return
         self._evaluation.close()
-        self._loaded = self.state_dict()
+        # not gathered: an exception may have stopped this rank alone
+        self._loaded = self._engine.state_dict() | self._state_of_evaluation()
         self._engine.detach()
         self._engine = self._evaluation = None
 

@@ -1,0 +1,105 @@
+"""The vectors of a saved engine: what is written, on which ranks it can be read, and reading it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.options import Options
+from lightning_stableaa.points import PointStore
+from lightning_stableaa.sharding import cut, gather
+from lightning_stableaa.smoother import Smoother
+
+WHOLE = "whole"  # vectors are complete, whatever the number of ranks was
+
+NOTHING: dict[str, Any] = {
+    "shard": None,
+    "fingerprint": None,
+    "points": None,
+    "smoother": None,
+    "evaluation": None,
+}
+
+
+def save(
+    points: PointStore, smoother: Smoother | None, options: Options, *, evaluation: bool
+) -> dict[str, Any]:
+    """This rank's vectors on the CPU; those of a replicated history are all there are.
+
+    Args:
+        points: the history.
+        smoother: statistics of the open window; ``None`` where nothing is smoothed.
+        options: those of the engine.
+        evaluation: whether ``points.candidate`` is an accepted one for evaluation.
+    """
+    length = points.weights.length
+    return {
+        "shard": _shard(points),
+        "fingerprint": _fingerprint(points, options),
+        "points": points.state_dict(),
+        "smoother": None if smoother is None else smoother.state_dict(),
+        "evaluation": points.candidate[:length].to("cpu", copy=True) if evaluation else None,
+    }
+
+
+def make_whole(saved: dict[str, Any], points: PointStore) -> dict[str, Any]:
+    """The vectors of all ranks, on the first one; a collective call if they are sharded."""
+    if saved["points"] is None or saved["shard"] == WHOLE:
+        return saved
+    whole = gather(
+        {"points": saved["points"], "smoother": saved["smoother"]},
+        length=points.weights.length,
+        communicator=points.communicator if points.sharded else Communicator.alone(),
+        device=points.weights.device,
+    )
+    return saved | whole | {"shard": WHOLE}
+
+
+def load(
+    saved: dict[str, Any], points: PointStore, smoother: Smoother | None, options: Options
+) -> list[str]:
+    """Fill ``points`` and ``smoother``, on all ranks or on none.
+
+    Returns:
+        What stands against it; empty where the vectors were loaded. A collective call.
+    """
+    expected, found = _fingerprint(points, options), saved["fingerprint"] or {}
+    different = [name for name in expected if found.get(name) != expected[name]]
+    if saved["shard"] not in (WHOLE, _shard(points)):
+        different.append("rank or number of ranks")
+    if points.communicator.any(bool(different), points.weights.device):
+        return different or ["state on another rank"]
+    vectors = {"points": saved["points"], "smoother": saved["smoother"]}
+    if saved["shard"] == WHOLE:
+        vectors = cut(
+            vectors,
+            start=points.start,
+            length=points.length,
+            communicator=points.communicator if points.sharded else None,
+        )
+    points.load_state_dict(vectors["points"])
+    if smoother is not None:
+        smoother.load_state_dict(vectors["smoother"])
+    if saved["evaluation"] is not None:
+        points.candidate[: points.weights.length].copy_(saved["evaluation"])
+    return []
+
+
+def _fingerprint(points: PointStore, options: Options) -> dict[str, Any]:
+    """What must be equal for a stored history to be continued."""
+    smoothing = options.smoothing
+    return {
+        "parameter layout": points.weights.signature(),
+        "set of weights": points.weights.checksum(),
+        "history_depth": options.history_depth,
+        "store_every_n_steps": options.store_every_n_steps,
+        "optimizer_state": options.optimizer_state == "mix",
+        "smoothing": None if smoothing is None else dataclasses.asdict(smoothing),
+    }
+
+
+def _shard(points: PointStore) -> list[int]:
+    """Which slice of the vectors this rank holds: rank, and number of ranks."""
+    communicator = points.communicator
+    return [communicator.rank, communicator.world_size] if points.sharded else [0, 1]
