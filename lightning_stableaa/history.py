@@ -216,7 +216,7 @@ class History:
 
     def _unform(self, position: int) -> None:
         """Make the newest row a point again, where its successor was taken away."""
-        if self._formed <= position:
+        if position < 0 or self._formed <= position:
             return
         row = self._rows[self._row(position)]
         torch.sub(self._rows[self._row(position + 1)], row, out=row)

@@ -56,6 +56,17 @@ def test_a_start_that_no_cycle_followed_is_forgotten() -> None:
     assert history.linked == [True, False]
 
 
+def test_a_break_right_after_the_first_point_leaves_an_empty_history() -> None:
+    history, points = make(), random_points(4)
+    push_all(history, points[:1])
+    history.break_chain()
+    assert len(history) == 0
+    push_all(history, points[1:])
+    differences = points[1:].diff(dim=0)
+    torch.testing.assert_close(history.gram(), differences @ differences.T)
+    assert torch.equal(stored(history)[-1], points[-1])
+
+
 def test_a_point_without_a_residual_leaves_with_its_successor() -> None:
     history, points = make(depth=4), random_points(7)
     push_all(history, points[:2])
