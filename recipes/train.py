@@ -1,13 +1,15 @@
 """``stableaa-train``: one training run, described by the configuration groups in ``conf/``."""
 
+import errno
 import logging
 import math
 import os
+import pickle
 import shutil
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from lightning_stableaa.recipes.files import write_atomically
 from lightning_stableaa.recipes.launch import check_launch, check_sweep, join_submitit
 from lightning_stableaa.recipes.mistakes import (
     MISTAKES,
-    check_options,
+    check_run,
     mistakes_in_one_sentence,
 )
 from lightning_stableaa.recipes.pictures import draw_run
@@ -48,9 +50,13 @@ def train(config: DictConfig) -> dict[str, float]:
         UserError, or an error of Hydra, OmegaConf or Lightning that means a wrong configuration;
         whatever the run had written by then is removed.
     """
-    with _nothing_left_behind(Path(config.run_folder)) as folder:
+    if not isinstance(config.run_folder, str) or not config.run_folder:
+        raise UserError(f"run_folder={config.run_folder}: expected the path of a folder")
+    with _nothing_left_behind(Path(config.run_folder)) as folder, _refusals_of_the_disk(folder):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-        check_options(settings)
+        check_run(settings)
+        _check_trainer(settings["trainer"])
+        _check_history_device(settings["callbacks"])
         check_launch(settings, os.environ)
         checkpoint = checkpoint_to_resume(config.resume_from, folder)
         with blamed_on("seed"):
@@ -58,6 +64,7 @@ def train(config: DictConfig) -> dict[str, float]:
         if config.threads is not None:
             with blamed_on("threads", RuntimeError):
                 torch.set_num_threads(config.threads)
+        folder.mkdir(parents=True, exist_ok=True)
         data = instantiate(config.data, _convert_="all")
         module = instantiate(config.module, _convert_="all")
         callbacks = _instantiate_all(config.callbacks)
@@ -67,11 +74,12 @@ def train(config: DictConfig) -> dict[str, float]:
             trainer: lightning.Trainer = make_trainer(
                 callbacks=[_SaveConfiguration(settings, folder), *callbacks], logger=loggers
             )
-        with _late_refusals():
+        with _late_refusals(config.resume_from):
             trainer.fit(module, data, ckpt_path=checkpoint)
     if config.pictures and trainer.is_global_zero:
-        draw_run(folder, module.decisive_metric)
-        module.draw(folder / "pictures")
+        with _refusals_of_the_disk(folder):
+            draw_run(folder, module.decisive_metric)
+            module.draw(folder / "pictures")
     return _results(trainer, callbacks)
 
 
@@ -96,15 +104,62 @@ def _instantiate_all(group: DictConfig) -> list[Any]:
     return [instantiate(entry, _convert_="all") for entry in group.values() if entry is not None]
 
 
+def _check_history_device(callbacks: dict[str, Any] | None) -> None:
+    device = ((callbacks or {}).get("anderson") or {}).get("history_device")
+    if device is not None:
+        # "Torch not compiled with CUDA enabled" is an AssertionError
+        with blamed_on("callbacks.anderson.history_device", RuntimeError, AssertionError):
+            torch.empty(0, device=device)
+
+
+def _check_trainer(trainer: dict[str, Any]) -> None:
+    """Counts that Lightning divides by without looking at them."""
+    for name in ("accumulate_grad_batches", "val_check_interval"):
+        if trainer.get(name) == 0:
+            raise UserError(f"trainer.{name}=0: expected at least 1")
+
+
 @contextmanager
-def _late_refusals() -> Iterator[None]:
-    """Callbacks and cluster environments refuse a setting with a ValueError once they see it."""
+def _refusals_of_the_disk(folder: Path) -> Iterator[None]:
+    """A run folder that cannot be written to, before the run or in its midst."""
     try:
         yield
+    except OSError as error:
+        within = error.filename is None or Path(error.filename).is_relative_to(folder.absolute())
+        named = str(error.filename) in {str(folder), *map(str, folder.parents)}
+        if error.errno in _FULL or (error.errno in _REFUSED and (within or named)):
+            raise UserError(
+                f"run_folder={folder}: {error.strerror}; make room or choose another folder"
+            ) from error
+        raise
+    except RuntimeError as error:  # how torch.save says that the disk is full
+        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
+            raise UserError(
+                f"run_folder={folder}: a checkpoint could not be written, the disk may be full; "
+                "make room and resume, or choose another folder"
+            ) from error
+        raise
+
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
+
+
+@contextmanager
+def _late_refusals(resume_from: str | None) -> Iterator[None]:
+    """What callbacks, cluster environments and checkpoints refuse once training would begin."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"resume_from={resume_from}: holds more than tensors and plain containers, "
+            "which may run any code when read; give a checkpoint that this command has written"
+        ) from error
     except ValueError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         for origin, option in (
             ("lightning_stableaa.callbacks", "callbacks"),
+            ("lightning_stableaa.options", "callbacks"),
             ("lightning.fabric.plugins.environments", "trainer"),
         ):
             if frame.f_globals["__name__"].startswith(origin):
@@ -128,17 +183,26 @@ def _results(trainer: lightning.Trainer, callbacks: list[Callback]) -> dict[str,
 @contextmanager
 def _nothing_left_behind(folder: Path) -> Iterator[Path]:
     """Removes what a mistaken run wrote, unless the folder was in use or holds a checkpoint."""
-    in_use = folder.exists() and any(folder.iterdir())
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run_folder={folder}: is a file; choose another folder")
+    in_use = folder.is_dir() and any(folder.iterdir())
     try:
         yield folder
     except MISTAKES:
         if not in_use and not any(folder.glob("checkpoints/*.ckpt")):
             shutil.rmtree(folder, ignore_errors=True)
-            for parent in folder.parents:
-                if not parent.is_relative_to(Path.cwd() / "runs") or any(parent.iterdir()):
-                    break
-                parent.rmdir()
+            _remove_empty(folder.parent)
         raise
+
+
+def _remove_empty(folder: Path) -> None:
+    """Removes what Hydra made for a run that wrote nothing there, or has been removed."""
+    with suppress(OSError):
+        for one in (folder, *folder.parents):
+            if not one.is_relative_to(Path.cwd() / "runs"):
+                break
+            if one.exists():
+                one.rmdir()
 
 
 def _name_or_time(name: str | None) -> str:
@@ -174,7 +238,10 @@ def _train_from_command_line(config: DictConfig) -> None:
         hydra_config = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN:  # a sweep can change what was checked before
             check_sweep(config, hydra_config.launcher)
-        _print_results(train(config), config.run_folder)
+        try:
+            _print_results(train(config), config.run_folder)
+        finally:
+            _remove_empty(Path(hydra_config.runtime.output_dir))
 
 
 @rank_zero_only
@@ -186,11 +253,14 @@ def _print_results(results: dict[str, float], folder: str) -> None:
 def quieten() -> None:
     """Hides what a user can do nothing about."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    # reports an import that fails in three lines, before the one sentence that is enough
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
     for message in (
         "'set_vital' is deprecated",  # torchdata 0.11 with torch 2.13
         ".*LeafSpec.* is deprecated",  # lightning 2.6 with torch 2.13
         ".*does not have many workers",  # the small recipes' data are in memory
         "Detected an existing checkpoint",  # last.ckpt of model_parallel is meant to be overwritten
+        "Checkpoint directory .* exists and is not empty",  # of a run that goes on in its folder
         "The dirpath has changed",  # a resumed run keeps its best checkpoint in its own folder
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -24,7 +24,7 @@ CHANGES = "lightning_stableaa.recipes.comparison.optimizers"
 RECORDER = "lightning_stableaa.recipes.comparison.recorder.CostRecorder"
 TRAINING = "training"
 # what a run needs on its own, and a comparison pays for or sees nothing of
-LEFT_OUT = ("best", "progress", "learning_rate")
+LEFT_OUT = ("best", "last", "progress", "learning_rate")
 
 
 @dataclass(frozen=True)

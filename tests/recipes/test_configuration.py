@@ -38,7 +38,7 @@ def test_recipe_instantiates(recipe: str, compose: Compose) -> None:
 def test_callbacks_go_with_every_recipe(recipe: str, callbacks: str, compose: Compose) -> None:
     built = build(compose(f"recipe={recipe}", f"callbacks={callbacks}"), "callbacks")
     assert isinstance(built, dict)
-    run_utilities = {"best", "progress", "learning_rate"}
+    run_utilities = {"best", "last", "progress", "learning_rate"}
     expected = {
         "none": run_utilities,
         "smoothing": run_utilities | {"smoothing"},
