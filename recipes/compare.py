@@ -1,6 +1,5 @@
 """``stableaa-compare``: variants x seeds of one recipe, and a verdict."""
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -103,8 +102,6 @@ def main() -> None:
     if "compare.module" in names and "recipe" not in names:
         sys.argv.append(OWN_MODULE)
     quieten()
-    # reports an import that fails in three lines, before the one sentence that is enough
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
     with mistakes_in_one_sentence("stableaa-compare"):
         try:
             _compare_from_command_line()

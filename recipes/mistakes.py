@@ -4,12 +4,14 @@ import difflib
 import inspect
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
+import yaml
 from hydra.errors import (
     HydraException,
     InstantiationException,
@@ -21,9 +23,28 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.errors import UserError, blamed_on
 
-MISTAKES = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
+MISTAKES = (
+    UserError,
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+    yaml.YAMLError,
+)
+
+# Options of a run that no constructor takes.
+PLAIN: dict[str, Any] = {
+    "seed": int,
+    "threads": int | None,
+    "resume_from": str | None,
+    "pictures": bool,
+    "run_name": str | int | None,
+    "run_folder": str,
+}
+
+# Groups of which every run needs one.
+BUILT = ("module", "trainer", "model", "data", "optimizer")
 
 
 @contextmanager
@@ -32,8 +53,17 @@ def mistakes_in_one_sentence(command: str) -> Iterator[None]:
     try:
         yield
     except MISTAKES as error:
-        print(f"{command}: {explain(error)}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(command, error)
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("hydra."):
+            raise
+        _refuse(command, error)  # such as "Config group override must be a string or a list"
+
+
+def _refuse(command: str, error: Exception) -> NoReturn:
+    print(f"{command}: {explain(error)}", file=sys.stderr)
+    sys.exit(2)
 
 
 def explain(error: Exception) -> str:
@@ -41,6 +71,8 @@ def explain(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
+        if not group:
+            return f"--config-name={choice}: there is no such configuration"
         return f"{group}={choice}: there is no such choice; {_offer(choice, error.options or ())}"
     if group := re.match(r"You must specify '(.+?)'", str(error)):
         options = re.findall(r"\t([^_].*)", str(error))
@@ -50,12 +82,56 @@ def explain(error: Exception) -> str:
         return f"{cause.full_key}: there is no such option; {_offer(str(cause.key), known)}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {_one_line(error.msg)}"
+    if isinstance(error, yaml.YAMLError):
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
+        return f"{where}: {_one_line(problem or error)}"
     if isinstance(error, OverrideParseException):
         return f"{error.override}: options are written as name=value, lists as name=[1,2]"
     if isinstance(error, InstantiationException):
         option = re.search(r"full_key: (\S+)", str(error))
         return f"{option[1] if option else 'configuration'}: {_one_line(cause or error)}"
     return _one_line(error)
+
+
+def check_run(settings: Mapping[str, Any]) -> None:
+    """Checks a whole run: its plain options, its groups, and every constructor's options.
+
+    Raises:
+        UserError: an option that is missing, unknown or of another type.
+    """
+    for name, annotation in PLAIN.items():
+        if not _fits(settings.get(name), annotation):
+            raise UserError(f"{name}={settings.get(name)}: expected {_describe(annotation)}")
+    if not settings["run_folder"]:
+        raise UserError("run_folder is empty: give the path of a folder")
+    for name, value in settings.items():
+        # others may be a user's own, for interpolations
+        known = [one for one in (*PLAIN, *BUILT, "callbacks", "logger") if one != name]
+        if name not in known and name not in PLAIN and not isinstance(value, Mapping):
+            _refuse_lookalike(name, known)
+    for name in BUILT:
+        if settings.get(name) is not None:
+            _check_target(settings[name], name)
+    for group in ("callbacks", "logger"):
+        entries = settings.get(group) or {}
+        if not isinstance(entries, Mapping):
+            raise UserError(f"{group}={entries}: expected a dict of named entries")
+        for name, value in entries.items():
+            if value is not None:
+                _check_target(value, f"{group}.{name}")
+    check_options(settings)
+
+
+def _check_target(value: Any, option: str) -> None:
+    if not isinstance(value, Mapping) or "_target_" not in value:
+        raise UserError(f"{option}={value}: expected a dict with a _target_, the class to build")
+
+
+def _refuse_lookalike(name: str, known: Iterable[str]) -> None:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    if close:
+        raise UserError(f"{name}: there is no such option; did you mean {close[0]}?")
 
 
 def check_options(config: Mapping[str, Any], path: str = "") -> None:
@@ -67,7 +143,10 @@ def check_options(config: Mapping[str, Any], path: str = "") -> None:
     Raises:
         UserError: an option the constructor does not have, or a value of another type.
     """
-    parameters = _parameters(config["_target_"]) if "_target_" in config else {}
+    parameters: dict[str, Any] = {}
+    if "_target_" in config:
+        with blamed_on(f"{path}._target_={config['_target_']}", ImportError, AttributeError):
+            parameters = _parameters(config["_target_"])
     for name, value in config.items():
         option = f"{path}.{name}" if path else name
         if parameters and name not in parameters and not name.startswith("_"):
@@ -106,6 +185,9 @@ def _fits(value: Any, annotation: Any) -> bool:
     if isinstance(value, bool) or value is None:
         return expected in (type(value), object)
     if isinstance(value, list):  # YAML has no tuples
+        members = typing.get_args(annotation)
+        if expected is tuple and members and Ellipsis not in members:
+            return len(value) == len(members)
         return expected is not str and issubclass(expected, Iterable)
     return isinstance(value, (int, float) if expected is float else expected)
 

@@ -15,7 +15,8 @@ def mlp(widths: Sequence[int], activation: Literal["relu", "tanh"]) -> nn.Sequen
     Raises:
         ValueError: fewer than two widths, a width below one, or an unknown activation.
     """
-    if len(widths) < 2 or min(widths) < 1:
+    whole = all(isinstance(width, int) for width in widths)
+    if not whole or len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"widths must be two or more positive integers, got {list(widths)}")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")

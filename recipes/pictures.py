@@ -49,7 +49,8 @@ def draw_run(folder: Path, decisive_metric: str) -> None:
     metrics = read_metrics(folder / "metrics.csv")
     title = f"{folder.parent.name}, {folder.name}"
     with figure(folder / "pictures" / "loss.png", rows=2) as (_, axes):
-        draw_loss(axes[0], metrics)
+        if "train/loss" in metrics:  # trainer.log_every_n_steps=0 logs none
+            draw_loss(axes[0], metrics)
         axes[0].set(title=title, xlabel="")
         if decisive_metric in metrics:
             draw_curve(axes[1], metrics[decisive_metric], decisive_metric, marker=".")

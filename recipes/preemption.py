@@ -84,13 +84,15 @@ def checkpoint_to_resume(choice: str | None, run_folder: Path) -> Path | None:
         run_folder: of this run, as an interrupted one has left it.
 
     Raises:
-        UserError: there is no checkpoint at the path.
+        UserError: there is no checkpoint at the path, or not a complete one.
     """
     if choice is None:
         return None
     if choice != "auto":
         if not Path(choice).exists():
             raise UserError(f"resume_from={choice}: there is no such checkpoint file")
+        if not _is_complete(Path(choice)):
+            raise UserError(f"resume_from={choice}: is no checkpoint, or not a complete one")
         return Path(choice)
     found = [*run_folder.glob("checkpoints/*.ckpt"), *run_folder.glob("hpc_ckpt_*.ckpt")]
     return max(filter(_is_complete, found), key=lambda path: path.stat().st_mtime, default=None)

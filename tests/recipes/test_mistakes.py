@@ -12,9 +12,178 @@ from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.mistakes import check_options
 from lightning_stableaa.recipes.train import main
 from tests.recipes.conftest import SMALL
+from tests.recipes.test_files import no_file_longer_than
 
 ADMISSIONS = ["recipe=admissions_mlp"]
 BURGERS = SMALL["burgers2d"]
+FAST = [*BURGERS, "trainer.max_steps=2", "trainer.val_check_interval=1"]
+SMOOTH = [*FAST, "callbacks=stable_aa_smoothing"]
+
+# Options of the callbacks.
+ENGINE = [
+    (
+        [*FAST, "callbacks.anderson.relaxation=2"],
+        r"callbacks.anderson: relaxation must be in \(0, 1\], got 2.0",
+    ),
+    (
+        [*FAST, "callbacks.anderson.regularization=-1"],
+        r"callbacks.anderson: regularization must be finite and >= 0, got -1.0",
+    ),
+    (
+        [*FAST, "callbacks.anderson.regularization=[]"],
+        r"callbacks.anderson: regularization must hold at least one value, got an empty list",
+    ),
+    (
+        [*FAST, "callbacks.anderson.regularization=[1,a]"],
+        r"callbacks.anderson: regularization must be a number, got 'a'",
+    ),
+    (
+        [
+            *FAST,
+            "callbacks.anderson.safeguard=none",
+            "callbacks.anderson.regularization=[1e-3,1e-2]",
+        ],
+        r"callbacks.anderson: regularization must be a single value when safeguard is 'none', .*",
+    ),
+    (
+        [*FAST, "callbacks.anderson.store_every_n_steps=7"],
+        r"callbacks.anderson: accelerate_every_n_steps must be a multiple of .* \(7\), got 10",
+    ),
+    (
+        [*FAST, "callbacks.anderson.safeguard=maybe"],
+        r"callbacks.anderson.safeguard=maybe: expected 'loss' or 'none'",
+    ),
+    (
+        [*FAST, "callbacks.anderson.history_device=tpuu"],
+        r"callbacks.anderson.history_device: .*device.*",
+    ),
+    (
+        [*FAST, "callbacks.anderson.history_device=mps"],
+        r"callbacks.anderson.history_device: .*",
+    ),
+    (
+        [*FAST, "callbacks.anderson.max_extrapolation=nan"],
+        r"callbacks.anderson: max_extrapolation must be > 0 \(inf for no cap\), got nan",
+    ),
+    (
+        [*FAST, "callbacks.anderson.warmup_steps=-3"],
+        r"callbacks.anderson: warmup_steps must be >= 0, got -3",
+    ),
+    (
+        [*FAST, "callbacks.anderson.history_depth=many"],
+        r"callbacks.anderson.history_depth=many: expected int",
+    ),
+    (
+        [*FAST, "callbacks=none", "callbacks.anderson.history_depth=4"],
+        r"callbacks.anderson: there is no such option; choose one of .*",
+    ),
+    ([*FAST, "callbacks.anderson=3"], r"callbacks.anderson=3: expected a dict with a _target_, .*"),
+    (
+        [*FAST, "callbacks.anderson._target_=lightning_stableaa.Anderson"],
+        r"callbacks.anderson._target_=lightning_stableaa.Anderson: .*importable.*",
+    ),
+    (
+        [*FAST, "+callbacks.mine.x=3"],
+        r"callbacks.mine=\{'x': 3\}: expected a dict with a _target_, the class to build",
+    ),
+    (
+        [*SMOOTH, "callbacks.smoothing.average_window=1"],
+        r"callbacks.smoothing: average_window must be >= 2, got 1",
+    ),
+    (
+        [*SMOOTH, "callbacks.smoothing.average_window=99"],
+        r"callbacks: average_window must be <= store_every_n_steps \(10\), got 99",
+    ),
+    (
+        [*SMOOTH, "callbacks.smoothing.rsd=max", "callbacks.smoothing.of=updates"],
+        r"callbacks.smoothing: rsd='max' is defined on iterates only, got of='updates'; .*",
+    ),
+    (
+        [
+            *SMOOTH,
+            "callbacks.smoothing.apply_to=weights",
+            "callbacks.anderson.apply_to=evaluation",
+        ],
+        r"callbacks: smoothing.apply_to='weights' changes training, got apply_to='evaluation'; .*",
+    ),
+]
+
+# Options of the run and of the Trainer.
+RUN = [
+    ([*FAST, "seed=abc"], r"seed=abc: expected int"),
+    ([*FAST, "seed=null"], r"seed=None: expected int"),
+    ([*FAST, "threads=1.5"], r"threads=1.5: expected int or null"),
+    ([*FAST, "pictures=maybe"], r"pictures=maybe: expected bool"),
+    ([*FAST, "resume_from=3"], r"resume_from=3: expected str or null"),
+    (
+        [*FAST, "resume_from=notes.txt"],
+        r"resume_from=notes.txt: is no checkpoint, or not a complete one",
+    ),
+    ([*FAST, "run_folder="], r"run_folder=: expected the path of a folder"),
+    ([*FAST, "run_folder=null"], r"run_folder=None: expected the path of a folder"),
+    ([*FAST, "run_folder=notes.txt"], r"run_folder=notes.txt: is a file; choose another folder"),
+    ([*FAST, "run_folder=notes.txt/run"], r"run_folder=notes.txt/run: Not a directory; .*"),
+    ([*FAST, "run_folder=/proc/run"], r"run_folder=/proc/run: .*; make room or choose .*"),
+    ([*FAST, "trainer.precision=half"], r"trainer.precision=half: expected 64 or .*"),
+    ([*FAST, "trainer.devices=-5"], r"trainer: .*should be an int > 0."),
+    ([*FAST, "trainer.max_steps=-7"], r"trainer: `max_steps` must be .* You passed in -7."),
+    (
+        [*FAST, "trainer.gradient_clip_val=abc"],
+        r"trainer.gradient_clip_val=abc: expected float or int or null",
+    ),
+    (
+        [*FAST, "trainer.accumulate_grad_batches=0"],
+        r"trainer.accumulate_grad_batches=0: expected at least 1",
+    ),
+    ([*FAST, "trainer.val_check_interval=0"], r"trainer.val_check_interval=0: expected at le.*"),
+    ([*FAST, "+trainer.limit_val_batches=1.5"], r"trainer: .* 1.5 for limit_val_batches, .*"),
+    ([*FAST, "+trainer.fast_dev_run=yes"], r"trainer.fast_dev_run=yes: expected int or bool"),
+    ([*FAST, "strategy=ddpp"], r"strategy=ddpp: there is no such choice; did you mean ddp\?"),
+    ([*FAST, "logger=wandb"], r"logger=wandb: there is no such choice; choose one of csv, .*"),
+    (["--nosuchflag"], r"error: unrecognized arguments: --nosuchflag"),
+    (["--config-dir=nowhere", *FAST], r"Additional config directory '.*nowhere' not found"),
+    (["--config-name=trian"], r"--config-name=trian: there is no such configuration"),
+    ([*FAST, "optimizer.lr=[1"], r"optimizer.lr=\[1: options are written as name=value, .*"),
+    ([*FAST, "optimizer.lr=1e-3,1e-2"], r"Ambiguous value for argument 'optimizer.lr=.*"),
+    ([*FAST, "optimizer.lr=${nope}"], r"optimizer.lr: Interpolation key 'nope' not found.*"),
+]
+
+# What the run is made of.
+PARTS = [
+    ([*FAST, "scheduler=linear"], r"scheduler=linear: there is no such choice; choose one of .*"),
+    ([*FAST, "model=null"], r"Config group override must be a string or a list. Got NoneType"),
+    ([*FAST, "~model"], r"model=.*: expected a dict with a _target_, the class to build"),
+    ([*FAST, "~optimizer"], r"optimizer=.*: expected a dict with a _target_, .*"),
+    ([*FAST, "module._target_=no.such.Module"], r".*Error loading 'no.such.Module'.*"),
+    (
+        [*FAST, "optimizer._target_=torch.optim.Adamm"],
+        r"optimizer._target_=torch.optim.Adamm: .*importable from module 'torch.optim'.*",
+    ),
+    (
+        [*FAST, "model.widths=[2,5.5,1]"],
+        r"module.network: widths must be two or more positive integers, got \[2, 5.5, 1\]",
+    ),
+    ([*FAST, "data.interior_points=0"], r"data: interior_points must be >= 2, got 0"),
+    ([*FAST, "data.grid=[6]"], r"data.grid=\[6\]: expected tuple\[int, int\]"),
+    ([*FAST, "optimizer.lr=nan"], r"optimizer: Invalid learning rate: nan"),
+    ([*FAST, "optimizer.betas=[0.9]"], r"optimizer.betas=\[0.9\]: expected tuple.*"),
+    ([*FAST, "optimizer.betas=[0.9,2]"], r"optimizer: Invalid beta parameter at index 1: 2"),
+    ([*FAST, "optimizer.weight_decay=-1"], r"optimizer: Invalid weight_decay value: -1"),
+]
+
+# A recipe of the user's own, as a file.
+HEADER = "# @package _global_\ndefaults:\n  - burgers2d\n  - _self_\n"
+FILES = [
+    ("a: [1,\nb: 2", r".*mine.yaml, line 2: expected ',' or '\]', but got .*"),
+    ("\tseed: 1", r".*mine.yaml, line 1: found character '\\t' that cannot start any token"),
+    ("seed: 3\nseed: 4\n", r".*mine.yaml, line 2: found duplicate key seed"),
+    ("", r"data is not given; choose one of .*"),
+    (HEADER + "sed: 3\n", r"sed: there is no such option; did you mean seed\?"),
+    (HEADER + "optimizer: fast\n", r"optimizer=fast: expected a dict with a _target_, .*"),
+    (HEADER + "optimizer: {lr: '${rate}'}\n", r"optimizer.lr: Interpolation key 'rate' not .*"),
+    (HEADER + "data: {interior: 3}\n", r"data.interior: there is no such option; .*"),
+    (HEADER + "trainer: {max_steps: soon}\n", r"trainer.max_steps=soon: expected int"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +192,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     level = lightning_log.level
+    (tmp_path / "notes.txt").write_text("not a checkpoint")
     yield tmp_path
     lightning_log.setLevel(level)
 
@@ -107,6 +277,9 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
             [*BURGERS, "trainer.max_steps=5", "callbacks.best.monitor=val/loss"],
             r".*ModelCheckpoint\(monitor='val/loss'\).*'val/relative_l2'.*",
         ),
+        *ENGINE,
+        *RUN,
+        *PARTS,
     ],
     ids=lambda value: " ".join(value[-1:]) if isinstance(value, list) else "",
 )
@@ -124,7 +297,42 @@ def test_mistake_is_one_sentence(
     errors = capfd.readouterr().err
     assert "Traceback" not in errors
     assert re.fullmatch(f"stableaa-train: {sentence}", errors.splitlines()[-1]), errors
-    assert list(empty_folder.iterdir()) == []
+    assert [one.name for one in empty_folder.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(("recipe", "sentence"), FILES)
+def test_a_mistake_in_a_file_is_one_sentence(
+    recipe: str,
+    sentence: str,
+    empty_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path_factory.mktemp("mine") / "recipe" / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text(recipe)
+    test_mistake_is_one_sentence(
+        [f"--config-dir={path.parent.parent}", "recipe=mine"],
+        sentence,
+        empty_folder,
+        monkeypatch,
+        capfd,
+    )
+
+
+def test_a_full_disk_ends_in_one_sentence(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # room for the configuration, and not for a checkpoint
+    with no_file_longer_than(8000):
+        test_mistake_is_one_sentence(
+            [*FAST, "logger=csv", "pictures=false"],
+            r"run_folder=.*; make room .*choose another folder",
+            empty_folder,
+            monkeypatch,
+            capfd,
+        )
 
 
 def test_success_names_the_run_folder(
