@@ -1,11 +1,14 @@
 """Combinations of configuration and launcher: what works passes, the rest ends in a sentence."""
 
+import os
 import re
 import socket
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.lsf import LSFEnvironment
@@ -295,3 +298,77 @@ def test_lsf_needs_the_variables_that_lightning_needs(no_launcher: pytest.Monkey
         with no_launcher.context() as environment:
             environment.delenv(name)
             assert not LSFEnvironment.detect()
+
+
+SCRIPTS = Path(__file__).parents[2] / "clusters"
+
+
+@pytest.mark.parametrize("name", ["slurm.sbatch", "summit.lsf"])
+def test_job_scripts_are_bash(name: str) -> None:
+    subprocess.run(["bash", "-n", SCRIPTS / name], check=True)
+
+
+def test_sbatch_script_starts_every_task(tmp_path: Path, compose: Compose) -> None:
+    """With srun played by a script, as SLURM would call it."""
+    arguments = played("srun", SCRIPTS / "slurm.sbatch", tmp_path, "recipe=burgers2d")
+    assert arguments[:2] == ["--cpus-per-task=1", "--kill-on-bad-exit=1"]
+    config = compose(*overrides(arguments))
+    assert (config.cluster, config.trainer.accelerator) == ("slurm_sbatch", "gpu")
+    text = (SCRIPTS / "slurm.sbatch").read_text()
+    assert "#SBATCH --signal=SIGUSR1@90" in text
+    assert "#SBATCH --requeue" in text
+
+
+def test_summit_script_is_six_gpus_on_each_of_256_nodes(tmp_path: Path, compose: Compose) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("batch5\n" + "".join(f"h{node}\n" * 42 for node in range(256)))
+    arguments = played("jsrun", SCRIPTS / "summit.lsf", tmp_path, LSB_DJOB_HOSTFILE=str(hosts))
+    options = dict(zip(arguments[:10:2], arguments[1:10:2], strict=True))
+    assert options == {
+        "--nrs": "256",
+        "--rs_per_host": "1",
+        "--tasks_per_rs": "6",
+        "--gpu_per_rs": "6",
+        "--cpu_per_rs": "42",
+    }
+    trainer = compose(*overrides(arguments)).trainer
+    assert (trainer.num_nodes, trainer.devices) == (256, 6)
+    assert "#BSUB -nnodes 256" in (SCRIPTS / "summit.lsf").read_text()
+
+
+def test_kubernetes_manifest_agrees_with_itself(compose: Compose) -> None:
+    service, job = yaml.safe_load_all((SCRIPTS / "kubernetes.yaml").read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    words = (word.partition("=") for word in container["command"])
+    options = {name: value for name, _, value in words}
+    assert job["spec"]["completions"] == job["spec"]["parallelism"] == int(options["--nnodes"])
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == int(options["--nproc-per-node"])
+    host = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert options["--rdzv-endpoint"] == f"{host}:{service['spec']['ports'][0]['port']}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
+    assert compose(*overrides(container["command"])).cluster == "kubernetes"
+
+
+def played(command: str, script: Path, folder: Path, *options: str, **environ: str) -> list[str]:
+    """The arguments with which a job script calls ``command``."""
+    stand_in = folder / command
+    stand_in.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    stand_in.chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", script, *options],
+        env={"PATH": path, "HOME": "/home/me"} | environ,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.splitlines()
+
+
+def overrides(command: list[str]) -> list[str]:
+    """What stands behind the module on a command line."""
+    return command[command.index("lightning_stableaa.recipes.train") + 1 :]
