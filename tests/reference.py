@@ -76,7 +76,7 @@ class ReferenceAccelerator:
 
     def start(self, x: Vector) -> None:
         """Begin a cycle at weights that no cycle ended at."""
-        self._add(x, linked=False)
+        self.add(x, linked=False)
 
     def step(self, x: Vector, loss: Callable[[Vector], float] | None) -> Vector:
         """Note the weights after an optimizer step, return those to go on from."""
@@ -86,7 +86,7 @@ class ReferenceAccelerator:
         if self.cycle < self.store_every_n_steps:
             return x
         self.cycle = 0
-        self._add(x, linked=True)
+        self.add(x, linked=True)
         if self.since_attempt < self.accelerate_every_n_steps or self.steps < self.warmup_steps:
             return x
         pairs = self.pairs()
@@ -107,7 +107,8 @@ class ReferenceAccelerator:
         self.start(best)
         return best
 
-    def _add(self, x: Vector, *, linked: bool) -> None:
+    def add(self, x: Vector, *, linked: bool) -> None:
+        """Append a point; ``linked`` says that it ends a cycle begun at the newest one."""
         if not linked and self.points and not self.linked[-1]:
             self.points.pop()  # a start that no cycle followed
             self.linked.pop()

@@ -1,0 +1,272 @@
+"""Random options and histories: a result that equals the reference, or a documented refusal.
+
+A few hundred examples by default, always the same ones; ``make nightly`` draws 100,000 new ones of
+each property (``STABLEAA_EXAMPLES=100000``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import strategies as st
+
+from lightning_stableaa import AndersonAccelerator, Smoothing
+from lightning_stableaa.options import Options, RsdKind
+from lightning_stableaa.solver import mixing_weights, propose
+from tests import reference
+from tests.twin import UNINFORMATIVE, Drive, Scenario, condition
+
+EXAMPLES = int(os.environ.get("STABLEAA_EXAMPLES", "0"))
+
+profile = settings(
+    max_examples=EXAMPLES or 200,
+    derandomize=not EXAMPLES,
+    deadline=None,  # one slow example on a busy machine is no failure
+    database=None,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),  # explaining traces every line
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+nightly = pytest.mark.timeout(0) if EXAMPLES else pytest.mark.timeout(300)
+
+LAMBDAS = st.sampled_from([0.0, 1e-12, 1e-8, 1e-4, 1e-2, 0.3, 1.0, 100.0, 1])
+CAPS = st.sampled_from([math.inf, 1e6, 1000.0, 10, 1.0, 0.3])
+
+
+@st.composite
+def smoothings(draw: st.DrawFn, cycle: int) -> Smoothing:
+    rsd: RsdKind = draw(st.sampled_from(get_args(RsdKind)))
+    windows = st.none() if cycle < 2 else st.none() | st.integers(2, cycle)
+    return Smoothing(
+        average_window=draw(windows),
+        rsd_threshold=draw(st.sampled_from([0, 0.01, 0.1, 0.5, 2.0, math.inf])),
+        rsd=rsd,
+        of="iterates" if rsd == "max" else draw(st.sampled_from(["iterates", "updates"])),
+        apply_to=draw(st.sampled_from(["history", "weights"])),
+    )
+
+
+@st.composite
+def valid_options(draw: st.DrawFn) -> dict[str, Any]:
+    safeguard = draw(st.sampled_from(["loss", "none"]))
+    cycle = draw(st.integers(1, 4))
+    grids = st.none() | LAMBDAS
+    if safeguard == "loss":
+        grids |= st.lists(LAMBDAS, min_size=1, max_size=3) | st.tuples(LAMBDAS, LAMBDAS)
+    smoothing = draw(st.none() | smoothings(cycle))
+    follows = smoothing is not None and smoothing.apply_to == "weights"
+    applications = ["training", "both"] if follows else ["training", "evaluation", "both"]
+    return {
+        "history_depth": draw(st.integers(2, 8)),
+        "store_every_n_steps": cycle,
+        "accelerate_every_n_steps": cycle * draw(st.integers(1, 4)),
+        "warmup_steps": draw(st.sampled_from([0, 0, 1, 7])),
+        "relaxation": draw(st.sampled_from([1.0, 1, 0.5, 1e-3])),
+        "regularization": draw(grids),
+        "max_extrapolation": draw(CAPS),
+        "safeguard": safeguard,
+        "optimizer_state": draw(st.sampled_from(["keep", "mix", "reset"])),
+        "smoothing": smoothing,
+        "apply_to": draw(st.sampled_from(applications)),
+        "history": draw(st.sampled_from(["auto", "replicated", "sharded"])),
+        "history_device": draw(st.sampled_from([None, "cpu"])),
+    }
+
+
+RARE = ("same again", "stand still", "no gradient", "edit", "late edit", "reload", "freeze")
+CALM = ("step",) * 24 + RARE
+STORMY = ("step",) * 12 + RARE + ("nan", "inf")
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    sizes = draw(
+        st.lists(
+            st.sampled_from([(), (1,), (2,), (7,), (3, 4), (2, 1, 5), (0,), (20,)]),
+            min_size=1,
+            max_size=4,
+        )
+    )
+    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
+    mixed = draw(st.sampled_from([False, False, False, True]))
+    other = torch.float32 if mixed else dtype
+    scales = [1.0, 1.0, 1e-3, 1e4, 1e-30, 1e37]
+    if dtype == torch.float64 and not mixed:
+        scales += [1e-120, 1e120, 1e-200, 1e200]
+    kinds = draw(st.sampled_from([CALM, CALM, CALM, STORMY]))
+    happens = draw(st.binary(min_size=1, max_size=6) | st.binary(min_size=20, max_size=40))
+    return Scenario(
+        options=draw(valid_options()),
+        sizes=tuple(sizes),
+        dtypes=tuple(dtype if k % 2 == 0 else other for k in range(len(sizes))),
+        scale=draw(st.sampled_from(scales)),
+        offset=draw(st.sampled_from([0.0, 1.0, 1.0, 100.0])),
+        events=tuple(kinds[one % len(kinds)] for one in happens),
+        losses=draw(st.sampled_from(["bowl", "bowl", "finite", "any", "nothing", "raises"])),
+        with_loss=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@nightly
+@profile
+@given(scenarios())
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_every_history_gives_the_reference_or_a_documented_refusal(scenario: Scenario) -> None:
+    outcome = Drive(scenario).run()
+    for status in outcome.statuses:
+        event(status.value)
+    event(f"compared: {min(outcome.compared, 3)}, uninformative: {min(outcome.uninformative, 3)}")
+    if outcome.refused:
+        event(outcome.refused)
+
+
+@st.composite
+def residuals(draw: st.DrawFn) -> np.ndarray:  # (m, n)
+    """Vectors of one history, some of them zero, repeated, collinear or not finite."""
+    m, n = draw(st.integers(1, 8)), draw(st.integers(1, 40))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    rows = random.normal(size=(m, n)) * draw(st.sampled_from([1.0, 1e-3, 1e-120, 1e120]))
+    rows *= random.choice([1.0, draw(st.sampled_from([1.0, 1e-8]))], size=(m, 1))
+    for row in range(m):
+        match draw(st.sampled_from(["own", "own", "own", "zero", "repeated", "collinear"])):
+            case "zero":
+                rows[row] = 0.0
+            case "repeated":
+                rows[row] = rows[0]
+            case "collinear":
+                rows[row] = -3 * rows[0]
+    spoiled = draw(st.sampled_from([None] * 9 + [math.nan, math.inf, -math.inf]))
+    if spoiled is not None:
+        rows[draw(st.integers(0, m - 1)), draw(st.integers(0, n - 1))] = spoiled
+    return rows
+
+
+@nightly
+@profile
+@given(residuals(), LAMBDAS)
+def test_mixing_weights_equal_the_reference_or_are_nan(rows: np.ndarray, value: float) -> None:
+    gram = torch.from_numpy(rows) @ torch.from_numpy(rows).T
+    alpha = mixing_weights(gram, regularization=value).numpy()
+    if not np.isfinite(rows).all() or not rows.any():
+        event("nothing defined")
+        assert np.isnan(alpha).all()
+        return
+    m = len(rows)
+    expected = reference.mixing_weights(list(rows), value)
+    assert not alpha[~rows.any(axis=1)].any()
+    size = np.abs(expected).sum()
+    # each term of the sum is rounded
+    assert abs(alpha.sum() - 1) <= 8 * m * 2.2e-16 * np.abs(alpha).sum()
+    # as good a minimum of equation (3), however ill-conditioned: of the norm of what is mixed
+    ridge = max(value, m * np.finfo(float).eps) * np.trace(gram.numpy()) / rows.any(axis=1).sum()
+
+    def objective(weights: np.ndarray) -> float:
+        mixed = weights @ rows
+        return float(mixed @ mixed + ridge * weights @ weights)
+
+    rounding = 64 * m * 2.2e-16 * size * size * np.trace(gram.numpy())
+    assert objective(alpha) <= objective(expected) * (1 + 1e-6) + rounding
+    error = 16 * m * (rows.shape[1] + m) * 2.2e-16 * condition(list(rows), value)
+    if error < UNINFORMATIVE:
+        event("compared")
+        assert np.abs(alpha - expected).max() <= error * size
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> tuple[np.ndarray, list[bool]]:
+    """Stored points (q + 1, n), and which of their differences are residuals."""
+    rows = draw(residuals())
+    linked = draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
+    linked[draw(st.integers(0, len(rows) - 1))] = True
+    start = np.nan_to_num(rows[:1], posinf=1.0, neginf=1.0) * draw(
+        st.sampled_from([0.0, 1.0, 10.0])
+    )
+    with np.errstate(invalid="ignore", over="ignore"):
+        return np.concatenate([start, start + rows.cumsum(axis=0)]), linked
+
+
+@nightly
+@profile
+@given(histories(), st.lists(LAMBDAS, min_size=1, max_size=3), CAPS, st.sampled_from([1.0, 0.5]))
+def test_no_jump_is_longer_than_the_cap(
+    history: tuple[np.ndarray, list[bool]], grid: list[float], cap: float, relaxation: float
+) -> None:
+    points, linked = history
+    steps = torch.from_numpy(points).diff(dim=0)
+    found = propose(
+        steps @ steps.T,
+        linked,
+        regularization=grid,
+        relaxation=relaxation,
+        max_extrapolation=cap,
+    )
+    size = steps[torch.tensor(linked)].square().sum(dim=1).mean().sqrt().item()
+    assert found.jumps.shape == (len(grid), len(linked))
+    if not (math.isfinite(size) and size > 0):
+        event("nothing defined")
+        assert not found.residual_norm > 0 or not math.isfinite(found.residual_norm)
+        return
+    if not bool(steps.isfinite().all()):
+        event("not finite across a break")
+        return  # the engine looks at the candidate itself
+    # a sum of squares, and its root
+    assert math.isclose(found.residual_norm, size, rel_tol=1e-12)
+    # the length of a jump that nearly cancels is known to the square root of the rounding
+    slack = (1e-14 * (found.jumps.abs() @ steps.norm(dim=1)).square()).sqrt()
+    lengths = (found.jumps @ steps).norm(dim=1)
+    assert bool((lengths <= cap * size * (1 + 1e-6) + slack).all())
+    assert bool(((lengths - found.norms).abs() <= 1e-6 * lengths + slack).all())
+
+
+WRONG_VALUES = st.one_of(
+    st.sampled_from([math.nan, math.inf, -math.inf, -1, 0, -0.5, 2.5, 1e400, True, None, ""]),
+    st.sampled_from(["loss", "cpu", "1e-3", "all", [], {}, [None], ["a"], [-1.0], [True], b"x"]),
+    st.integers(-3, 10**30),
+    st.floats(),
+    st.text(max_size=8),
+    st.lists(st.floats(), max_size=3),
+    st.builds(object),
+)
+
+
+@nightly
+@profile
+@given(valid_options(), st.data())
+def test_any_option_is_taken_or_refused_in_a_sentence_that_names_it(
+    options: dict[str, Any], data: st.DataObject
+) -> None:
+    Options(**options)
+    name = data.draw(st.sampled_from(sorted(options)))
+    value: Any = data.draw(WRONG_VALUES)
+    if name == "history_depth" and isinstance(value, int) and value > 10**4:
+        value = -value  # a depth that only memory limits
+    changed: dict[str, Any] = options | {name: value}
+    try:
+        taken = Options(**changed)
+    except (TypeError, ValueError) as error:
+        event(f"{name} refused")
+        sentence = str(error)
+        # a conflict may be told from either side
+        assert sentence.startswith((*options, "average_window")), sentence
+        assert name in sentence or "average_window" in sentence, sentence
+        assert "\n" not in sentence
+        with pytest.raises(type(error)):
+            accelerator(changed)
+        return
+    event(f"{name} taken")
+    assert all(math.isfinite(one) and one >= 0 for one in taken.regularization_grid)
+    engine = accelerator(changed)
+    assert engine.options == taken
+    engine.detach()
+
+
+def accelerator(options: dict[str, Any]) -> AndersonAccelerator:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    return AndersonAccelerator(torch.optim.SGD([weight], lr=0.1), **options)

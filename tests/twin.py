@@ -1,0 +1,605 @@
+"""The whole engine beside the reference: one random history, every step checked.
+
+The twin is told the weights that the engine really has and computes in float64 what must become of
+them, so that an error bound holds for one step and nothing accumulates. Bounds are first-order: u
+is the unit roundoff of the stored points, and a solve loses the condition number of its matrix.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
+from lightning_stableaa.options import Options
+from tests import reference
+from tests.reference import ReferenceAccelerator, Vector
+
+HYSTERESIS = 0.8
+# Beyond it the first-order bound says nothing: then a result must only be finite and short enough.
+UNINFORMATIVE = 0.05
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Options, weights, and what happens to them."""
+
+    options: dict[str, Any]
+    sizes: tuple[tuple[int, ...], ...]  # shape of every parameter
+    dtypes: tuple[torch.dtype, ...]  # of every parameter
+    scale: float  # of the updates
+    offset: float  # of the weights, in units of the updates
+    events: tuple[str, ...]  # one for every call of the optimizer
+    losses: str
+    with_loss: bool  # is a loss given where the safeguard does not need one?
+    seed: int
+
+
+@dataclass
+class Outcome:
+    """What a scenario led to, for statistics."""
+
+    statuses: list[Status] = field(default_factory=list)
+    compared: int = 0  # candidates held against the reference
+    uninformative: int = 0
+    refused: str | None = None
+
+
+class Scripted(torch.optim.Optimizer):
+    """Adds to every parameter what it is told to, and keeps a momentum that it is told."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        super().__init__(list(parameters), {})
+        self.updates: list[Tensor] = []
+        self.momenta: list[Tensor] = []
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for parameter, update, momentum in zip(
+            self.param_groups[0]["params"], self.updates, self.momenta, strict=True
+        ):
+            if parameter.grad is not None:
+                parameter.add_(update)
+                self.state[parameter]["momentum_buffer"] = momentum.clone()
+
+
+class JudgeError(Exception):
+    """Raised by a loss."""
+
+
+class Drive:
+    """One scenario, from the first step to the last."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.scenario = scenario
+        self.random = np.random.default_rng(scenario.seed)
+        self.options = Options(**scenario.options)
+        self.parameters = [
+            nn.Parameter(self._array(shape, scenario.offset * scenario.scale).to(dtype))
+            for shape, dtype in zip(scenario.sizes, scenario.dtypes, strict=True)
+        ]
+        self.optimizer = Scripted(self.parameters)
+        self.engine = AndersonAccelerator(self.optimizer, **scenario.options)
+        self.outcome = Outcome()
+        self.seen: list[Vector] = []  # the weights at every call of the loss
+        self.values: list[float] = []  # what it answered
+        self.active = self._trainable()
+        self.steps = self.since = self.attempted = self.accepted = 0
+        self._forget()
+
+    def run(self) -> Outcome:
+        """Every event; a documented refusal ends it."""
+        for event in self.scenario.events:
+            try:
+                self._event(event)
+            except JudgeError:
+                self.outcome.refused = "the loss raised"
+            except ValueError as error:
+                self.outcome.refused = self._documented(error)
+            if self.outcome.refused:
+                break
+        return self.outcome
+
+    # What happens
+
+    def _event(self, event: str) -> None:
+        if event == "reload":
+            self._reload()
+            return
+        if event == "freeze":
+            one = self.parameters[self.random.integers(len(self.parameters))]
+            one.requires_grad_(not one.requires_grad)
+            one.grad = None
+            return
+        if event == "edit":
+            self._edit()
+        self._prepare_update(event)
+        self._before_step()
+        self.optimizer.step()
+        if event == "no gradient":
+            assert self._call_engine().status is Status.NO_OPTIMIZER_STEP
+            return
+        if event == "late edit":
+            self._edit()
+        self._after_step()
+
+    def _prepare_update(self, event: str) -> None:
+        scale = 0.0 if event == "stand still" else self.scenario.scale
+        if event == "same again" and self.optimizer.updates:
+            pass
+        else:
+            self.optimizer.updates = [
+                self._array(one.shape, scale).to(one.dtype) for one in self.parameters
+            ]
+        if event in ("nan", "inf"):
+            spoiled = self.optimizer.updates[self.random.integers(len(self.parameters))]
+            if spoiled.numel():
+                spoiled.view(-1)[self.random.integers(spoiled.numel())] = float(event)
+        self.optimizer.momenta = [
+            self._array(one.shape, self.scenario.scale).to(one.dtype) for one in self.parameters
+        ]
+        for one in self.parameters:
+            with_gradient = event != "no gradient" and one.requires_grad
+            one.grad = torch.zeros_like(one) if with_gradient else None
+
+    @torch.no_grad()
+    def _edit(self) -> None:
+        """Somebody else sets the weights anew, and mends what is not finite."""
+        for one in self.active:
+            one.copy_(self._array(one.shape, self.scenario.offset * self.scenario.scale))
+        self.disturbed = bool(self.active)
+        if self.reloaded:
+            self._forget()  # the history of a checkpoint belongs to its weights
+
+    def _reload(self) -> None:
+        """A new engine takes up what the old one left in a file."""
+        file = io.BytesIO()
+        torch.save(self.engine.state_dict(), file)
+        file.seek(0)
+        self.engine.detach()
+        self.engine = AndersonAccelerator(self.optimizer, **self.scenario.options)
+        self.engine.load_state_dict(torch.load(file, weights_only=True))
+        trainable = self._trainable()
+        if not self.built or not _same(self.active, trainable):
+            self._forget()
+        self.active = trainable
+        self.reloaded = True
+
+    # What must follow
+
+    def _forget(self) -> None:
+        """A history begins anew."""
+        shape = {"store_every_n_steps": 1, "accelerate_every_n_steps": 1, "regularization": ()}
+        depth = self.options.history_depth
+        self.points = ReferenceAccelerator(history_depth=depth, **shape)
+        self.momenta = ReferenceAccelerator(history_depth=depth, **shape)
+        self.window: list[Vector] = []
+        self.cycle = 0
+        self.chained = self.disturbed = self.smoothing_on = self.built = False
+        self.reloaded = False
+        self.evaluation: Vector | None = None
+
+    def _before_step(self) -> None:
+        if not self.built:
+            if not self.active:
+                return  # refused by the engine
+            self.built = True
+        elif self.disturbed:
+            self._break()
+        self.disturbed = self.reloaded = False
+        if not self.chained and not self._averages_into_history():
+            self._push(self._weights(), self._momentum(), linked=False)
+            self.chained = True
+
+    def _after_step(self) -> None:
+        options = self.options
+        own, momentum = self._weights(), self._momentum()
+        self.steps += 1
+        self.since += 1
+        self.cycle += 1
+        smoothing = options.smoothing
+        if smoothing is not None:
+            skipped = options.store_every_n_steps - (
+                smoothing.average_window or options.store_every_n_steps
+            )
+            if self.cycle > skipped:
+                self.window.append(own)
+        if not any(one.grad is not None for one in self.parameters):
+            self.steps, self.since, self.cycle = self.steps - 1, self.since - 1, self.cycle - 1
+            if smoothing is not None and self.window:
+                self.window.pop()
+            assert self._call_engine().status is Status.NO_OPTIMIZER_STEP
+            return
+        report = self._call_engine()
+        if self.cycle < options.store_every_n_steps:
+            self._expect(report, Status.CYCLE_OPEN)
+            self._unchanged(own)
+            return
+        self.cycle = 0
+        trainable = self._trainable()
+        if not _same(self.active, trainable):
+            self._expect(report, Status.PARAMETERS_CHANGED)
+            self._forget()
+            self.active = trainable
+            return
+        if self.disturbed:
+            self._break()
+            self._expect(report, Status.WEIGHTS_CHANGED)
+            self._unchanged(own)
+            return
+        own = self._store(own, momentum, report)
+        self._decide(own, report)
+        self._check_history()
+        counted = (self.engine.optimizer_steps, self.engine.attempted, self.engine.accepted)
+        assert counted == (self.steps, self.attempted, self.accepted)
+
+    def _break(self) -> None:
+        self.chained = self.disturbed = False
+        self.cycle = 0
+        self.window = []
+
+    def _store(self, own: Vector, momentum: Vector, report: StepReport) -> Vector:
+        """The end of a cycle enters the history; returns the weights that are judged."""
+        before = self._averages_into_history()
+        if self.options.smoothing is not None:
+            self._check_smoothing(self.options.smoothing, report)
+        window, self.window = self.window, []
+        if self._averages_into_history() != before:
+            self.chained = False
+        newest = own
+        if self.smoothing_on:
+            newest = self._check_average(window)
+            if not self._averages_into_history():
+                own = newest = self._rounded(newest)  # written over the weights
+                self.evaluation = None
+        self._push(newest, momentum, linked=self.chained)
+        self.chained = True
+        return own
+
+    def _decide(self, own: Vector, report: StepReport) -> None:
+        options = self.options
+        if self.since < options.accelerate_every_n_steps:
+            self._expect(report, Status.STORED)
+        elif self.steps < options.warmup_steps:
+            self._expect(report, Status.WARMUP)
+        elif len(self.points.pairs()) < 2:
+            self._expect(report, Status.HISTORY_TOO_SHORT)
+        else:
+            self.since = 0
+            self.attempted += 1
+            self.evaluation = None
+            self._check_attempt(own, report)
+            return
+        self._unchanged(own)
+        self._check_evaluation()
+
+    def _check_attempt(self, own: Vector, report: StepReport) -> None:
+        guarded = self.options.safeguard == "loss"
+        status, best = self._expected_status(guarded, report.status)
+        self.outcome.statuses.append(report.status)
+        assert report.attempted
+        assert report.status is status, (report.status, status)
+        candidates = self._check_candidates(own) if guarded else []
+        if status is Status.ACCEPTED:
+            self.accepted += 1
+            assert report.accepted
+            assert report.regularization == self.options.regularization_grid[best]
+            taken = candidates[best] if guarded else self._taken()
+            self._check_accepted(own, taken, best)
+        else:
+            assert not report.accepted
+            self._unchanged(own)
+        if status is Status.REJECTED_NON_FINITE_HISTORY:
+            self.points.points.clear()
+            self.points.linked.clear()
+            self.momenta.points.clear()
+            self.momenta.linked.clear()
+            self.chained = False
+        self._check_evaluation()
+
+    def _expected_status(self, guarded: bool, found: Status) -> tuple[Status, int]:
+        squares = self._residual_squares()
+        if not math.isfinite(squares.mean()):
+            return Status.REJECTED_NON_FINITE_HISTORY, 0
+        if squares.sum() == 0:
+            return Status.REJECTED_STAGNATION, 0
+        if not guarded:
+            at_the_edge = not self._reach(0) < 0.01 * torch.finfo(self._dtype()).max
+            refused = at_the_edge and found is Status.REJECTED_NON_FINITE_CANDIDATE
+            return (found if refused else Status.ACCEPTED), 0
+        before, *after = self.values
+        # NaN after every number
+        best = min(range(len(after)), key=lambda k: (math.isnan(after[k]), after[k]))
+        if not (math.isfinite(before) and math.isfinite(after[best])):
+            return Status.REJECTED_NON_FINITE_LOSS, best
+        if not after[best] < before:
+            return Status.REJECTED_LOSS, best
+        finite = np.isfinite(self.seen[1 + best]).all()
+        return (Status.ACCEPTED if finite else Status.REJECTED_NON_FINITE_CANDIDATE), best
+
+    def _check_candidates(self, own: Vector) -> list[Vector]:
+        """Every candidate that the judge saw, against equations (3) to (5)."""
+        seen, first = self.seen[1:], self.seen[0]
+        assert np.array_equal(first, own, equal_nan=True)
+        assert len(seen) == len(self.options.regularization_grid)
+        for index, candidate in enumerate(seen):
+            self._compare(self.points, candidate, index)
+        return seen
+
+    def _compare(self, points: ReferenceAccelerator, found: Vector, index: int) -> None:
+        expected, bound = self._candidate(points, index)
+        if bound is None:
+            self.outcome.uninformative += 1
+        elif np.isfinite(expected).all():
+            self.outcome.compared += 1
+            assert np.abs(found - expected).max() <= bound, (found - expected, bound)
+
+    def _check_accepted(self, own: Vector, taken: Vector, best: int) -> None:
+        assert np.isfinite(taken).all(), "an accepted candidate is finite"
+        if self.options.safeguard == "none":
+            self._compare(self.points, taken, best)
+        if self.options.apply_to == "evaluation":
+            self._unchanged(own)
+        else:
+            assert np.array_equal(self._weights(), taken)
+            self._check_momentum(best)
+            self.chained = False
+        if self.options.apply_to != "training":
+            self.evaluation = taken
+
+    def _check_momentum(self, best: int) -> None:
+        momentum = self._momentum()
+        if self.options.optimizer_state == "keep":
+            assert np.array_equal(momentum, self.momenta.points[-1])
+        elif self.options.optimizer_state == "reset":
+            assert not momentum.any()
+        else:
+            self._compare(self.momenta, momentum, best)
+
+    def _check_evaluation(self) -> None:
+        own = self._weights()
+        assert self.engine.evaluation_weights_ready == (self.evaluation is not None)
+        with self.engine.evaluation_weights():
+            inside = self._weights()
+        shown = own if self.evaluation is None else self.evaluation
+        assert np.array_equal(inside, shown, equal_nan=True)
+        self._unchanged(own)
+
+    def _check_smoothing(self, smoothing: Smoothing, report: StepReport) -> None:
+        assert report.rsd is not None
+        rsd, bound = relative_deviation(self.window, smoothing, self._roundoff())
+        if math.isnan(rsd):
+            assert not math.isfinite(report.rsd)
+        elif bound is not None:
+            assert abs(report.rsd - rsd) <= bound, (report.rsd, rsd, bound)
+        if not report.rsd <= smoothing.rsd_threshold:
+            self.smoothing_on = True
+        elif report.rsd < HYSTERESIS * smoothing.rsd_threshold or report.rsd == 0:
+            self.smoothing_on = False
+        assert report.smoothing_on is self.smoothing_on
+
+    def _check_average(self, window: list[Vector]) -> Vector:
+        """The engine's own average, once it is known to be right."""
+        assert self.engine._smoother is not None
+        found = self.engine._smoother.average.double().numpy().copy()
+        expected = np.mean(window, axis=0)
+        if np.isfinite(expected).all():
+            bound = 4 * self._roundoff() * len(window) * np.abs(window).max()
+            assert np.abs(found - expected).max() <= bound
+        else:
+            assert np.array_equal(np.isfinite(found), np.isfinite(expected))
+        return found
+
+    def _check_history(self) -> None:
+        """As many residuals as the reference; what they are, candidates tell."""
+        assert self.engine._points is not None
+        assert self.engine._points.history.residual_count == len(self.points.pairs())
+
+    # The reference
+
+    def _reach(self, index: int) -> float:
+        """How large the terms of a candidate may become; NaN where none is defined."""
+        expected, _ = self._candidate(self.points, index)
+        if np.isnan(expected).any():
+            return math.nan
+        residuals = [g - x for x, g in self.points.pairs()]
+        alpha = reference.mixing_weights(residuals, self.options.regularization_grid[index])
+        return float(np.abs(alpha).sum() * np.abs(self.points.points).max())
+
+    def _candidate(self, points: ReferenceAccelerator, index: int) -> tuple[Vector, float | None]:
+        """Candidate of the index-th lambda, and how far rounding may lead from it.
+
+        The bound is None where the problem is too ill-conditioned for one.
+        """
+        newest, current = self.points.points[-1], points.points[-1]
+        # where float64 loses digits of the squares, no candidate is defined
+        if not 1e-280 < self._residual_squares().sum() < 1e300:
+            return np.full_like(current, math.nan), None
+        pairs, mixed = self.points.pairs(), points.pairs()
+        residuals = [g - x for x, g in pairs]
+        value = self.options.regularization_grid[index]
+        alpha = reference.mixing_weights(residuals, value)
+        free = reference.candidate(pairs, alpha, self.options.relaxation)
+        short = reference.shorten(free, newest, residuals, self.options.max_extrapolation)
+        length = np.linalg.norm(free - newest)
+        share = 1.0 if np.array_equal(free, short) else np.linalg.norm(short - newest) / length
+        expected = current + share * (
+            reference.candidate(mixed, alpha, self.options.relaxation) - current
+        )
+
+        u, n, m = self._roundoff(), len(current), len(residuals)
+        gram_error = 2 * (u if u > 1e-15 else 0.0) + (n + m) * 2.2e-16
+        weights_error = 4 * math.sqrt(m) * m * condition(residuals, value) * gram_error
+        steps = np.diff(points.points, axis=0)
+        reach = np.abs(alpha).sum() * sum(np.linalg.norm(step) for step in steps)
+        span = np.abs(alpha).sum() * sum(
+            np.linalg.norm(step) for step in np.diff(self.points.points, axis=0)
+        )
+        if share < 1.0:
+            weights_error += gram_error * (span / length) ** 2
+        if not weights_error < UNINFORMATIVE:
+            return expected, None
+        # the sum of a row of products, each rounded, and the weights rounded to the points' dtype
+        rounding = 4 * u * (len(steps) + 2) * (np.abs(current).max() + share * reach)
+        return expected, float(rounding + share * weights_error * reach)
+
+    def _residual_squares(self) -> Vector:
+        """Squared norms of the residuals, as formed in the precision of the points."""
+        dtype = self._dtype()
+        squares = []
+        for x, g in self.points.pairs():
+            start, end = (torch.from_numpy(one).to(dtype) for one in (x, g))
+            squares.append(float((end - start).double().square().sum()))
+        return np.array(squares)
+
+    # Access
+
+    def _call_engine(self) -> StepReport:
+        self.seen, self.values = [], []
+        guarded = self.options.safeguard == "loss"
+        try:
+            if guarded or self.scenario.with_loss:
+                return self.engine.step(self._loss)
+            return self.engine.step()
+        except JudgeError:
+            self._unchanged(self.seen[0])
+            raise
+
+    def _loss(self) -> Any:
+        weights = self._weights()
+        self.seen.append(weights)
+        kind = self.scenario.losses
+        if kind == "raises" and self.random.random() < 0.1:
+            raise JudgeError
+        if kind == "vector":
+            return torch.zeros(2)
+        if kind == "nothing":
+            self.values.append(math.nan)
+            return None
+        if kind == "bowl":
+            value = float(np.dot(weights, weights))
+        else:
+            value = float(self.random.choice([0.0, 1.0, 2.0, math.nan, math.inf, -math.inf]))
+            if kind == "finite":
+                value = float(self.random.normal())
+        self.values.append(value)
+        return value if kind == "finite" else torch.tensor(value, dtype=torch.float64)
+
+    def _documented(self, error: ValueError) -> str:
+        message = str(error)
+        known = ("loss_fn must return a single number", "the optimizer holds no trainable param")
+        assert message.startswith(known), message
+        return message
+
+    def _taken(self) -> Vector:
+        if self.options.apply_to != "evaluation":
+            return self._weights()
+        with self.engine.evaluation_weights():
+            return self._weights()
+
+    def _expect(self, report: StepReport, status: Status) -> None:
+        assert report.status is status, (report.status, status)
+        assert not self.seen, "the loss is evaluated for an extrapolation alone"
+
+    def _unchanged(self, own: Vector) -> None:
+        assert np.array_equal(self._weights(), own, equal_nan=True)
+
+    def _push(self, x: Vector, momentum: Vector, *, linked: bool) -> None:
+        self.points.add(x, linked=linked)
+        self.momenta.add(momentum, linked=linked)
+
+    def _averages_into_history(self) -> bool:
+        smoothing = self.options.smoothing
+        return self.smoothing_on and smoothing is not None and smoothing.apply_to == "history"
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [one for one in self.parameters if one.requires_grad and one.numel()]
+
+    def _weights(self) -> Vector:
+        return _flat([one.detach() for one in self.active])
+
+    def _momentum(self) -> Vector:
+        states = [self.optimizer.state[one].get("momentum_buffer") for one in self.active]
+        if any(one is None for one in states):
+            return np.zeros(sum(one.numel() for one in self.active))
+        return _flat([one for one in states if one is not None])
+
+    def _rounded(self, vector: Vector) -> Vector:
+        """What is left of a vector when it is written to the parameters."""
+        pieces = np.split(vector, np.cumsum([one.numel() for one in self.active])[:-1])
+        return _flat(
+            [
+                torch.from_numpy(piece).to(one.dtype)
+                for piece, one in zip(pieces, self.active, strict=True)
+            ]
+        )
+
+    def _dtype(self) -> torch.dtype:
+        dtype = self.active[0].dtype
+        for one in self.active:
+            dtype = torch.promote_types(dtype, one.dtype)
+        return dtype
+
+    def _roundoff(self) -> float:
+        """Of the coarsest parameter: candidates are written to it."""
+        return max(torch.finfo(one.dtype).eps for one in self.active)
+
+    def _array(self, shape: Sequence[int], scale: float) -> Tensor:
+        return torch.from_numpy(np.asarray(self.random.normal(size=tuple(shape)) * scale))
+
+
+def relative_deviation(
+    window: Sequence[Vector], smoothing: Smoothing, u: float
+) -> tuple[float, float | None]:
+    """RSD of the iterates, or of their updates, and how far rounding may lead from it.
+
+    NaN where they are not finite; no bound where squares leave the range of the precision.
+    """
+    iterates = np.array(window)
+    count = len(iterates) - (smoothing.of == "updates")
+    if count < 2:
+        return 0.0, 0.0
+    if not np.isfinite(iterates).all():
+        return math.nan, None
+    sample = np.diff(iterates, axis=0) if smoothing.of == "updates" else iterates
+    largest = np.abs(iterates).max()
+    if not 1e-15 < largest < 1e15:
+        return 0.0, None
+    mean, deviation = sample.mean(axis=0), sample.std(axis=0, ddof=1)
+    if smoothing.rsd == "max":
+        spread, level, size = deviation.max(), np.abs(mean).max(), largest
+    else:
+        spread, level = np.linalg.norm(deviation), np.linalg.norm(mean)
+        size = np.linalg.norm(np.abs(sample).max(axis=0))
+    if level == 0 or u * count * size > UNINFORMATIVE * level:
+        return 0.0, None
+    rsd = spread / level
+    error = 8 * u * count * size / level
+    # of the updates, the spread is a difference of squares
+    return rsd, error * (1 + rsd) + (math.sqrt(8 * u) * size / level if spread < size else 0.0)
+
+
+def condition(residuals: Sequence[Vector], regularization: float) -> float:
+    """Of the matrix in equation (3), rows of zero residuals left out."""
+    moved = np.array([one for one in residuals if one.any()])
+    gram = moved @ moved.T
+    eigenvalues = np.linalg.eigvalsh(gram)
+    ridge = max(regularization, len(residuals) * np.finfo(float).eps) * gram.trace() / len(moved)
+    return float((eigenvalues[-1] + ridge) / (max(eigenvalues[0], 0.0) + ridge))
+
+
+def _flat(tensors: Sequence[Tensor]) -> Vector:
+    if not tensors:
+        return np.zeros(0)
+    return torch.cat([one.flatten().double() for one in tensors]).numpy()
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
