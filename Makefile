@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
+SOAK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check format wheel wheel-test
+.PHONY: help install demo test nightly soak check format wheel wheel-test
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -25,10 +26,18 @@ demo: $(INSTALLED)  ## train burgers2d with and without acceleration, and compar
 test: $(INSTALLED)  ## run all tests; PYTEST_ARGS='-m "not slow"' for the quick ones
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(INSTALLED) build/typing/lightning_stableaa  ## lint, formatting, types
+nightly: $(INSTALLED)  ## 100,000 new examples of every property; STABLEAA_EXAMPLES=... for others
+	STABLEAA_EXAMPLES=$${STABLEAA_EXAMPLES:-100000} \
+		$(BIN)/python -m pytest tests/test_properties.py --hypothesis-show-statistics $(PYTEST_ARGS)
+
+soak: $(INSTALLED)  ## 30 minutes of random faults; SOAK_ARGS='--minutes 5 --seed 3' for others
+	$(BIN)/python -m tests.soak $(SOAK_ARGS)
+
+check: $(INSTALLED) build/typing/lightning_stableaa  ## lint, formatting, types, supply chain
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/python -m tests.supply_chain
 
 format: $(INSTALLED)  ## apply the formatting and the safe lint fixes
 	$(BIN)/ruff check --fix .
