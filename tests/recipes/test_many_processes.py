@@ -1,6 +1,7 @@
 """stableaa-train as people launch it: several processes, one run folder, the same weights."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -31,7 +32,7 @@ CHECKOUT = Path(__file__).parents[2]
 def start(
     folder: Path, *arguments: str, launcher: Sequence[str] = (), **environ: str
 ) -> subprocess.Popen[str]:
-    """Starts the command in ``folder``, in a session of its own."""
+    """Starts the command in ``folder``."""
     return subprocess.Popen(
         [sys.executable, *launcher, *MODULE, *BURGERS, *ANDERSON, *arguments],
         cwd=folder,
@@ -39,7 +40,6 @@ def start(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # SIGKILL to a whole "machine"
     )
 
 
@@ -74,28 +74,39 @@ def nodes_by_hand(folder: Path) -> None:
     finish(*(start(folder, *options, NODE_RANK=rank, **addresses) for rank in "01"))
 
 
-def nodes_by_torchrun(folder: Path) -> None:
-    endpoint = f"127.0.0.1:{free_port()}"
+def start_nodes_by_torchrun(
+    folder: Path, *arguments: str, **environ: str
+) -> list[subprocess.Popen[str]]:
     launcher = torchrun(
-        *["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=pair"],
-        *["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"],
+        *["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=pair", "--rdzv-backend=c10d"],
+        f"--rdzv-endpoint=127.0.0.1:{free_port()}",
     )
-    # named after the time, by the clock of one of them
-    finish(*(start(folder, "cluster=torchrun", launcher=launcher) for _ in range(2)))
+    command = ["cluster=torchrun", *arguments]
+    return [start(folder, *command, launcher=launcher, **environ) for _ in range(2)]
+
+
+def nodes_by_torchrun(folder: Path) -> None:
+    # the run folder is named after the time, by the clock of one of them
+    finish(*start_nodes_by_torchrun(folder))
 
 
 def submitit(folder: Path) -> None:
     finish(start(folder, "cluster=submitit_local", "trainer.devices=2"))
 
 
+EVERY = pytest.mark.skipif(
+    "STABLEAA_EVERY_LAUNCHER" not in os.environ, reason="STABLEAA_EVERY_LAUNCHER is not set"
+)
+
+
 @pytest.mark.parametrize(
     ("launch", "world"),
     [
-        (two_devices, 2),
-        (torchrun_of_four, 4),
+        pytest.param(two_devices, 2, marks=EVERY),
+        pytest.param(torchrun_of_four, 4, marks=EVERY),
         (nodes_by_hand, 4),
-        (nodes_by_torchrun, 2),
-        (submitit, 2),
+        pytest.param(nodes_by_torchrun, 2, marks=EVERY),  # three times below
+        pytest.param(submitit, 2, marks=EVERY),
     ],
 )
 def test_processes_share_one_run_and_its_weights(
@@ -117,3 +128,33 @@ def test_processes_share_one_run_and_its_weights(
         "checkpoints/last.ckpt",
     }
     assert read_metrics(run / "metrics.csv")["train/loss"].steps.tolist() == STEPS
+
+
+def told_weights(folder: Path) -> list[torch.Tensor]:
+    return [torch.load(path)["weights"] for path in sorted(folder.glob("rank*.pt"))]
+
+
+def test_a_node_killed_in_an_update_changes_nothing_in_the_end(tmp_path: Path) -> None:
+    """The same two commands, started again, end as if nothing had happened."""
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    for folder in (undisturbed, killed):
+        folder.mkdir()
+    finish(*start_nodes_by_torchrun(undisturbed))
+    expected = told_weights(undisturbed)
+    assert len(expected) == 2
+    assert torch.equal(*expected)
+    assert len([*undisturbed.glob("runs/burgers2d/*")]) == 1  # named after the clock of one node
+
+    # two steps after the last checkpoint
+    nodes = start_nodes_by_torchrun(killed, "run_name=job", DIE_AT="1:12")
+    outputs = [node.communicate(timeout=540)[0] for node in nodes]
+    assert all(node.returncode != 0 for node in nodes), outputs
+    assert sum(node.returncode == -signal.SIGKILL for node in nodes) == 1
+    assert not told_weights(killed)
+    last = torch.load(killed / "runs/burgers2d/job/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 10
+
+    finish(*start_nodes_by_torchrun(killed, "run_name=job"))
+    assert all(map(torch.equal, told_weights(killed), expected))
+    metrics = read_metrics(killed / "runs/burgers2d/job/metrics.csv")
+    assert metrics["train/loss"].steps.tolist() == STEPS

@@ -1,7 +1,11 @@
 """Notice to end: the checkpoint is that of a whole step, wherever in a step the notice comes."""
 
 import os
+import random
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -161,6 +165,34 @@ def test_slurm_notice_within_a_step_saves_the_whole_step(
 
     train(compose(*RUN, f"run_folder={tmp_path / 'resumed'}", f"resume_from={checkpoint}"))
     assert same(training(tmp_path / "resumed/checkpoints/last.ckpt"), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_notices_at_random_moments_save_checkpoints_of_whole_steps(
+    slurm: Path, compose: Compose, tmp_path: Path
+) -> None:
+    """A process that lives on, with every checkpoint that it saved resumed."""
+    options = [*RUN, "trainer.max_steps=150", "trainer.val_check_interval=50"]
+    command = [sys.executable, "-m", "lightning_stableaa.recipes.train", *options]
+    moments = random.Random(0)
+    process = subprocess.Popen([*command, "cluster=slurm_sbatch"], cwd=tmp_path)
+    run = tmp_path / "runs/burgers2d/slurm_4242"
+    sent = 0
+    while process.poll() is None:
+        time.sleep(moments.uniform(0.02, 0.5))
+        if sent < 4 and (run / "metrics.csv").exists():  # before, it would end the process
+            process.send_signal(signal.SIGUSR1)
+            sent += 1
+    assert process.returncode == 0
+    checkpoints = sorted(run.glob("hpc_ckpt_*.ckpt"))
+    assert slurm.read_text() == "requeue 4242\n" * len(checkpoints)
+    assert checkpoints  # notices in quick succession are one
+    expected = training(run / "checkpoints/last.ckpt")
+    for checkpoint in checkpoints:
+        resumed = tmp_path / checkpoint.stem
+        train(compose(*options, f"run_folder={resumed}", f"resume_from={checkpoint}"))
+        assert same(training(resumed / "checkpoints/last.ckpt"), expected)
 
 
 def test_sigterm_ends_the_run_and_the_same_command_goes_on(
