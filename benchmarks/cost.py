@@ -1,0 +1,345 @@
+"""What acceleration costs: an update against the memory floor, a push, a step, a model's step.
+
+    python benchmarks/cost.py                 # tables
+    python benchmarks/cost.py --json FILE     # the same, for machines
+    python benchmarks/cost.py --plot FILE     # an update against n and m, with the floor
+
+The floor of an update reads the window twice (Gram, combination) and writes the weights once:
+2 (m + 1) n reads and n writes, at the copy bandwidth measured in the same run. Figures are medians,
+ratios are taken within one run. On a CPU with one thread, the default, times are processor time, so
+that other programs on the same cores do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from lightning_stableaa import AndersonAccelerator
+from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.options import GUARDED_GRID
+from lightning_stableaa.points import PointStore
+from lightning_stableaa.solver import propose
+
+DEPTH = 10
+TENSORS = 160  # as many as ResNet-50 has
+SIZES = (5_000_000, 25_600_000)
+PLOTTED_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+PLOTTED_DEPTHS = (2, 5, 10, 20, 50)
+
+Row = dict[str, float | str]
+
+
+class Clock:
+    """Seconds of one call: of the device where it is a GPU, else of the processor."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._now = (
+            time.perf_counter if self._cuda or torch.get_num_threads() > 1 else time.process_time
+        )
+
+    def once(self, function: Callable[[], object]) -> float:
+        """Of a single call."""
+        self._wait()
+        start = self._now()
+        function()
+        self._wait()
+        return self._now() - start
+
+    def median(
+        self,
+        function: Callable[[], object],
+        *,
+        before: Callable[[], object] = lambda: None,
+        repeats: int = 9,
+    ) -> float:
+        """Median of calls, after one to warm up; what comes ``before`` each is not counted."""
+        times = []
+        for _ in range(repeats + 1):
+            before()
+            times.append(self.once(function))
+        return statistics.median(times[1:])
+
+    def _wait(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+def filled_store(n: int, depth: int, device: torch.device) -> PointStore:
+    """A full window of n weights in as many tensors as a ResNet-50 has."""
+    sizes = [n // TENSORS] * (TENSORS - 1)
+    sizes.append(n - sum(sizes))
+    parameters = [nn.Parameter(torch.randn(size, device=device)) for size in sizes if size]
+    store = PointStore(parameters, depth=depth, communicator=Communicator())
+    for _ in range(depth + 1):
+        move(store)
+        store.push_weights()
+    return store
+
+
+def move(store: PointStore) -> None:
+    """What an optimizer does: the weights of the next point."""
+    with torch.no_grad():
+        for parameter in store.parameters:
+            parameter.add_(parameter, alpha=1e-3)
+
+
+def update(store: PointStore) -> None:
+    """Gram, solve, combination, write."""
+    proposal = propose(
+        store.gram(),
+        store.history.linked,
+        regularization=[1e-6],
+        relaxation=1.0,
+        max_extrapolation=1e3,
+    )
+    store.form(proposal.jumps[0])
+    store.weights.write(store.candidate)
+
+
+def textbook(iterates: Sequence[Tensor]) -> Tensor:
+    """The usual route: stack, difference, least squares on the changes of the residuals."""
+    x = torch.stack(list(iterates), dim=1)
+    residuals = x[:, 1:] - x[:, :-1]
+    changes = residuals[:, 1:] - residuals[:, :-1]
+    gamma = torch.linalg.lstsq(changes, residuals[:, -1:]).solution
+    return x[:, -1] - ((x[:, 2:] - x[:, 1:-1]) @ gamma)[:, 0]
+
+
+def measure_update(n: int, depth: int, device: torch.device) -> Row:
+    """An update after one new point, and a push, beside the floor and a copy."""
+    clock = Clock(device)
+    source, target = torch.randn(n, device=device), torch.empty(n, device=device)
+    repeats = 9 if n <= 30_000_000 else 3
+
+    def copy() -> None:
+        target.copy_(source)
+
+    store = filled_store(n, depth, device)
+
+    def step_and_push() -> None:
+        move(store)
+        store.push_weights()
+
+    copying = clock.median(copy, repeats=4 * repeats)
+    updating = clock.median(lambda: update(store), before=step_and_push, repeats=repeats)
+    gram = clock.median(store.gram, before=step_and_push, repeats=repeats)
+    pushing = clock.median(store.push_weights, before=lambda: move(store), repeats=repeats)
+    floor = (2 * (depth + 1) + 1) / 2 * copying  # a copy moves 2 n elements
+    return {
+        "n": n,
+        "m": depth,
+        "copy_ms": 1e3 * copying,
+        "floor_ms": 1e3 * floor,
+        "update_ms": 1e3 * updating,
+        "gram_ms": 1e3 * gram,
+        "update_over_floor": updating / floor,
+        "push_over_copy": pushing / copying,
+    }
+
+
+def measure_textbook(n: int, depth: int, device: torch.device) -> Row:
+    """The textbook route beside ours."""
+    clock = Clock(device)
+    store = filled_store(n, depth, device)
+    iterates = [torch.randn(n, device=device) for _ in range(depth + 1)]
+
+    def step_and_push() -> None:
+        move(store)
+        store.push_weights()
+
+    ours = clock.median(lambda: update(store), before=step_and_push, repeats=5)
+    theirs = clock.median(lambda: textbook(iterates), repeats=3)
+    return {"n": n, "m": depth, "textbook_ms": 1e3 * theirs, "textbook_over_update": theirs / ours}
+
+
+def measure_idle_step(device: torch.device) -> Row:
+    """What the accelerator adds to a step on which nothing is due, hooks included."""
+    clock = Clock(device)
+
+    def optimizer() -> torch.optim.Optimizer:
+        parameters = [nn.Parameter(torch.ones(4, device=device)) for _ in range(TENSORS)]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        return torch.optim.SGD(parameters, lr=0.0)
+
+    plain, watched = optimizer(), optimizer()
+    accelerator = AndersonAccelerator(
+        watched, store_every_n_steps=10**6, accelerate_every_n_steps=10**6, safeguard="none"
+    )
+
+    def hundred_plain() -> None:
+        for _ in range(100):
+            plain.step()
+
+    def hundred_watched() -> None:
+        for _ in range(100):
+            watched.step()
+            accelerator.step()
+
+    added = [clock.once(hundred_watched) - clock.once(hundred_plain) for _ in range(31)]
+    return {"tensors": TENSORS, "added_us": 1e4 * statistics.median(added[1:])}
+
+
+def models() -> dict[str, tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]], Any, int]]:
+    """Network, batch, loss and cycles to measure, small and large."""
+    from lightning_stableaa.recipes.images.networks import resnet_small
+
+    def mlp(*widths: int) -> nn.Module:
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [nn.Linear(inputs, outputs), nn.Tanh()]
+        return nn.Sequential(*layers[:-1])
+
+    def images(count: int, size: int) -> Callable[[], tuple[Tensor, Tensor]]:
+        return lambda: (torch.randn(count, 3, size, size), torch.randint(10, (count,)))
+
+    return {
+        "MLP 7-64-64-64-1, batch 40": (
+            mlp(7, 64, 64, 64, 1),
+            lambda: (torch.randn(40, 7), torch.randn(40, 1)),
+            mse_loss,
+            200,
+        ),
+        "MLP 2-20x8-1, 4400 points": (
+            mlp(2, *[20] * 8, 1),
+            lambda: (torch.randn(4400, 2), torch.randn(4400, 1)),
+            mse_loss,
+            30,
+        ),
+        "small ResNet, 128 images of 32 x 32": (
+            resnet_small(num_classes=10, width=16, small_images=True),
+            images(128, 32),
+            cross_entropy,
+            2,
+        ),
+    }
+
+
+def measure_model(
+    name: str, model: nn.Module, batch: Callable[[], Any], loss: Any, cycles: int
+) -> Row:
+    """The default schedule, safeguard included, beside the same steps without it."""
+    clock = Clock(torch.device("cpu"))
+    inputs, targets = batch()
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=1e-6)
+    steps = 10 * cycles
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model(inputs), targets).backward()
+        optimizer.step()
+
+    def plain() -> None:
+        for _ in range(steps):
+            step()
+
+    def accelerated() -> None:
+        for _ in range(steps):
+            step()
+            accelerator.step(lambda: loss(model(inputs), targets))
+
+    step()
+    before = clock.median(plain, repeats=3)
+    accelerator = AndersonAccelerator(optimizer)
+    after = clock.median(accelerated, repeats=3)
+    return {
+        "model": name,
+        "parameters": sum(one.numel() for one in parameters),
+        "step_ms": 1e3 * before / steps,
+        "overhead": after / before - 1,
+        "losses": (1 + len(GUARDED_GRID)) / 10,
+    }
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures were taken on."""
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text().splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def draw(path: Path, against_n: list[Row], against_m: list[Row]) -> None:
+    """Time of an update and its floor, against n and against m."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axes, rows, key in ((left, against_n, "n"), (right, against_m, "m")):
+        x = [row[key] for row in rows]
+        axes.loglog(x, [row["update_ms"] for row in rows], "o-", color="#D55E00", label="update")
+        axes.loglog(x, [row["floor_ms"] for row in rows], "--", color="#555555", label="floor")
+        axes.set(xlabel=f"{key}, {'weights' if key == 'n' else 'residuals'}", ylabel="ms")
+        axes.legend()
+    left.set_title(f"m = {against_n[0]['m']}")
+    right.set_title(f"n = {against_m[0]['n']:,}")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _print(title: str, rows: list[Row]) -> None:
+    print(f"\n{title}")
+    print("  ".join(f"{name:>18}" for name in rows[0]))
+    for row in rows:
+        print(
+            "  ".join(
+                f"{value:>18}" if isinstance(value, str) else f"{value:>18.4g}"
+                for value in row.values()
+            )
+        )
+
+
+def main() -> None:
+    """Measure everything, print it, and write it where asked to."""
+    parser = argparse.ArgumentParser(description="cost of stable Anderson acceleration")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw an update against n and m to this file")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results: dict[str, list[Row]] = {
+        "update": [measure_update(n, DEPTH, device) for n in SIZES],
+        "textbook": [measure_textbook(SIZES[0], DEPTH, device)],
+        "idle step": [measure_idle_step(device)],
+        "models": [measure_model(name, *setting) for name, setting in models().items()],
+    }
+    if arguments.plot:
+        results["against n"] = [measure_update(n, DEPTH, device) for n in PLOTTED_SIZES]
+        results["against m"] = [measure_update(2_000_000, m, device) for m in PLOTTED_DEPTHS]
+        draw(arguments.plot, results["against n"], results["against m"])
+    print(json.dumps(machine(device)))
+    for title, rows in results.items():
+        _print(title, rows)
+    if arguments.json:
+        text = json.dumps({"machine": machine(device), **results}, indent=1)
+        arguments.json.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
