@@ -1,11 +1,14 @@
 """A ``metrics.csv`` that a resumed run continues."""
 
 import csv
+import io
 from pathlib import Path
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from lightning_stableaa.recipes.files import write_atomically
 
 
 class ContinuedCSVLogger(CSVLogger):
@@ -46,8 +49,9 @@ def _truncate(path: Path, step: float) -> list[str]:
         reader = csv.DictReader(file)
         rows = [row for row in reader if int(row["step"]) < step]
         names = list(reader.fieldnames or [])
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=names)
-        writer.writeheader()
-        writer.writerows(rows)
+    kept = io.StringIO(newline="")
+    writer = csv.DictWriter(kept, fieldnames=names)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, kept.getvalue())
     return names
