@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra.errors import MissingConfigException
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.lsf import LSFEnvironment
@@ -19,6 +20,7 @@ from lightning.pytorch.trainer.connectors.accelerator_connector import _Accelera
 import lightning_stableaa.recipes.train  # noqa: F401  # registers the resolvers
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.launch import LSF, check_launch, check_sweep
+from lightning_stableaa.recipes.mistakes import explain
 from tests.recipes.conftest import Compose
 
 # What each launcher sets for the last of its processes: 2 nodes of 4.
@@ -238,6 +240,13 @@ def test_sweep(config: dict[str, Any], launcher: dict[str, Any], sentence: str |
     with pytest.raises(UserError) as error:
         check_sweep(config, launcher)
     assert re.fullmatch(sentence, str(error.value))
+
+
+def test_missing_submitit_is_named() -> None:
+    error = MissingConfigException("not found", "hydra/launcher/submitit_slurm", ["basic"])
+    assert explain(error) == (
+        "hydra/launcher=submitit_slurm: pip install 'lightning-stableaa[slurm]' brings it"
+    )
 
 
 def test_lightning_reads_the_same_variables(
