@@ -13,6 +13,7 @@ import torch
 
 from lightning_stableaa.recipes.pictures import read_metrics
 from tests.recipes.conftest import SMALL
+from tests.recipes.test_preemption import load, notice
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -75,14 +76,15 @@ def nodes_by_hand(folder: Path) -> None:
 
 
 def start_nodes_by_torchrun(
-    folder: Path, *arguments: str, **environ: str
+    folder: Path, *arguments: str, only_one: Sequence[str] = (), **environ: str
 ) -> list[subprocess.Popen[str]]:
+    """Two torchruns, one process each; ``only_one`` of them gets some more arguments."""
     launcher = torchrun(
         *["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=pair", "--rdzv-backend=c10d"],
         f"--rdzv-endpoint=127.0.0.1:{free_port()}",
     )
     command = ["cluster=torchrun", *arguments]
-    return [start(folder, *command, launcher=launcher, **environ) for _ in range(2)]
+    return [start(folder, *command, *more, launcher=launcher, **environ) for more in (only_one, [])]
 
 
 def nodes_by_torchrun(folder: Path) -> None:
@@ -139,11 +141,14 @@ def test_a_node_killed_in_an_update_changes_nothing_in_the_end(tmp_path: Path) -
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     for folder in (undisturbed, killed):
         folder.mkdir()
-    finish(*start_nodes_by_torchrun(undisturbed))
+    # but for a notice to one of the nodes, in an update: both save a checkpoint after it
+    update = notice(signal.SIGUSR1, "in an update", 6)
+    finish(*start_nodes_by_torchrun(undisturbed, only_one=update))
+    (run,) = undisturbed.glob("runs/burgers2d/*")  # named after the clock of one node
+    assert load(run / "checkpoints/preempted.ckpt")["global_step"] == 6
     expected = told_weights(undisturbed)
     assert len(expected) == 2
     assert torch.equal(*expected)
-    assert len([*undisturbed.glob("runs/burgers2d/*")]) == 1  # named after the clock of one node
 
     # two steps after the last checkpoint
     nodes = start_nodes_by_torchrun(killed, "run_name=job", DIE_AT="1:12")
@@ -151,8 +156,7 @@ def test_a_node_killed_in_an_update_changes_nothing_in_the_end(tmp_path: Path) -
     assert all(node.returncode != 0 for node in nodes), outputs
     assert sum(node.returncode == -signal.SIGKILL for node in nodes) == 1
     assert not told_weights(killed)
-    last = torch.load(killed / "runs/burgers2d/job/checkpoints/last.ckpt", weights_only=True)
-    assert last["global_step"] == 10
+    assert load(killed / "runs/burgers2d/job/checkpoints/last.ckpt")["global_step"] == 10
 
     finish(*start_nodes_by_torchrun(killed, "run_name=job"))
     assert all(map(torch.equal, told_weights(killed), expected))

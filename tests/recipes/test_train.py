@@ -104,24 +104,13 @@ def test_wrong_configuration_leaves_a_used_folder_alone(compose: Compose, tmp_pa
 @pytest.mark.ddp
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # the processes import everything anew, in turn on a busy machine
-@pytest.mark.parametrize(
-    ("launcher", "options"),
-    [
-        ([], ["trainer.devices=2"]),
-        (
-            ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-            ["trainer=multinode", "trainer.accelerator=cpu"],
-        ),
-    ],
-    ids=["lightning", "torchrun"],
-)
-def test_two_processes_share_one_run_folder(
-    launcher: list[str], options: list[str], tmp_path: Path
-) -> None:
+def test_two_processes_share_one_run_folder(tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    options = ["strategy=ddp", "trainer=multinode", "trainer.accelerator=cpu"]
     subprocess.run(
         [
             *[sys.executable, *launcher, "-m", "lightning_stableaa.recipes.train"],
-            *[*SMALL["burgers2d"], "strategy=ddp", "trainer.max_steps=5", *options],
+            *[*SMALL["burgers2d"], "trainer.max_steps=5", *options],
         ],
         cwd=tmp_path,
         check=True,
