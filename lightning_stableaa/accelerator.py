@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_stableaa import saved
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.extrapolation import extrapolate
+from lightning_stableaa.memory import out_of_memory
 from lightning_stableaa.options import (
     ApplyTo,
     HistoryPlacement,
@@ -127,6 +128,8 @@ class AndersonAccelerator:
         # now, and later after a step: between, toggle_optimizer may hide those of the others
         self._parameters = trainable_parameters(self._optimizers)
         self._process_group = process_group
+        self._history_device = torch.device(history_device) if history_device else None
+        self._has_no_memory = False
         self.optimizer_steps = 0
         self.attempted = 0
         self.accepted = 0
@@ -164,13 +167,19 @@ class AndersonAccelerator:
         if not self._watch.take():
             return _NO_STEP
         self.optimizer_steps += 1
+        if self._points is None:  # no memory, or not yet again
+            return StepReport(status=Status.OUT_OF_MEMORY)
         self._cycle_steps += 1
         self._steps_since_attempt += 1
         if self._smoother is not None:
             self._smoother.observe(self._cycle_steps)
         if self._cycle_steps < self.options.store_every_n_steps:
             return _OPEN
-        return self._close_cycle(loss_fn)
+        try:
+            return self._close_cycle(loss_fn)
+        except RuntimeError as error:
+            self._give_back_memory(error)
+            return StepReport(status=Status.OUT_OF_MEMORY)
 
     @property
     def evaluation_weights_ready(self) -> bool:
@@ -288,8 +297,16 @@ class AndersonAccelerator:
 
     def _before_optimizer_step(self) -> None:
         """Make sure that the cycle about to begin, or to go on, has a start in the history."""
-        if self._points is None:
-            self._build()
+        if self._has_no_memory:
+            return
+        try:
+            if self._points is None:
+                self._build()
+            self._begin_cycle()
+        except RuntimeError as error:
+            self._give_back_memory(error)
+
+    def _begin_cycle(self) -> None:
         self._notice_changes()
         assert self._points is not None
         if not self._points.history.chained and not self._averages_into_history():
@@ -304,7 +321,7 @@ class AndersonAccelerator:
             depth=options.history_depth,
             communicator=communicator,
             placement=options.history,
-            device=torch.device(options.history_device) if options.history_device else None,
+            device=self._history_device,
             optimizers=self._optimizers if options.optimizer_state == "mix" else (),
         )
         if options.smoothing is not None:
@@ -322,6 +339,31 @@ class AndersonAccelerator:
         if state is not None:
             self._restore(state)
         self._watch.follow(parameters)
+
+    def _give_back_memory(self, error: RuntimeError) -> None:
+        """Move the history to the host, or do without one: training goes on with its own weights.
+
+        Raises:
+            RuntimeError: not of memory, or one of several ranks that share the weights: the others
+                are in the middle of what this one would leave.
+        """
+        alone = Communicator(self._process_group).world_size == 1
+        if not out_of_memory(error) or not alone:
+            raise error
+        device = self._parameters[0].device
+        self._points = self._smoother = self._loaded = None
+        self._has_evaluation_weights = False
+        self._cycle_steps = 0
+        self.outcomes[Status.OUT_OF_MEMORY] += 1
+        self._has_no_memory = "cpu" in (device.type, getattr(self._history_device, "type", ""))
+        self._history_device = torch.device("cpu")
+        log.warning(
+            "out of memory (%s): %s",
+            str(error).splitlines()[0],
+            f"training goes on without acceleration; {Status.OUT_OF_MEMORY.remedy}"
+            if self._has_no_memory
+            else "the Anderson history starts anew in the memory of the host",
+        )
 
     def _restore(self, state: dict[str, Any]) -> None:
         points = self._points

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_stableaa.memory import out_of_memory
+
 # Elements of one vector per chunk. Smaller ones would stay in the cache of a core, but where other
 # processes keep all cores busy every parallel kernel waits for a thread: few chunks, few waits.
 _CPU_CHUNK = 1 << 17
 _GPU_CHUNK = 1 << 22
+_SMALLEST_CHUNK = 1 << 14  # where memory is short
 
 # Long float32 vectors on a CPU: products are summed in single precision over short runs, and the
 # sums in float64. Errors of many runs average out: below 1e-8 of |r_i||r_j| from this length on
@@ -204,7 +207,7 @@ class History:
             for position in positions:
                 point = chunk[self._row(position)]
                 torch.sub(chunk[self._row(position + 1)], point, out=point)
-            columns += _products(chunk, new, run)
+            columns += _products_in_memory(chunk, new, run)
         self._products[:, new] = columns  # what rows without a difference get is never read
         self._products[new] = columns.T
         self._formed = len(self) - 1
@@ -221,6 +224,18 @@ class History:
         row = self._rows[self._row(position)]
         torch.sub(self._rows[self._row(position + 1)], row, out=row)
         self._formed = position
+
+
+def _products_in_memory(rows: Tensor, new: list[int], run: int) -> Tensor:
+    """``_products`` by halves where the work space for the whole does not fit."""
+    try:
+        return _products(rows, new, run)
+    except RuntimeError as error:
+        length = rows.shape[1]
+        if not out_of_memory(error) or length <= _SMALLEST_CHUNK:
+            raise
+        low, high = rows[:, : length // 2], rows[:, length // 2 :]
+        return _products_in_memory(low, new, run) + _products_in_memory(high, new, run)
 
 
 def _products(rows: Tensor, new: list[int], run: int) -> Tensor:  # (rows, len(new)) float64

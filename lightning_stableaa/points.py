@@ -124,11 +124,12 @@ class PointStore:
     @contextmanager
     def candidate_in_place(self) -> Iterator[None]:
         """The weights hold the candidate inside, and what they held before outside."""
-        self.weights.swap(self.candidate)
+        work_space = self.weights.work_space()  # before anything moves: it may not fit
+        self.weights.swap(self.candidate, work_space)
         try:
             yield
         finally:
-            self.weights.swap(self.candidate)
+            self.weights.swap(self.candidate, work_space)
 
     def mix_momentum(self, jump: Tensor) -> None:
         """Move the momentum buffers by the same mixture; overwrites ``candidate``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -11,18 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_stableaa.memory import out_of_memory
+
+log = logging.getLogger(__name__)
+
 LossFunction = Callable[[], Tensor]
 
 
 def loss_value(loss_fn: LossFunction, device: torch.device) -> Tensor:  # () float64
-    """Evaluate ``loss_fn`` once, with gradients enabled but no backward; NaN where it gives None.
+    """Evaluate ``loss_fn`` once, with gradients enabled but no backward.
+
+    NaN where it gives None or runs out of memory: under DDP the other ranks wait for a number.
 
     Raises:
         ValueError: the result is neither None nor a single number.
     """
-    # enabled: the loss of a PINN differentiates the network itself
-    with torch.enable_grad():
-        loss = loss_fn()
+    try:
+        # enabled: the loss of a PINN differentiates the network itself
+        with torch.enable_grad():
+            loss = loss_fn()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        log.warning(
+            "judging a candidate ran out of memory, and it was rejected: use smaller batches, or "
+            "define anderson_loss(batch) on a part of the batch"
+        )
+        loss = None
     if loss is None:
         return torch.full((), float("nan"), dtype=torch.float64, device=device)
     loss = torch.as_tensor(loss)

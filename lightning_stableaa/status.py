@@ -21,6 +21,7 @@ class Status(Enum):
     REJECTED_NON_FINITE_HISTORY = "rejected_non_finite_history"
     REJECTED_NON_FINITE_CANDIDATE = "rejected_non_finite_candidate"
     REJECTED_STAGNATION = "rejected_stagnation"
+    OUT_OF_MEMORY = "out_of_memory"
 
     @property
     def rejected(self) -> bool:
@@ -55,6 +56,10 @@ _REMEDIES = {
         "something other than the optimizer changed the weights before a cycle was complete, and "
         "no residual is formed across such a change: do it less often than every "
         "store_every_n_steps, or lower that option"
+    ),
+    Status.OUT_OF_MEMORY: (
+        "the history did not fit into memory: lower history_depth, set history_device='cpu', or "
+        "history='sharded' where there are several processes"
     ),
     Status.REJECTED_STAGNATION: (
         "the weights did not move between stored points: check that the optimizer updates them "

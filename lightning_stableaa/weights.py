@@ -103,13 +103,19 @@ class FlatTensors:
         FlatTensors(copies).write(vector)
         return [one.detach() for one in copies]
 
+    def work_space(self) -> Tensor:
+        """What ``swap`` needs beside the vectors; bounded."""
+        size = min(max(self._sizes), _SWAP_CHUNK)
+        return torch.empty(size, dtype=self.dtype, device=self.device)
+
     @torch.no_grad()
-    def swap(self, vector: Tensor) -> None:
-        """Exchange the contents of the tensors and of ``vector``, with bounded work space."""
+    def swap(self, vector: Tensor, work_space: Tensor) -> None:
+        """Exchange the contents of the tensors and of ``vector``; allocates nothing."""
         mine, theirs = self._pieces(vector[: self.length], 0)
         for tensor, piece in zip(mine, theirs, strict=True):
             for one, other in zip(tensor.split(_SWAP_CHUNK), piece.split(_SWAP_CHUNK), strict=True):
-                kept = one.clone()
+                kept = work_space[: one.numel()]
+                kept.copy_(one)
                 one.copy_(other)
                 other.copy_(kept)
 

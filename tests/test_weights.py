@@ -69,10 +69,10 @@ def test_a_longer_vector_is_written_up_to_the_length() -> None:
 def test_swap_exchanges_and_swaps_back() -> None:
     tensors, vector = [torch.zeros(2, 2), torch.ones(3)], ramp(7)
     flat = FlatTensors(tensors)
-    flat.swap(vector)
+    flat.swap(vector, flat.work_space())
     assert torch.equal(read(flat), ramp(7))
     assert vector.tolist() == [0, 0, 0, 0, 1, 1, 1]
-    flat.swap(vector)
+    flat.swap(vector, flat.work_space())
     assert torch.equal(vector, ramp(7))
 
 
