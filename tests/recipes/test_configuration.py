@@ -1,7 +1,9 @@
 """Every file in ``conf/`` composes and instantiates, with every recipe."""
 
 import inspect
+import itertools
 from importlib.resources import files
+from typing import Any
 
 import pytest
 import torch
@@ -124,3 +126,47 @@ def test_multinode_takes_its_size_from_torchrun(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     trainer = compose("recipe=burgers2d", "trainer=multinode").trainer
     assert (trainer.num_nodes, trainer.devices) == (2, 4)
+
+
+@pytest.mark.slow
+def test_every_combination_composes_and_instantiates(compose: Compose) -> None:
+    """Recipe x model x optimizer x scheduler; the other groups take turns."""
+    turns = itertools.cycle(
+        itertools.product(choices("callbacks"), ("cpu", "auto"), choices("logger"))
+    )
+    seen: set[str] = set()
+
+    def once(config: DictConfig, group: str) -> Any:
+        """What a group describes; equal descriptions are built one time."""
+        described = f"{group}: {OmegaConf.to_container(config[group], resolve=True)}"
+        if described in seen:
+            return None
+        seen.add(described)
+        return build(config, group)
+
+    for recipe in RECIPES:
+        of_images = recipe.startswith("resnet50")
+        models = [name for name in choices("model") if name.startswith("resnet") == of_images]
+        for model, optimizer, scheduler in itertools.product(
+            models, choices("optimizer"), choices("scheduler")
+        ):
+            callbacks, trainer, logger = next(turns)
+            config = compose(
+                f"recipe={recipe}",
+                *([f"model={model}"] if of_images else []),  # mlp: with the recipe's widths
+                f"optimizer={optimizer}",
+                f"scheduler={scheduler}",
+                f"callbacks={callbacks}",
+                f"trainer={trainer}",
+                f"logger={logger}",
+            )
+            for group in ("callbacks", "logger", "trainer"):
+                once(config, group)
+            if model in ("resnet50_torchvision", "resnet50_timm"):  # need packages of their own
+                continue
+            with torch.device("meta"):  # as large as they are, they take no memory
+                module = once(config, "module")
+            if module is not None:
+                made = instantiate(config.optimizer, _convert_="all")(module.parameters())
+                if config.scheduler is not None:
+                    instantiate(config.scheduler, _convert_="all")(made, 1000)
