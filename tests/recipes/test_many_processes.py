@@ -26,6 +26,7 @@ ANDERSON = [
     "callbacks.anderson.store_every_n_steps=2",
     "callbacks.anderson.accelerate_every_n_steps=6",
 ]
+SHARDED = "callbacks.anderson.history=sharded"
 STEPS = list(range(12))
 CHECKOUT = Path(__file__).parents[2]
 
@@ -143,7 +144,7 @@ def test_a_node_killed_in_an_update_changes_nothing_in_the_end(tmp_path: Path) -
         folder.mkdir()
     # but for a notice to one of the nodes, in an update: both save a checkpoint after it
     update = notice(signal.SIGUSR1, "in an update", 6)
-    finish(*start_nodes_by_torchrun(undisturbed, only_one=update))
+    finish(*start_nodes_by_torchrun(undisturbed, SHARDED, only_one=update))
     (run,) = undisturbed.glob("runs/burgers2d/*")  # named after the clock of one node
     assert load(run / "checkpoints/preempted.ckpt")["global_step"] == 6
     expected = told_weights(undisturbed)
@@ -151,14 +152,14 @@ def test_a_node_killed_in_an_update_changes_nothing_in_the_end(tmp_path: Path) -
     assert torch.equal(*expected)
 
     # two steps after the last checkpoint
-    nodes = start_nodes_by_torchrun(killed, "run_name=job", DIE_AT="1:12")
+    nodes = start_nodes_by_torchrun(killed, SHARDED, "run_name=job", DIE_AT="1:12")
     outputs = [node.communicate(timeout=540)[0] for node in nodes]
     assert all(node.returncode != 0 for node in nodes), outputs
     assert sum(node.returncode == -signal.SIGKILL for node in nodes) == 1
     assert not told_weights(killed)
     assert load(killed / "runs/burgers2d/job/checkpoints/last.ckpt")["global_step"] == 10
 
-    finish(*start_nodes_by_torchrun(killed, "run_name=job"))
+    finish(*start_nodes_by_torchrun(killed, SHARDED, "run_name=job"))
     assert all(map(torch.equal, told_weights(killed), expected))
     metrics = read_metrics(killed / "runs/burgers2d/job/metrics.csv")
     assert metrics["train/loss"].steps.tolist() == STEPS
