@@ -132,12 +132,16 @@ class PointStore:
             self.weights.swap(self.candidate, work_space)
 
     def mix_momentum(self, jump: Tensor) -> None:
-        """Move the momentum buffers by the same mixture; overwrites ``candidate``."""
+        """Move the momentum buffers by the same mixture; overwrites ``candidate``.
+
+        A mixture beyond the precision of the weights is left alone: the momentum stays.
+        """
         momenta = momentum_tensors(self._optimizers, self.parameters)
         if self._momentum is None or not momenta:
             return
         self._combine(self._momentum, jump)
-        FlatTensors(momenta).write(self.candidate)
+        if self.candidate_is_finite():
+            FlatTensors(momenta).write(self.candidate)
 
     def state_dict(self) -> dict[str, Any]:
         """The points of this rank, on the CPU."""

@@ -692,3 +692,24 @@ def test_a_candidate_beyond_the_precision_of_the_weights_is_rejected(safeguard: 
     assert report.status is Status.REJECTED_NON_FINITE_CANDIDATE
     assert "lower max_extrapolation" in report.status.remedy
     assert bool(x.isfinite().all())
+
+
+def test_a_momentum_beyond_the_precision_of_the_weights_is_not_mixed() -> None:
+    x = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    accelerator = AndersonAccelerator(
+        optimizer,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=2,
+        regularization=1e-8,
+        optimizer_state="mix",
+        safeguard="none",
+    )
+    report = NOTHING
+    for gradient, momentum in ((1.0, 3e38), (0.9, -3e38)):  # alpha is about (-9, 10)
+        x.grad = torch.full((2,), gradient)
+        optimizer.step()
+        optimizer.state[x]["momentum_buffer"] = torch.full((2,), momentum)
+        report = accelerator.step()
+    assert report.accepted
+    assert torch.equal(optimizer.state[x]["momentum_buffer"], torch.full((2,), -3e38))

@@ -311,8 +311,7 @@ class Drive:
         if squares.sum() == 0:
             return Status.REJECTED_STAGNATION, 0
         if not guarded:
-            at_the_edge = not self._reach(0) < 0.01 * torch.finfo(self._dtype()).max
-            refused = at_the_edge and found is Status.REJECTED_NON_FINITE_CANDIDATE
+            refused = self._at_the_edge(0) and found is Status.REJECTED_NON_FINITE_CANDIDATE
             return (found if refused else Status.ACCEPTED), 0
         before, *after = self.values
         # NaN after every number
@@ -360,7 +359,7 @@ class Drive:
             assert np.array_equal(momentum, self.momenta.points[-1])
         elif self.options.optimizer_state == "reset":
             assert not momentum.any()
-        else:
+        elif not (self._at_the_edge(best) and np.array_equal(momentum, self.momenta.points[-1])):
             self._compare(self.momenta, momentum, best)
 
     def _check_evaluation(self) -> None:
@@ -404,14 +403,15 @@ class Drive:
 
     # The reference
 
-    def _reach(self, index: int) -> float:
-        """How large the terms of a candidate may become; NaN where none is defined."""
+    def _at_the_edge(self, index: int) -> bool:
+        """Whether a candidate, or its momentum, may be beyond the precision of the points."""
         expected, _ = self._candidate(self.points, index)
         if np.isnan(expected).any():
-            return math.nan
+            return True
         residuals = [g - x for x, g in self.points.pairs()]
         alpha = reference.mixing_weights(residuals, self.options.regularization_grid[index])
-        return float(np.abs(alpha).sum() * np.abs(self.points.points).max())
+        largest = max(np.abs(self.points.points).max(), np.abs(self.momenta.points).max())
+        return bool(np.abs(alpha).sum() * largest > 0.01 * torch.finfo(self._dtype()).max)
 
     def _candidate(self, points: ReferenceAccelerator, index: int) -> tuple[Vector, float | None]:
         """Candidate of the index-th lambda, and how far rounding may lead from it.
