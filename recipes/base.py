@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
@@ -43,11 +42,14 @@ class RecipeModule(lightning.LightningModule):
         """What the optimizer gets; recipes override it to treat some parameters differently."""
         return self.parameters()
 
-    def configure_model(self) -> None:
-        """Shards the weights where the strategy is ModelParallelStrategy (FSDP2)."""
-        strategy = self.trainer.strategy
-        # called by every fit and test
-        if isinstance(strategy, ModelParallelStrategy) and not isinstance(self.network, FSDPModule):
+    def shard_weights(self) -> None:
+        """FSDP2, as ``configure_model`` where the strategy is ModelParallelStrategy.
+
+        Not under that name for every run: Lightning's averaging callbacks expect the worst of a
+        module that has a ``configure_model`` of its own.
+        """
+        strategy: Any = self.trainer.strategy
+        if not isinstance(self.network, FSDPModule):  # called by every fit and test
             fully_shard(self.network, mesh=strategy.device_mesh["data_parallel"])
 
     def draw(self, folder: Path) -> None:

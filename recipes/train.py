@@ -22,6 +22,7 @@ from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed import is_torchelastic_launched
@@ -74,6 +75,8 @@ def train(config: DictConfig) -> dict[str, float]:
             trainer: lightning.Trainer = make_trainer(
                 callbacks=[_SaveConfiguration(settings, folder), *callbacks], logger=loggers
             )
+        if isinstance(trainer.strategy, ModelParallelStrategy):
+            module.configure_model = module.shard_weights
         with _late_refusals(config.resume_from):
             trainer.fit(module, data, ckpt_path=checkpoint)
     if config.pictures and trainer.is_global_zero:
