@@ -42,7 +42,7 @@ def is_anderson(name: str) -> bool:
 
 
 def best_averaging(summary: Summary) -> VariantSummary | None:
-    """The variant that only averages and reached the plain run's final value at least cost."""
+    """The variant that only averages and has the best median at equal cost."""
     averaging = [
         one
         for one in summary.variants.values()
@@ -50,12 +50,7 @@ def best_averaging(summary: Summary) -> VariantSummary | None:
         and one.cost_ratio.count
         and one.smoothing_on != 0  # a switch that never came on averaged nothing; NaN has none
     ]
-    sign = 1 if summary.mode == "min" else -1
-    return min(
-        averaging,
-        key=lambda one: (one.cost_ratio.median, sign * one.equal_cost.median),
-        default=None,
-    )
+    return _least(averaging, summary)
 
 
 def outcome(one: VariantSummary, summary: Summary) -> str:
@@ -92,7 +87,7 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
     ]
     averaging = best_averaging(summary)
     if averaging is not None:
-        parts.append(_beside(one, averaging, helped=outcome(one, summary) == "helped"))
+        parts.append(_beside(one, averaging, summary))
     if summary.best_swept != summary.baseline:
         parts.append(_against_swept(one, summary))
     few = one.cost_ratio.count < 5
@@ -136,16 +131,18 @@ def _costs(one: VariantSummary) -> str:
     return f"cheaper in {_of(sooner, one)} (sign test p = {sign_test(sooner, later):.2g})"
 
 
-def _beside(one: VariantSummary, averaging: VariantSummary, *, helped: bool) -> str:
+def _beside(one: VariantSummary, averaging: VariantSummary, summary: Summary) -> str:
     alone, both = averaging.cost_ratio.median, one.cost_ratio.median
+    ends = _ends(one, summary, averaging.name)
     took = (
         f"averaging alone ({averaging.name}, the best of its kind) "
         f"{'never did' if math.isinf(alone) else f'took {alone:.2f}'} and ended at "
-        f"{averaging.equal_cost.median:.3g}"
+        f"{averaging.equal_cost.median:.3g}, worse than {one.name} in {_of(ends.wins, one)}"
     )
-    if helped and alone > both + MARGIN:
+    helped = outcome(one, summary) == "helped"
+    if helped and alone > both + MARGIN and ends.wins > ends.losses:
         return f"{took}, so extrapolation adds to it"
-    if alone <= 1 - MARGIN:
+    if alone <= 1 - MARGIN and ends.wins <= ends.losses:
         return f"{took}, so what there is to gain comes from averaging"
     return took
 
