@@ -1,6 +1,20 @@
 """Settings of the whole test suite."""
 
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_only
 
 # The tensors here are small: a second thread only waits for the first, longer where cores are busy.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def first_rank() -> Iterator[None]:
+    """A test that stands for another rank does so for itself alone: later ones log as the first."""
+    shared: Any = rank_zero_only
+    before = getattr(shared, "rank", 0)
+    yield
+    shared.rank = before
