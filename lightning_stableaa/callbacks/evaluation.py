@@ -70,7 +70,8 @@ class EvaluationModel:
         if not candidate and engine.options.apply_to == "evaluation":
             self._of_candidate = {}
             return
-        if engine.accepted != self.recalibrated_at and self._recent:
+        unknown = candidate and not self._of_candidate  # also after a resume
+        if self._recent and (unknown or engine.accepted != self.recalibrated_at):
             recalibrated = self._recalibrated()
             self.recalibrated_at = engine.accepted
             if candidate:
@@ -105,7 +106,7 @@ class EvaluationModel:
             return {}
         of_training = self._engine.training_tensors()
         named = self._by_name(of_training)
-        if named and self._of_candidate:
+        if named and self._current_statistics():
             named |= self._of_training or _statistics(self._module)
         return {name: tensor.cpu() for name, tensor in named.items()}
 
@@ -128,7 +129,12 @@ class EvaluationModel:
     def replacements(self) -> dict[str, Tensor]:
         """By name, what evaluation sees in place of what training has; empty where nothing is."""
         weights = self._by_name(self._engine.evaluation_tensors())
-        return weights | self._of_candidate if weights else {}
+        return weights | self._current_statistics() if weights else {}
+
+    def _current_statistics(self) -> dict[str, Tensor]:
+        """Of the candidate that there is now; empty where an earlier one was recalibrated for."""
+        current = self._engine.accepted == self.recalibrated_at
+        return self._of_candidate if current else {}
 
     def _by_name(self, tensors: Mapping[Tensor, Tensor]) -> dict[str, Tensor]:
         named = self._module.named_parameters(remove_duplicate=False)

@@ -1,8 +1,10 @@
 """Running statistics of batch normalisation before a validation that follows an acceptance."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,6 +113,46 @@ def test_evaluation_shows_its_own_statistics_and_training_keeps_its_own() -> Non
     layer: Any = module.network[1]
     found = torch.cat([layer.running_mean, layer.running_var])
     assert torch.allclose(found, expected_statistics(module), rtol=1e-5, atol=1e-6)
+
+
+def test_checkpoints_pair_weights_with_statistics_of_their_own(tmp_path: Path) -> None:
+    """Also right after an acceptance, and where a resumed fit recalibrates for itself."""
+    options: dict[str, Any] = {"apply_to": "evaluation", "recalibrate_batch_norm": 3}
+
+    class Saves(lightning.pytorch.Callback):
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.global_step}.ckpt")
+            copied = copy.deepcopy(pl_module)
+            untouched = {"state_dict": copied.state_dict()}
+            copied.on_save_checkpoint(untouched)  # of a copy: not a matter of this fit
+            for name, value in pl_module.state_dict().items():
+                assert torch.equal(untouched["state_dict"][name], value)
+
+    module = Normalised()
+    settings: dict[str, Any] = {"num_sanity_val_steps": 0, "max_epochs": EPOCHS}
+    fit(module, batches(1), anderson(safeguard="none", **options), Saves(), **settings)
+
+    def saved(step: int) -> Tensor:
+        state = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)["state_dict"]
+        return torch.cat([value.flatten().double() for value in state.values()])
+
+    # accepted at 4 and 8, validated after every step; a checkpoint of step 6 is what was validated
+    assert torch.equal(saved(6), module.seen[4])
+    plain = Record(lambda _, module: dict(module.named_buffers())["network.1.running_mean"].clone())
+    fit(Normalised(), batches(1), plain, **settings)
+    at_acceptance = torch.load(tmp_path / "8.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(at_acceptance["network.1.running_mean"], plain.values[7])
+
+    resumed = Normalised()
+    callback = anderson(safeguard="none", **options)
+    fit(resumed, batches(1), callback, ckpt_path=tmp_path / "6.ckpt", **settings)
+    # step 7: the candidate of step 4 again, whose statistics had to be computed anew, from the one
+    # batch seen since; all but the count of batches is as it was
+    differs = ~torch.isclose(resumed.seen[0], module.seen[6])
+    assert differs.sum() == 1
+    assert (resumed.seen[0][differs].item(), module.seen[6][differs].item()) == (1, 3)
 
 
 def test_it_happens_only_after_an_acceptance_and_leaves_no_trace() -> None:
