@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 from lightning_stableaa import AndersonAccelerator, Smoothing
-from lightning_stableaa.options import Options, RsdKind
+from lightning_stableaa.options import Options, RsdKind, SmoothingApplyTo
 from lightning_stableaa.solver import mixing_weights, propose
 from tests import reference
 from tests.twin import UNINFORMATIVE, Drive, Scenario, condition
@@ -35,47 +35,58 @@ profile = settings(
 )
 nightly = pytest.mark.timeout(0) if EXAMPLES else pytest.mark.timeout(300)
 
+# Strategies that depend on nothing are built once: building them anew for every example would cost
+# as much as the examples.
 LAMBDAS = st.sampled_from([0.0, 1e-12, 1e-8, 1e-4, 1e-2, 0.3, 1.0, 100.0, 1])
 CAPS = st.sampled_from([math.inf, 1e6, 1000.0, 10, 1.0, 0.3])
+BOOLEANS = st.booleans()
+SEEDS = st.integers(0, 2**32 - 1)
 
 
-@st.composite
-def smoothings(draw: st.DrawFn, cycle: int) -> Smoothing:
-    rsd: RsdKind = draw(st.sampled_from(get_args(RsdKind)))
-    windows = st.none() if cycle < 2 else st.none() | st.integers(2, cycle)
-    return Smoothing(
-        average_window=draw(windows),
-        rsd_threshold=draw(st.sampled_from([0, 0.01, 0.1, 0.5, 2.0, math.inf])),
-        rsd=rsd,
-        of="iterates" if rsd == "max" else draw(st.sampled_from(["iterates", "updates"])),
-        apply_to=draw(st.sampled_from(["history", "weights"])),
-    )
+def smoothings(cycle: int) -> list[Smoothing]:
+    """All that fit a cycle of that many steps."""
+    return [
+        Smoothing(average_window=window, rsd_threshold=threshold, rsd=rsd, of=of, apply_to=apply_to)
+        for window in (None, *range(2, cycle + 1))
+        for threshold in (0, 0.01, 0.1, 0.5, 2.0, math.inf)
+        for rsd in get_args(RsdKind)
+        for of in (("iterates",) if rsd == "max" else ("iterates", "updates"))
+        for apply_to in get_args(SmoothingApplyTo)
+    ]
+
+
+CYCLES = st.integers(1, 4)
+SMOOTHINGS = {cycle: st.none() | st.sampled_from(smoothings(cycle)) for cycle in range(1, 5)}
+APPLICATIONS = st.sampled_from(["training", "evaluation", "both"])
+APPLICATIONS_OF_AVERAGES = st.sampled_from(["training", "both"])
+SAFEGUARDS = st.sampled_from(["loss", "none"])
+ONE_LAMBDA = st.none() | LAMBDAS
+GRIDS = ONE_LAMBDA | st.lists(LAMBDAS, min_size=1, max_size=3) | st.tuples(LAMBDAS, LAMBDAS)
+FREE_OPTIONS = st.fixed_dictionaries(
+    {
+        "history_depth": st.integers(2, 8),
+        "warmup_steps": st.sampled_from([0, 0, 1, 7]),
+        "relaxation": st.sampled_from([1.0, 1, 0.5, 1e-3]),
+        "max_extrapolation": CAPS,
+        "optimizer_state": st.sampled_from(["keep", "mix", "reset"]),
+        "history": st.sampled_from(["auto", "replicated", "sharded"]),
+        "history_device": st.sampled_from([None, "cpu"]),
+    }
+)
 
 
 @st.composite
 def valid_options(draw: st.DrawFn) -> dict[str, Any]:
-    safeguard = draw(st.sampled_from(["loss", "none"]))
-    cycle = draw(st.integers(1, 4))
-    grids = st.none() | LAMBDAS
-    if safeguard == "loss":
-        grids |= st.lists(LAMBDAS, min_size=1, max_size=3) | st.tuples(LAMBDAS, LAMBDAS)
-    smoothing = draw(st.none() | smoothings(cycle))
+    safeguard, cycle = draw(SAFEGUARDS), draw(CYCLES)
+    smoothing = draw(SMOOTHINGS[cycle])
     follows = smoothing is not None and smoothing.apply_to == "weights"
-    applications = ["training", "both"] if follows else ["training", "evaluation", "both"]
-    return {
-        "history_depth": draw(st.integers(2, 8)),
-        "store_every_n_steps": cycle,
-        "accelerate_every_n_steps": cycle * draw(st.integers(1, 4)),
-        "warmup_steps": draw(st.sampled_from([0, 0, 1, 7])),
-        "relaxation": draw(st.sampled_from([1.0, 1, 0.5, 1e-3])),
-        "regularization": draw(grids),
-        "max_extrapolation": draw(CAPS),
+    return draw(FREE_OPTIONS) | {
         "safeguard": safeguard,
-        "optimizer_state": draw(st.sampled_from(["keep", "mix", "reset"])),
+        "store_every_n_steps": cycle,
+        "accelerate_every_n_steps": cycle * draw(CYCLES),
+        "regularization": draw(GRIDS if safeguard == "loss" else ONE_LAMBDA),
         "smoothing": smoothing,
-        "apply_to": draw(st.sampled_from(applications)),
-        "history": draw(st.sampled_from(["auto", "replicated", "sharded"])),
-        "history_device": draw(st.sampled_from([None, "cpu"])),
+        "apply_to": draw(APPLICATIONS_OF_AVERAGES if follows else APPLICATIONS),
     }
 
 
@@ -83,34 +94,38 @@ RARE = ("same again", "stand still", "no gradient", "edit", "late edit", "reload
 CALM = ("step",) * 24 + RARE
 STORMY = ("step",) * 12 + RARE + ("nan", "inf")
 
+VALID_OPTIONS = valid_options()
+SHAPES = st.lists(
+    st.sampled_from([(), (1,), (2,), (7,), (3, 4), (2, 1, 5), (0,), (20,)]), min_size=1, max_size=4
+)
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
+MIXED = st.sampled_from([False, False, False, True])
+ORDINARY = [1.0, 1.0, 1e-3, 1e4, 1e-30, 1e37]
+SCALES = st.sampled_from(ORDINARY)
+SCALES_OF_DOUBLES = st.sampled_from([*ORDINARY, 1e-120, 1e120, 1e-200, 1e200])
+OFFSETS = st.sampled_from([0.0, 1.0, 1.0, 100.0])
+KINDS = st.sampled_from([CALM, CALM, CALM, STORMY])
+EVENTS = st.binary(min_size=1, max_size=6) | st.binary(min_size=20, max_size=40)
+LOSSES = st.sampled_from(["bowl", "bowl", "finite", "any", "nothing", "raises"])
+
 
 @st.composite
 def scenarios(draw: st.DrawFn) -> Scenario:
-    sizes = draw(
-        st.lists(
-            st.sampled_from([(), (1,), (2,), (7,), (3, 4), (2, 1, 5), (0,), (20,)]),
-            min_size=1,
-            max_size=4,
-        )
-    )
-    dtype = draw(st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
-    mixed = draw(st.sampled_from([False, False, False, True]))
+    shapes = draw(SHAPES)
+    dtype, mixed = draw(DTYPES), draw(MIXED)
     other = torch.float32 if mixed else dtype
-    scales = [1.0, 1.0, 1e-3, 1e4, 1e-30, 1e37]
-    if dtype == torch.float64 and not mixed:
-        scales += [1e-120, 1e120, 1e-200, 1e200]
-    kinds = draw(st.sampled_from([CALM, CALM, CALM, STORMY]))
-    happens = draw(st.binary(min_size=1, max_size=6) | st.binary(min_size=20, max_size=40))
+    doubles = dtype == torch.float64 and not mixed
+    kinds = draw(KINDS)
     return Scenario(
-        options=draw(valid_options()),
-        sizes=tuple(sizes),
-        dtypes=tuple(dtype if k % 2 == 0 else other for k in range(len(sizes))),
-        scale=draw(st.sampled_from(scales)),
-        offset=draw(st.sampled_from([0.0, 1.0, 1.0, 100.0])),
-        events=tuple(kinds[one % len(kinds)] for one in happens),
-        losses=draw(st.sampled_from(["bowl", "bowl", "finite", "any", "nothing", "raises"])),
-        with_loss=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**32 - 1)),
+        options=draw(VALID_OPTIONS),
+        sizes=tuple(shapes),
+        dtypes=tuple(dtype if k % 2 == 0 else other for k in range(len(shapes))),
+        scale=draw(SCALES_OF_DOUBLES if doubles else SCALES),
+        offset=draw(OFFSETS),
+        events=tuple(kinds[one % len(kinds)] for one in draw(EVENTS)),
+        losses=draw(LOSSES),
+        with_loss=draw(BOOLEANS),
+        seed=draw(SEEDS),
     )
 
 
@@ -127,30 +142,40 @@ def test_every_history_gives_the_reference_or_a_documented_refusal(scenario: Sce
         event(outcome.refused)
 
 
+COUNTS, SIZES = st.integers(1, 8), st.integers(1, 40)
+SCALES_OF_VECTORS = st.sampled_from([1.0, 1e-3, 1e-120, 1e120])
+SPREADS = st.sampled_from([1.0, 1e-8])
+ROWS = st.sampled_from(["own", "own", "own", "zero", "repeated", "collinear"])
+SPOILED = st.sampled_from([None] * 9 + [math.nan, math.inf, -math.inf])
+
+
 @st.composite
 def residuals(draw: st.DrawFn) -> np.ndarray:  # (m, n)
     """Vectors of one history, some of them zero, repeated, collinear or not finite."""
-    m, n = draw(st.integers(1, 8)), draw(st.integers(1, 40))
-    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    rows = random.normal(size=(m, n)) * draw(st.sampled_from([1.0, 1e-3, 1e-120, 1e120]))
-    rows *= random.choice([1.0, draw(st.sampled_from([1.0, 1e-8]))], size=(m, 1))
+    m, n = draw(COUNTS), draw(SIZES)
+    random = np.random.default_rng(draw(SEEDS))
+    rows = random.normal(size=(m, n)) * draw(SCALES_OF_VECTORS)
+    rows *= random.choice([1.0, draw(SPREADS)], size=(m, 1))
     for row in range(m):
-        match draw(st.sampled_from(["own", "own", "own", "zero", "repeated", "collinear"])):
+        match draw(ROWS):
             case "zero":
                 rows[row] = 0.0
             case "repeated":
                 rows[row] = rows[0]
             case "collinear":
                 rows[row] = -3 * rows[0]
-    spoiled = draw(st.sampled_from([None] * 9 + [math.nan, math.inf, -math.inf]))
+    spoiled = draw(SPOILED)
     if spoiled is not None:
-        rows[draw(st.integers(0, m - 1)), draw(st.integers(0, n - 1))] = spoiled
+        rows[random.integers(m), random.integers(n)] = spoiled
     return rows
+
+
+RESIDUALS = residuals()
 
 
 @nightly
 @profile
-@given(residuals(), LAMBDAS)
+@given(RESIDUALS, LAMBDAS)
 def test_mixing_weights_equal_the_reference_or_are_nan(rows: np.ndarray, value: float) -> None:
     gram = torch.from_numpy(rows) @ torch.from_numpy(rows).T
     alpha = mixing_weights(gram, regularization=value).numpy()
@@ -179,15 +204,16 @@ def test_mixing_weights_equal_the_reference_or_are_nan(rows: np.ndarray, value: 
         assert np.abs(alpha - expected).max() <= error * size
 
 
+STARTS = st.sampled_from([0.0, 1.0, 10.0])
+
+
 @st.composite
 def histories(draw: st.DrawFn) -> tuple[np.ndarray, list[bool]]:
     """Stored points (q + 1, n), and which of their differences are residuals."""
-    rows = draw(residuals())
-    linked = draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows)))
-    linked[draw(st.integers(0, len(rows) - 1))] = True
-    start = np.nan_to_num(rows[:1], posinf=1.0, neginf=1.0) * draw(
-        st.sampled_from([0.0, 1.0, 10.0])
-    )
+    rows = draw(RESIDUALS)
+    linked = [draw(BOOLEANS) for _ in rows]
+    linked[draw(COUNTS) % len(rows)] = True
+    start = np.nan_to_num(rows[:1], posinf=1.0, neginf=1.0) * draw(STARTS)
     with np.errstate(invalid="ignore", over="ignore"):
         return np.concatenate([start, start + rows.cumsum(axis=0)]), linked
 
@@ -238,13 +264,11 @@ WRONG_VALUES = st.one_of(
 
 @nightly
 @profile
-@given(valid_options(), st.data())
+@given(VALID_OPTIONS, st.sampled_from(sorted(Options.__dataclass_fields__)), WRONG_VALUES)
 def test_any_option_is_taken_or_refused_in_a_sentence_that_names_it(
-    options: dict[str, Any], data: st.DataObject
+    options: dict[str, Any], name: str, value: Any
 ) -> None:
     Options(**options)
-    name = data.draw(st.sampled_from(sorted(options)))
-    value: Any = data.draw(WRONG_VALUES)
     if name == "history_depth" and isinstance(value, int) and value > 10**4:
         value = -value  # a depth that only memory limits
     changed: dict[str, Any] = options | {name: value}

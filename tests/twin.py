@@ -282,6 +282,8 @@ class Drive:
 
     def _check_attempt(self, own: Vector, report: StepReport) -> None:
         guarded = self.options.safeguard == "loss"
+        self.squares = self._residual_squares()
+        self.expected: dict[tuple[bool, int], tuple[Vector, float | None]] = {}
         status, best = self._expected_status(guarded, report.status)
         self.outcome.statuses.append(report.status)
         assert report.attempted
@@ -305,10 +307,9 @@ class Drive:
         self._check_evaluation()
 
     def _expected_status(self, guarded: bool, found: Status) -> tuple[Status, int]:
-        squares = self._residual_squares()
-        if not math.isfinite(squares.mean()):
+        if not math.isfinite(self.squares.mean()):
             return Status.REJECTED_NON_FINITE_HISTORY, 0
-        if squares.sum() == 0:
+        if self.squares.sum() == 0:
             return Status.REJECTED_STAGNATION, 0
         if not guarded:
             refused = self._at_the_edge(0) and found is Status.REJECTED_NON_FINITE_CANDIDATE
@@ -368,7 +369,7 @@ class Drive:
         with self.engine.evaluation_weights():
             inside = self._weights()
         shown = own if self.evaluation is None else self.evaluation
-        assert np.array_equal(inside, shown, equal_nan=True)
+        assert _identical(inside, shown)
         self._unchanged(own)
 
     def _check_smoothing(self, smoothing: Smoothing, report: StepReport) -> None:
@@ -414,13 +415,22 @@ class Drive:
         return bool(np.abs(alpha).sum() * largest > 0.01 * torch.finfo(self._dtype()).max)
 
     def _candidate(self, points: ReferenceAccelerator, index: int) -> tuple[Vector, float | None]:
+        """The same for everyone who asks during one attempt."""
+        key = (points is self.momenta, index)
+        if key not in self.expected:
+            self.expected[key] = self._compute_candidate(points, index)
+        return self.expected[key]
+
+    def _compute_candidate(
+        self, points: ReferenceAccelerator, index: int
+    ) -> tuple[Vector, float | None]:
         """Candidate of the index-th lambda, and how far rounding may lead from it.
 
         The bound is None where the problem is too ill-conditioned for one.
         """
         newest, current = self.points.points[-1], points.points[-1]
         # where float64 loses digits of the squares, no candidate is defined
-        if not 1e-280 < self._residual_squares().sum() < 1e300:
+        if not 1e-280 < self.squares.sum() < 1e300:
             return np.full_like(current, math.nan), None
         pairs, mixed = self.points.pairs(), points.pairs()
         residuals = [g - x for x, g in pairs]
@@ -452,12 +462,8 @@ class Drive:
 
     def _residual_squares(self) -> Vector:
         """Squared norms of the residuals, as formed in the precision of the points."""
-        dtype = self._dtype()
-        squares = []
-        for x, g in self.points.pairs():
-            start, end = (torch.from_numpy(one).to(dtype) for one in (x, g))
-            squares.append(float((end - start).double().square().sum()))
-        return np.array(squares)
+        pairs = torch.from_numpy(np.array(self.points.pairs())).to(self._dtype())
+        return (pairs[:, 1] - pairs[:, 0]).double().square().sum(dim=1).numpy()
 
     # Access
 
@@ -509,7 +515,7 @@ class Drive:
         assert not self.seen, "the loss is evaluated for an extrapolation alone"
 
     def _unchanged(self, own: Vector) -> None:
-        assert np.array_equal(self._weights(), own, equal_nan=True)
+        assert _identical(self._weights(), own)
 
     def _push(self, x: Vector, momentum: Vector, *, linked: bool) -> None:
         self.points.add(x, linked=linked)
@@ -598,7 +604,12 @@ def condition(residuals: Sequence[Vector], regularization: float) -> float:
 def _flat(tensors: Sequence[Tensor]) -> Vector:
     if not tensors:
         return np.zeros(0)
-    return torch.cat([one.flatten().double() for one in tensors]).numpy()
+    return torch.cat([one.flatten() for one in tensors]).double().numpy()
+
+
+def _identical(one: Vector, other: Vector) -> bool:
+    # the payload of a NaN may change on its way through another dtype
+    return one.tobytes() == other.tobytes() or np.array_equal(one, other, equal_nan=True)
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
