@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_stableaa import saved
 from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.dtensors import is_split
 from lightning_stableaa.extrapolation import extrapolate
 from lightning_stableaa.memory import out_of_memory
 from lightning_stableaa.options import (
@@ -26,6 +27,7 @@ from lightning_stableaa.options import (
     Safeguard,
     Smoothing,
 )
+from lightning_stableaa.placement import check_placement
 from lightning_stableaa.points import PointStore
 from lightning_stableaa.report import StepReport
 from lightning_stableaa.safeguard import LossFunction
@@ -127,6 +129,7 @@ class AndersonAccelerator:
         self._optimizers = unwrap_optimizers(optimizer)
         # now, and later after a step: between, toggle_optimizer may hide those of the others
         self._parameters = trainable_parameters(self._optimizers)
+        check_placement(history, split=is_split(self._parameters))
         self._process_group = process_group
         self._history_device = torch.device(history_device) if history_device else None
         self._has_no_memory = False
@@ -333,6 +336,7 @@ class AndersonAccelerator:
                 dtype=points.weights.dtype,
                 device=points.device,
                 communicator=communicator if points.sharded else None,
+                skipped=points.skipped,
             )
         self._has_evaluation_weights = False
         state, self._loaded = self._loaded, None

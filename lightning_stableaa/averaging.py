@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.dtensors import arranged, is_split, share_of
 from lightning_stableaa.options import Smoothing
 from lightning_stableaa.report import StepReport
 from lightning_stableaa.smoother import DEFAULT_WINDOW, Smoother
@@ -80,23 +83,27 @@ class WeightSmoother:
 
     def _before_step(self) -> None:
         parameters = trainable_parameters(self._optimizers)
-        if self._weights is None or not self._weights.aliases(parameters):
-            self._begin(FlatTensors(parameters))
+        if self._weights is None or not self._weights.aliases(arranged(parameters)):
+            self._begin(parameters)
             self._watch.follow(parameters)
         elif self._watch.disturbed and self._smoother is not None:
             self._smoother.restart()
             self._position = 0
 
-    def _begin(self, weights: FlatTensors) -> None:
-        self._weights = weights
+    def _begin(self, parameters: Sequence[Tensor]) -> None:
+        communicator = Communicator()
+        share = share_of(parameters, communicator)
+        self._weights = weights = FlatTensors(share.parameters)
         self._position = 0
         self._smoother = Smoother(
             self.smoothing,
             cycle=self._window,
             read=lambda out, start: weights.read(out, start=start),
-            length=weights.length,
+            length=share.length,
             dtype=weights.dtype,
             device=weights.device,
+            communicator=communicator if is_split(parameters) else None,
+            skipped=share.skipped,
         )
         state, self._loaded = self._loaded, None
         if state is None:

@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Elements, of all ranks together, that ``gather`` has in flight where it cannot work in place.
+GATHERED_AT_ONCE = 1 << 22
+
 
 class Communicator:
     """Collectives over one process group; every method does nothing in a single process.
@@ -55,12 +58,27 @@ class Communicator:
         if self.world_size > 1:
             dist.broadcast(tensor, src=self._first, group=self._group)
 
-    def gather(self, out: Tensor, part: Tensor) -> None:
-        """Concatenate ``part``, (n / P,), of all ranks into ``out``, (n,)."""
-        if self.world_size > 1:
-            dist.all_gather_into_tensor(out, part, group=self._group)
-        else:
-            out.copy_(part)
+    def gather(self, whole: Tensor, device: torch.device) -> None:
+        """Complete ``whole``, (n,), of which every rank has filled its slice, (n / P,).
+
+        In place and at once on a GPU. Elsewhere in pieces of at most ``GATHERED_AT_ONCE`` elements,
+        whose copies (one here, one inside of gloo) are all the extra memory that it takes.
+
+        Args:
+            whole: equal slices, one a rank.
+            device: where the process group communicates.
+        """
+        if self.world_size == 1:
+            return
+        slices = whole.view(self.world_size, -1)
+        if whole.device == device and device.type == "cuda":
+            dist.all_gather_into_tensor(whole, slices[self.rank], group=self._group)
+            return
+        for piece in slices.split(max(1, GATHERED_AT_ONCE // self.world_size), dim=1):
+            gathered = torch.empty(piece.shape, dtype=whole.dtype, device=device)
+            own = piece[self.rank].to(device)
+            dist.all_gather_into_tensor(gathered.view(-1), own, group=self._group)
+            piece.copy_(gathered)
 
     def to_first(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks on the group's first rank, nothing on the others."""

@@ -90,13 +90,13 @@ def _losses(points: PointStore, proposal: Proposal, loss_fn: LossFunction) -> Te
     """Loss before, then that of every candidate, (1 + L,): mean over ranks, one random state."""
     device = points.weights.device
     random = RandomState(device)
-    losses = [loss_value(loss_fn, device)]
+    losses = [loss_value(loss_fn, device, collective=points.split)]
     # where no jump is defined, none: the loss may raise on weights that are NaN
     for jump in proposal.jumps.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0):
         random.restore()
         points.form(jump)
         with points.candidate_in_place():
-            losses.append(loss_value(loss_fn, device))
+            losses.append(loss_value(loss_fn, device, collective=points.split))
     random.restore()
     together = torch.stack(losses)
     points.communicator.mean(together)

@@ -30,6 +30,7 @@ def choose_placement(
     point_bytes: int,
     device: torch.device,
     communicator: Communicator,
+    split: bool = False,
 ) -> Placement:
     """``"auto"`` takes replicas while they fit into a tenth of the memory of every rank.
 
@@ -41,8 +42,11 @@ def choose_placement(
         point_bytes: of one of them.
         device: where the history lives.
         communicator: ranks that share the weights.
+        split: whether every rank holds but a part of the weights, which decides it.
     """
     world = communicator.world_size
+    if split:
+        return Placement(True, f"the weights are split over {world} processes, and the history too")
     if world == 1:
         return Placement(False, "one process: the history is whole")
     if asked != "auto":
@@ -62,3 +66,16 @@ def memory_of_process(device: torch.device) -> int:
         return torch.cuda.get_device_properties(device).total_memory
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or os.cpu_count() or 1)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
+
+
+def check_placement(asked: HistoryPlacement, *, split: bool) -> None:
+    """Stop where every process should keep a replica of what none of them holds.
+
+    Raises:
+        ValueError: names the option and the way out.
+    """
+    if split and asked == "replicated":
+        raise ValueError(
+            "history='replicated' needs the whole weights in every process, and these are split "
+            "over several (DTensors): use history='auto'"
+        )

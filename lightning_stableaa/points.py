@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.dtensors import arranged, is_split, share_of
 from lightning_stableaa.history import History
 from lightning_stableaa.options import HistoryPlacement
 from lightning_stableaa.placement import choose_placement
@@ -22,7 +23,8 @@ class PointStore:
     """History of the weights, and one vector in which a candidate is formed.
 
     Replicated: every rank keeps (m + 2) n elements and sends nothing. Sharded: every rank keeps
-    its slice of every point, (m + 1) n / P, and the n elements of the gathered candidate.
+    its slice of every point, (m + 1) n / P, and the n elements of the gathered candidate. Where the
+    weights themselves are split (DTensors), every rank keeps (m + 2) points of its own part.
 
     Args:
         parameters: the weights, see :func:`~lightning_stableaa.weights.trainable_parameters`.
@@ -31,6 +33,9 @@ class PointStore:
         placement: replicas or slices, see :func:`~lightning_stableaa.placement.choose_placement`.
         device: where points live; ``None`` takes that of the weights.
         optimizers: where the momentum is found, to be mixed; none leaves it alone.
+
+    Raises:
+        ValueError: the ranks do not hold every element of split weights, or count one twice.
     """
 
     def __init__(
@@ -43,30 +48,37 @@ class PointStore:
         device: torch.device | None = None,
         optimizers: Sequence[Optimizer] = (),
     ) -> None:
-        self.parameters = list(parameters)
+        share = share_of(parameters, communicator)
+        self.parameters = share.parameters
+        self.skipped = share.skipped
         self.communicator = communicator
         self._optimizers = optimizers
-        self.weights = FlatTensors(parameters)
+        self.weights = FlatTensors(self.parameters)
         self.device = device or self.weights.device
+        self.split = is_split(parameters)
         self.sharded, self.placement_reason = choose_placement(
             placement,
             points=depth + 2,
             point_bytes=self.weights.length * self.weights.dtype.itemsize,
             device=self.weights.device,
             communicator=communicator,
+            split=self.split,
         )
         self.start, self.length = (
-            communicator.shard(self.weights.length) if self.sharded else (0, self.weights.length)
+            communicator.shard(share.length)
+            if self.sharded and not self.split
+            else (0, share.length)
         )
         self.history = self._new_history(depth)
         self._depth = depth
         self._momentum: History | None = None
-        size = self.length * communicator.world_size if self.sharded else self.length
+        self._gathers = self.sharded and not self.split
+        size = self.length * communicator.world_size if self._gathers else self.length
         self.candidate = torch.zeros(size, dtype=self.weights.dtype, device=self.device)
 
     def still_fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the parameters are those of construction, in the same memory."""
-        return self.weights.aliases(parameters)
+        return self.weights.aliases(arranged(parameters))
 
     def read(self, out: Tensor, start: int) -> None:
         """Copy elements of the current weights, counted from this rank's first one."""
@@ -112,9 +124,12 @@ class PointStore:
         self._combine(self.history, jump)
 
     def candidate_is_finite(self) -> bool:
-        """Whether ``candidate`` holds neither NaN nor inf; waits for the device."""
+        """Whether ``candidate`` holds neither NaN nor inf, on any rank; waits for the device."""
         largest = torch.linalg.vector_norm(self.candidate, ord=math.inf)
-        return math.isfinite(float(largest))
+        finite = math.isfinite(float(largest))
+        if not self.split:  # the same on all ranks
+            return finite
+        return not self.communicator.any(not finite, self.weights.device)
 
     def load(self, point: Tensor) -> None:
         """Write this rank's slice of a vector into ``candidate``, on every rank."""
@@ -156,12 +171,28 @@ class PointStore:
             self._momentum.load_state_dict(state["momentum"])
 
     @property
+    def whole_length(self) -> int:
+        """Elements of a vector of all ranks: the weights, or their parts one after another."""
+        if self.split:
+            return self.communicator.world_size * self.length
+        return self.weights.length
+
+    @property
+    def whole_start(self) -> int:
+        """Where this rank's elements begin in it."""
+        return self.communicator.rank * self.length if self.split else self.start
+
+    @property
     def _own_slice(self) -> Tensor:
         return self.candidate[self.start : self.start + self.length]
 
     def _new_history(self, depth: int) -> History:
         return History(
-            depth=depth, length=self.length, dtype=self.weights.dtype, device=self.device
+            depth=depth,
+            length=self.length,
+            dtype=self.weights.dtype,
+            device=self.device,
+            skipped=self.skipped,
         )
 
     def _combine(self, history: History, jump: Tensor) -> None:
@@ -169,8 +200,8 @@ class PointStore:
         self._gather()
 
     def _gather(self) -> None:
-        if self.sharded:
-            self.communicator.gather(self.candidate, self._own_slice.clone())
+        if self._gathers:
+            self.communicator.gather(self.candidate, self.weights.device)
 
     def _push_momentum(self) -> None:
         if not self._optimizers:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_stableaa.dtensors import whole
 from lightning_stableaa.memory import out_of_memory
 
 log = logging.getLogger(__name__)
@@ -19,10 +20,21 @@ log = logging.getLogger(__name__)
 LossFunction = Callable[[], Tensor]
 
 
-def loss_value(loss_fn: LossFunction, device: torch.device) -> Tensor:  # () float64
+def loss_value(
+    loss_fn: LossFunction,
+    device: torch.device,
+    *,
+    collective: bool = False,
+) -> Tensor:  # () float64
     """Evaluate ``loss_fn`` once, with gradients enabled but no backward.
 
     NaN where it gives None or runs out of memory: under DDP the other ranks wait for a number.
+
+    Args:
+        loss_fn: returns the loss.
+        device: where the result is wanted.
+        collective: whether ``loss_fn`` communicates, as the forward pass of split weights does.
+            Then other ranks wait inside of it, and memory that runs out is an error.
 
     Raises:
         ValueError: the result is neither None nor a single number.
@@ -32,7 +44,7 @@ def loss_value(loss_fn: LossFunction, device: torch.device) -> Tensor:  # () flo
         with torch.enable_grad():
             loss = loss_fn()
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if collective or not out_of_memory(error):
             raise
         log.warning(
             "judging a candidate ran out of memory, and it was rejected: use smaller batches, or "
@@ -41,7 +53,7 @@ def loss_value(loss_fn: LossFunction, device: torch.device) -> Tensor:  # () flo
         loss = None
     if loss is None:
         return torch.full((), float("nan"), dtype=torch.float64, device=device)
-    loss = torch.as_tensor(loss)
+    loss = whole(torch.as_tensor(loss))
     if loss.numel() != 1:
         raise ValueError(
             f"loss_fn must return a single number, got shape {tuple(loss.shape)}; "

@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
+
 from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.dtensors import division
 from lightning_stableaa.options import Options
 from lightning_stableaa.points import PointStore
 from lightning_stableaa.sharding import cut, gather
 from lightning_stableaa.smoother import Smoother
+
+_DIVISION = "division of the weights among processes"
 
 WHOLE = "whole"  # vectors are complete, whatever the number of ranks was
 
@@ -33,7 +38,7 @@ def save(
         options: those of the engine.
         evaluation: whether ``points.candidate`` is an accepted one for evaluation.
     """
-    length = points.weights.length
+    length = points.length if points.split else points.weights.length
     return {
         "shard": _shard(points),
         "fingerprint": _fingerprint(points, options),
@@ -48,11 +53,16 @@ def make_whole(saved: dict[str, Any], points: PointStore) -> dict[str, Any]:
     if saved["points"] is None or saved["shard"] == WHOLE:
         return saved
     whole = gather(
-        {"points": saved["points"], "smoother": saved["smoother"]},
-        length=points.weights.length,
+        {name: saved[name] for name in _vectors(points)},
+        length=points.whole_length,
         communicator=points.communicator if points.sharded else Communicator.alone(),
         device=points.weights.device,
     )
+    if points.split:
+        fingerprint = saved["fingerprint"]
+        checksum = torch.tensor(fingerprint["set of weights"], device=points.weights.device)
+        parts = [int(one) for one in points.communicator.to_first(checksum)]
+        whole["fingerprint"] = fingerprint | {"set of weights": parts}
     return saved | whole | {"shard": WHOLE}
 
 
@@ -65,25 +75,34 @@ def load(
         What stands against it; empty where the vectors were loaded. A collective call.
     """
     expected, found = _fingerprint(points, options), saved["fingerprint"] or {}
+    if points.split and saved["shard"] == WHOLE and found.get(_DIVISION) == expected[_DIVISION]:
+        parts = found["set of weights"]
+        found = found | {"set of weights": parts[points.communicator.rank]}
     different = [name for name in expected if found.get(name) != expected[name]]
     if saved["shard"] not in (WHOLE, _shard(points)):
         different.append("rank or number of ranks")
     if points.communicator.any(bool(different), points.weights.device):
         return different or ["state on another rank"]
-    vectors = {"points": saved["points"], "smoother": saved["smoother"]}
+    vectors = {name: saved[name] for name in _vectors(points)}
     if saved["shard"] == WHOLE:
         vectors = cut(
             vectors,
-            start=points.start,
+            start=points.whole_start,
             length=points.length,
             communicator=points.communicator if points.sharded else None,
         )
     points.load_state_dict(vectors["points"])
     if smoother is not None:
         smoother.load_state_dict(vectors["smoother"])
-    if saved["evaluation"] is not None:
-        points.candidate[: points.weights.length].copy_(saved["evaluation"])
+    candidate = vectors.get("evaluation", saved["evaluation"])
+    if candidate is not None:
+        points.candidate[: len(candidate)].copy_(candidate)
     return []
+
+
+def _vectors(points: PointStore) -> list[str]:
+    """Of what this rank may hold but a part; a candidate that was gathered is whole."""
+    return ["points", "smoother", "evaluation"] if points.split else ["points", "smoother"]
 
 
 def _fingerprint(points: PointStore, options: Options) -> dict[str, Any]:
@@ -92,6 +111,7 @@ def _fingerprint(points: PointStore, options: Options) -> dict[str, Any]:
     return {
         "parameter layout": points.weights.signature(),
         "set of weights": points.weights.checksum(),
+        _DIVISION: division(points.parameters, points.communicator),
         "history_depth": options.history_depth,
         "store_every_n_steps": options.store_every_n_steps,
         "optimizer_state": options.optimizer_state == "mix",

@@ -16,7 +16,9 @@ from torch import Tensor
 from lightning_stableaa.distributed import Communicator
 
 # Keys of state dicts, by what a rank holds under them.
-_SLICES = frozenset({"rows", "mean", "squares", "origin", "previous"})  # (..., length)
+_SLICES = frozenset(  # (..., length)
+    {"rows", "mean", "squares", "origin", "previous", "evaluation"}
+)
 _PARTIAL_SUMS = frozenset({"products", "total"})  # over the rank's slice
 
 

@@ -31,6 +31,7 @@ class Smoother:
         dtype: precision of an iterate.
         device: where the average lives.
         communicator: ranks to sum over where iterates are sharded; ``None`` otherwise.
+        skipped: leading elements that another rank counts.
     """
 
     def __init__(
@@ -43,13 +44,19 @@ class Smoother:
         dtype: torch.dtype,
         device: torch.device,
         communicator: Communicator | None = None,
+        skipped: int = 0,
     ) -> None:
         self._smoothing = smoothing
         self._skipped = cycle - (smoothing.average_window or cycle)  # steps before the window
         self._read = read
         self._communicator = communicator
         self._statistics = RunningStatistics(
-            length=length, dtype=dtype, device=device, rsd=smoothing.rsd, of=smoothing.of
+            length=length,
+            dtype=dtype,
+            device=device,
+            rsd=smoothing.rsd,
+            of=smoothing.of,
+            skipped=skipped,
         )
         self._switch = Switch(smoothing.rsd_threshold)
 

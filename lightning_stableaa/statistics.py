@@ -37,6 +37,7 @@ class RunningStatistics:
         device: where the vectors live.
         rsd: ``"norm"`` or ``"max"``, see :class:`~lightning_stableaa.Smoothing`.
         of: ``"iterates"`` or ``"updates"``, see :class:`~lightning_stableaa.Smoothing`.
+        skipped: leading elements that norms leave out: another process counts them.
 
     Source: B. P. Welford, Note on a method for calculating corrected sums of squares (1962).
     """
@@ -49,7 +50,9 @@ class RunningStatistics:
         device: torch.device,
         rsd: RsdKind = "norm",
         of: RsdOf = "iterates",
+        skipped: int = 0,
     ) -> None:
+        self._skipped = skipped
         self.rsd: RsdKind = rsd
         self.of: RsdOf = of
         self.count = 0
@@ -72,7 +75,7 @@ class RunningStatistics:
             iterate = torch.empty_like(self.mean[where])
             read(iterate, where.start)
             if self._origin is not None and self._previous is not None:
-                self._absorb_update(iterate, self._origin[where], self._previous[where])
+                self._absorb_update(iterate, where, self._origin[where], self._previous[where])
             self._absorb_iterate(iterate, where)
 
     def moments(self) -> Tensor:  # (2,) float64
@@ -90,13 +93,13 @@ class RunningStatistics:
         if self._origin is not None and self._previous is not None:
             level = torch.zeros_like(self._total)
             for where in self._chunks():
-                level += _squared_norm(self._previous[where] - self._origin[where])
+                level += self._squared_norm(self._previous[where] - self._origin[where], where)
             level /= samples**2
             spread = (self._total - samples * level).clamp_min(0.0) / (samples - 1)
             return torch.stack([spread, level])
         level = torch.zeros_like(self._total)
         for where in self._chunks():
-            level += _squared_norm(self.mean[where])
+            level += self._squared_norm(self.mean[where], where)
         return torch.stack([self._total / (samples - 1), level])
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,14 +141,20 @@ class RunningStatistics:
         if self._squares is not None:
             self._squares[where].addcmul_(deviation, deviation, value=share)
         elif self.of == "iterates":
-            self._total += share * _squared_norm(deviation)
+            self._total += share * self._squared_norm(deviation, where)
 
-    def _absorb_update(self, iterate: Tensor, origin: Tensor, previous: Tensor) -> None:
+    def _absorb_update(
+        self, iterate: Tensor, where: slice, origin: Tensor, previous: Tensor
+    ) -> None:
         if self.count == 1:
             origin.copy_(iterate)
         else:
-            self._total += _squared_norm(iterate - previous)
+            self._total += self._squared_norm(iterate - previous, where)
         previous.copy_(iterate)
+
+    def _squared_norm(self, chunk: Tensor, where: slice) -> Tensor:  # float64 scalar
+        counted = chunk[max(0, self._skipped - where.start) :]
+        return torch.linalg.vector_norm(counted, dtype=torch.float64).square()
 
 
 def relative_standard_deviation(moments: Tensor, *, rsd: RsdKind) -> float:
@@ -176,7 +185,3 @@ class Switch:
         elif value < HYSTERESIS * self._threshold or value == 0:
             self.on = False
         return self.on
-
-
-def _squared_norm(vector: Tensor) -> Tensor:  # float64 scalar
-    return torch.linalg.vector_norm(vector, dtype=torch.float64).square()

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
+from lightning_stableaa.dtensors import is_dtensor, local_part
+
 
 def unwrap_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimizer]:
     """The torch optimizers behind the wrappers of Fabric and Lightning.
@@ -64,7 +66,9 @@ class StepWatch:
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """Watch these weights from now on."""
-        self._parameters = parameters
+        # of a DTensor, an optimizer writes to the whole and we to the part
+        parts = [local_part(one) for one in parameters if is_dtensor(one)]
+        self._parameters = [*parameters, *parts]
         self.mark()
 
     def mark(self) -> None:

@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stableaa.dtensors import (
+    drop_gathered,
+    is_split,
+    local_part,
+    refuse_hidden_weights,
+    with_local_part,
+)
+
 # Running means of gradients, by the names that torch.optim gives them.
 _MOMENTUM_NAMES = ("momentum_buffer", "exp_avg")
 
@@ -22,13 +30,18 @@ _SWAP_CHUNK = 1 << 22
 
 
 def trainable_parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    """The parameters that the optimizers can move: unique, non-empty, requiring a gradient."""
+    """The parameters that the optimizers can move: unique, non-empty, requiring a gradient.
+
+    Raises:
+        ValueError: parameters of FSDP1 or of DeepSpeed, which are not what they seem to be.
+    """
     unique = dict.fromkeys(
         parameter
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
+    refuse_hidden_weights(unique)
     return [one for one in unique if one.requires_grad and one.numel() > 0]
 
 
@@ -37,7 +50,8 @@ class FlatTensors:
 
     The order of elements is that of memory, so that channels_last weights are copied without
     being rearranged. The aliases hold on to the storages seen at construction: ``aliases`` tells
-    whether they are still those of the given tensors.
+    whether they are still those of the given tensors. Of a DTensor the vector has the part that
+    this process holds.
 
     Args:
         tensors: dense, non-overlapping tensors on one device; floating point.
@@ -52,21 +66,23 @@ class FlatTensors:
                 "the optimizer holds no trainable parameter: nothing to accelerate; "
                 "check requires_grad of its parameters"
             )
-        devices = {one.device for one in tensors}
+        self._tensors = list(tensors)
+        self._is_split = is_split(tensors)
+        parts = [local_part(one) for one in tensors]
+        devices = {one.device for one in parts}
         if len(devices) > 1:
             names = ", ".join(sorted(str(device) for device in devices))
             raise ValueError(
                 f"all parameters must be on one device, got {names}; "
                 "accelerate one optimizer per device"
             )
-        self._tensors = list(tensors)
-        self._segments = [_memory_order(one) for one in tensors]
-        self._sizes = [one.numel() for one in tensors]
+        self._segments = [_memory_order(one) for one in parts]
+        self._sizes = [one.numel() for one in parts]
         self._layout = _layout(tensors)
         self.length = sum(self._sizes)
-        self.device = tensors[0].device
-        self.dtype = tensors[0].dtype
-        for one in tensors:
+        self.device = parts[0].device
+        self.dtype = parts[0].dtype
+        for one in parts:
             self.dtype = torch.promote_types(self.dtype, one.dtype)
 
     def aliases(self, tensors: Sequence[Tensor]) -> bool:
@@ -96,12 +112,17 @@ class FlatTensors:
         """Copy ``vector``, (length,) or longer, into the tensors."""
         targets, sources = self._pieces(vector[: self.length], 0)
         _copy_all(targets, sources)
+        if self._is_split:
+            drop_gathered()
 
     def unpack(self, vector: Tensor) -> list[Tensor]:
         """The tensors that would hold ``vector``, of the same shapes and strides."""
-        copies = [torch.empty_like(one) for one in self._tensors]
+        copies = [torch.empty_like(local_part(one)) for one in self._tensors]
         FlatTensors(copies).write(vector)
-        return [one.detach() for one in copies]
+        return [
+            with_local_part(copy.detach(), like=one)
+            for copy, one in zip(copies, self._tensors, strict=True)
+        ]
 
     def work_space(self) -> Tensor:
         """What ``swap`` needs beside the vectors; bounded."""
@@ -118,6 +139,8 @@ class FlatTensors:
                 kept.copy_(one)
                 one.copy_(other)
                 other.copy_(kept)
+        if self._is_split:
+            drop_gathered()
 
     def _pieces(self, vector: Tensor, start: int) -> tuple[list[Tensor], list[Tensor]]:
         """Matching pieces of the tensors and of ``vector``, which lies at ``start``."""
@@ -171,7 +194,8 @@ def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def _layout(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
-    return [(one.data_ptr(), one.shape, one.stride(), one.dtype, one.device) for one in tensors]
+    parts = [local_part(one) for one in tensors]
+    return [(one.data_ptr(), one.shape, one.stride(), one.dtype, one.device) for one in parts]
 
 
 def _memory_order(tensor: Tensor) -> Tensor:

@@ -33,19 +33,7 @@ WORLD = 2
 
 def main(rank: int, port: int, folder: str) -> None:
     """All jobs in one pair of processes; each rank writes what it saw to ``folder``."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # of Lightning, about loaders; they are not the subject
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "GROUP_RANK": "0",
-        "WORLD_SIZE": str(WORLD),
-        "LOCAL_WORLD_SIZE": str(WORLD),
-        "TORCHELASTIC_RUN_ID": "none",  # Lightning takes the processes for torchrun's
-    }
-    dist.init_process_group("gloo", timeout=timedelta(seconds=30))  # no job may hang
+    join(rank, port, WORLD)
     jobs = {
         "replicated": lambda: train(anderson(), epochs=25),
         "nan judge": lambda: train(anderson(), kind=OneRankJudgesNaN, epochs=2),
@@ -60,6 +48,23 @@ def main(rank: int, port: int, folder: str) -> None:
     }
     torch.save({name: job() for name, job in jobs.items()}, Path(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
+
+
+def join(rank: int, port: int, world: int) -> None:
+    """Make this process one of ``world``; Lightning takes them for torchrun's."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of Lightning, about loaders; they are not the subject
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+        "TORCHELASTIC_RUN_ID": "none",
+    }
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))  # no job may hang
 
 
 class Normalised(Regression):

@@ -8,9 +8,8 @@ from torch.optim import LBFGS
 
 # Strategies whose optimizer steps move weights that a rank does not hold as plain parameters.
 _REFUSED_STRATEGIES = {
-    "DeepSpeedStrategy": "use strategy='ddp'",
-    "FSDPStrategy": "use strategy='ddp'",
-    "ModelParallelStrategy": "use strategy='ddp'",
+    "DeepSpeedStrategy": "use strategy='ddp', or ModelParallelStrategy with FSDP2",
+    "FSDPStrategy": "use ModelParallelStrategy with FSDP2, or strategy='ddp'",
     "XLAStrategy": "use strategy='ddp' on GPUs or CPUs",
 }
 

@@ -199,9 +199,8 @@ def test_a_window_longer_than_the_cycle_is_refused_with_a_monitor_as_well() -> N
 
 
 STRATEGIES = {
-    "DeepSpeedStrategy": "use strategy='ddp'",
-    "FSDPStrategy": "use strategy='ddp'",
-    "ModelParallelStrategy": "use strategy='ddp'",
+    "DeepSpeedStrategy": "use strategy='ddp', or ModelParallelStrategy with FSDP2",
+    "FSDPStrategy": "use ModelParallelStrategy with FSDP2, or strategy='ddp'",
     "XLAStrategy": "use strategy='ddp' on GPUs or CPUs",
 }
 
