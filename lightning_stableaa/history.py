@@ -129,9 +129,12 @@ class History:
         """
         self._form_differences()
         weights = jump.to(self._rows.device, self._rows.dtype)
-        out.copy_(self.newest)
-        for rows, positions in self._runs():
-            out.addmv_(self._rows[rows].T, weights[positions])
+        runs, chunk = self._runs(), self._chunk
+        for low in range(0, len(out), chunk):  # so that ``out`` is written to memory once
+            part = out[low : low + chunk]
+            part.copy_(self.newest[low : low + chunk])
+            for rows, positions in runs:
+                part.addmv_(self._rows[rows, low : low + chunk].T, weights[positions])
 
     def state_dict(self) -> dict[str, Any]:
         """Rows on the CPU, oldest first, the links between points, and their place in the ring.
