@@ -1,16 +1,18 @@
 """What the modules of all recipes share."""
 
+import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_stableaa.recipes.errors import blamed_on
+from lightning_stableaa.recipes.errors import UserError, blamed_on, expect_kind
 
 
 class RecipeModule(lightning.LightningModule):
@@ -21,6 +23,9 @@ class RecipeModule(lightning.LightningModule):
         optimizer: called with the parameters or parameter groups.
         scheduler: called with the optimizer and the number of optimizer steps of the whole run;
             stepped after every optimizer step.
+
+    Raises:
+        TypeError: ``network`` is no module.
     """
 
     decisive_metric: ClassVar[str]
@@ -33,6 +38,8 @@ class RecipeModule(lightning.LightningModule):
         optimizer: Callable[[Iterable[Any]], Optimizer],
         scheduler: Callable[[Optimizer, int], LRScheduler] | None = None,
     ) -> None:
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"network must be a torch.nn.Module, got {type(network).__name__}")
         super().__init__()
         self.network = network
         self.make_optimizer = optimizer
@@ -41,6 +48,16 @@ class RecipeModule(lightning.LightningModule):
     def parameter_groups(self) -> Iterable[Any]:
         """What the optimizer gets; recipes override it to treat some parameters differently."""
         return self.parameters()
+
+    def features(self) -> tuple[int, int] | None:
+        """Numbers that the network takes and returns for a sample; None where any will do."""
+        return None
+
+    def setup(self, stage: str) -> None:
+        """Refuses a network that does not fit the data before anything is trained."""
+        features = self.features()
+        if features is not None:
+            _check_features(self.network, *features)
 
     def shard_weights(self) -> None:
         """FSDP2, as ``configure_model`` where the strategy is ModelParallelStrategy.
@@ -59,11 +76,30 @@ class RecipeModule(lightning.LightningModule):
         """Builds the optimizer, and the scheduler with the length of the run."""
         with blamed_on("optimizer"):
             optimizer = self.make_optimizer(self.parameter_groups())
+        expect_kind(optimizer, "Optimizer", "optimizer")
         if self.make_scheduler is None:
             return optimizer
         with blamed_on("scheduler"):
             scheduler = self.make_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
+        expect_kind(scheduler, "LRScheduler", "scheduler")
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+@torch.no_grad()
+def _check_features(network: nn.Module, inputs: int, outputs: int) -> None:
+    network = copy.deepcopy(network).eval()  # neither statistics nor modes may change
+    like = next(network.parameters(), torch.empty(0))
+    try:
+        returned = network(torch.zeros(1, inputs, dtype=like.dtype, device=like.device)).shape
+    except RuntimeError:  # "mat1 and mat2 shapes cannot be multiplied"
+        returned = None
+    if returned != (1, outputs):
+        linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
+        widths = [one.in_features for one in linear[:1]] + [one.out_features for one in linear]
+        raise UserError(
+            f"module.network: the data have {inputs} inputs and {outputs} outputs, got a network "
+            f"of widths {widths}; set model.widths=[{inputs},...,{outputs}]"
+        )

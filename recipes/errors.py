@@ -8,6 +8,18 @@ class UserError(Exception):
     """A mistake the user can mend; the message names the option, its value and the way out."""
 
 
+def expect_kind(built: object, kind: str, option: str) -> None:
+    """Raises UserError where ``option`` has built no ``kind``, the name of a class.
+
+    By name, since ``lightning`` and ``pytorch_lightning`` have two classes of most names.
+    """
+    if kind not in {one.__name__ for one in type(built).__mro__}:
+        raise UserError(
+            f"{option}._target_: expected {kind} or a class derived from it, "
+            f"got one that builds {type(built).__name__}"
+        )
+
+
 @contextmanager
 def blamed_on(option: str, *refusals: type[Exception]) -> Iterator[None]:
     """Turns a constructor's refusal of a value into a mistake in the option ``option``.

@@ -82,6 +82,8 @@ def explain(error: Exception) -> str:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError):
         known = cause.parent_node if isinstance(cause.parent_node, DictConfig) else {}
         return f"{cause.full_key}: there is no such option; {_offer(str(cause.key), known)}"
+    if resolving := re.search(r"^UserError raised while resolving interpolation: (.*)", str(error)):
+        return resolving[1]
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {_one_line(error.msg)}"
     if isinstance(error, yaml.YAMLError):

@@ -29,7 +29,8 @@ from torch.distributed import is_torchelastic_launched
 from torch.distributed.rendezvous import rendezvous
 
 from lightning_stableaa import AndersonCallback
-from lightning_stableaa.recipes.errors import UserError, blamed_on
+from lightning_stableaa.recipes.base import RecipeModule
+from lightning_stableaa.recipes.errors import UserError, blamed_on, expect_kind
 from lightning_stableaa.recipes.files import write_atomically
 from lightning_stableaa.recipes.launch import check_launch, check_sweep, join_submitit
 from lightning_stableaa.recipes.mistakes import (
@@ -66,20 +67,21 @@ def train(config: DictConfig) -> dict[str, float]:
             with blamed_on("threads", RuntimeError):
                 torch.set_num_threads(config.threads)
         folder.mkdir(parents=True, exist_ok=True)
-        data = instantiate(config.data, _convert_="all")
-        module = instantiate(config.module, _convert_="all")
-        callbacks = _instantiate_all(config.callbacks)
-        loggers = _instantiate_all(config.logger)
+        data = _instantiate(config.data, "LightningDataModule", "data")
+        module = _instantiate(config.module, "LightningModule", "module")
+        callbacks = _instantiate_all(config.callbacks, "Callback", "callbacks")
+        loggers = _instantiate_all(config.logger, "Logger", "logger")
         make_trainer = instantiate(config.trainer, _partial_=True, _convert_="all")
         with blamed_on("trainer", MisconfigurationException):
             trainer: lightning.Trainer = make_trainer(
                 callbacks=[_SaveConfiguration(settings, folder), *callbacks], logger=loggers
             )
+        expect_kind(trainer, "Trainer", "trainer")
         if isinstance(trainer.strategy, ModelParallelStrategy):
             module.configure_model = module.shard_weights
         with _late_refusals(config.resume_from):
             trainer.fit(module, data, ckpt_path=checkpoint)
-    if config.pictures and trainer.is_global_zero:
+    if config.pictures and isinstance(module, RecipeModule) and trainer.is_global_zero:
         with _refusals_of_the_disk(folder):
             draw_run(folder, module.decisive_metric)
             module.draw(folder / "pictures")
@@ -102,9 +104,17 @@ class _SaveConfiguration(Callback):
             write_atomically(self.folder / "config.yaml", resolved)
 
 
-def _instantiate_all(group: DictConfig) -> list[Any]:
+def _instantiate(config: DictConfig | None, kind: str, option: str) -> Any:
+    built = instantiate(config, _convert_="all")
+    if built is not None:  # a module may bring its own data
+        expect_kind(built, kind, option)
+    return built
+
+
+def _instantiate_all(group: DictConfig, kind: str, option: str) -> list[Any]:
     """Builds each entry of a group; an entry set to null is left out."""
-    return [instantiate(entry, _convert_="all") for entry in group.values() if entry is not None]
+    entries = {f"{option}.{name}": entry for name, entry in group.items() if entry is not None}
+    return [_instantiate(entry, kind, name) for name, entry in entries.items()]
 
 
 def _check_history_device(callbacks: dict[str, Any] | None) -> None:
@@ -221,13 +231,21 @@ def _name_or_time(name: str | None) -> str:
     return store.get("stableaa/run_time").decode()
 
 
+def _class_attribute(path: str, name: str) -> Any:
+    kind = get_class(path)
+    if not hasattr(kind, name):
+        raise UserError(
+            f"module._target_={path}: has no {name}; name a class derived from RecipeModule, "
+            f"or use stableaa-compare compare.module={path}"
+        )
+    return getattr(kind, name)
+
+
 def _register_resolvers() -> None:
     OmegaConf.register_new_resolver("name_or_time", _name_or_time, use_cache=True, replace=True)
     OmegaConf.register_new_resolver("product", lambda *factors: math.prod(factors), replace=True)
     OmegaConf.register_new_resolver("quotient", lambda a, b: int(a) // int(b), replace=True)
-    OmegaConf.register_new_resolver(
-        "class_attribute", lambda path, name: getattr(get_class(path), name), replace=True
-    )
+    OmegaConf.register_new_resolver("class_attribute", _class_attribute, replace=True)
 
 
 _register_resolvers()

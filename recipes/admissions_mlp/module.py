@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 from torchmetrics import MeanSquaredError
 
+from lightning_stableaa.recipes.admissions_mlp.data import FEATURES
 from lightning_stableaa.recipes.base import RecipeModule
 
 
@@ -17,6 +18,10 @@ class AdmissionsModule(RecipeModule):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.validation_mse = MeanSquaredError()
+
+    def features(self) -> tuple[int, int]:
+        """The columns of the table, and the chance of admission."""
+        return len(FEATURES), 1
 
     def anderson_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """The training loss, free of side effects."""

@@ -39,7 +39,7 @@ def laplacian_directions(
     basis, W Q Q' = W, so the derivative of (WQ)(WQ)' equals that of WW'.
 
     Raises:
-        ValueError: ``estimator`` is unknown, or ``probes`` is not in 1 .. d for "sampled".
+        ValueError: ``estimator`` is unknown, or ``probes`` is below 1, or above d for "sampled".
     """
     hidden, d = first_weight.shape
     like = {"dtype": first_weight.dtype, "device": first_weight.device}
@@ -48,6 +48,8 @@ def laplacian_directions(
             return torch.eye(d, **like)
         return torch.linalg.qr(first_weight.detach().T).Q.T
     if estimator == "hutchinson":
+        if probes < 1:
+            raise ValueError(f"probes must be >= 1, got {probes}")
         signs = torch.randint(0, 2, (probes, d), generator=generator) * 2 - 1
         return signs.to(**like) / probes**0.5
     if estimator == "sampled":

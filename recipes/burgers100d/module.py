@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Generator, Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import Optimizer
@@ -13,6 +14,7 @@ from lightning_stableaa.recipes.base import RecipeModule
 from lightning_stableaa.recipes.burgers100d.data import Points
 from lightning_stableaa.recipes.burgers100d.laplacian import Estimator, derivatives
 from lightning_stableaa.recipes.burgers100d.problems import Problem
+from lightning_stableaa.recipes.errors import blamed_on
 from lightning_stableaa.recipes.metrics import RelativeL2Error
 
 
@@ -49,6 +51,19 @@ class Burgers100dModule(RecipeModule):
         self.probes = probes
         self.mse = MeanSquaredError()
         self.relative_l2 = RelativeL2Error()
+
+    def features(self) -> tuple[int, int]:
+        """The space coordinates and time, and the solution."""
+        return self.problem.space_dimension + 1, 1
+
+    def setup(self, stage: str) -> None:
+        """Refuses a network that the Laplacian cannot be propagated through, and its options."""
+        super().setup(stage)
+        inputs, _ = self.features()
+        like = next(self.network.parameters())
+        point = torch.zeros(1, inputs, dtype=like.dtype, device=like.device)
+        with blamed_on("module"), torch.random.fork_rng(devices=[]):
+            derivatives(self.network, point, estimator=self.laplacian, probes=self.probes)
 
     def losses(self, points: Points) -> tuple[Tensor, Tensor]:
         """Mean squares of the equation's residual and of the error at the given values."""

@@ -52,6 +52,10 @@ class Burgers2dModule(RecipeModule):
         super().__init__(network, optimizer, scheduler)
         self.relative_l2 = RelativeL2Error()
 
+    def features(self) -> tuple[int, int]:
+        """Time and place, and the solution."""
+        return 2, 1
+
     def losses(self, points: Points) -> tuple[Tensor, Tensor]:
         """Mean squared residual and mean squared border error, two scalars."""
         border_error = mse_loss(self.network(points.border), points.border_values)

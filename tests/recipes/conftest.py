@@ -1,7 +1,10 @@
-"""A small admissions table, and configurations composed as the command line does."""
+"""A small admissions table, configurations composed as the command line does, and refusals."""
 
 import csv
-from collections.abc import Callable
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hydra
@@ -11,6 +14,7 @@ from hydra import initialize_config_module
 from omegaconf import DictConfig
 
 Compose = Callable[..., DictConfig]
+Refuses = Callable[[Callable[[], None], list[str], str], None]
 
 # as distributed, with the trailing blanks
 HEADER = [
@@ -66,3 +70,37 @@ def compose(tmp_path: Path, admissions_csv: Path) -> Compose:
         return config
 
     return compose
+
+
+@pytest.fixture
+def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working folder of a command, whose changes to path and logging are taken back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    logs = [logging.getLogger(n) for n in ("lightning.pytorch.utilities.rank_zero", "hydra.utils")]
+    levels = [log.level for log in logs]
+    yield tmp_path
+    for log, level in zip(logs, levels, strict=True):
+        log.setLevel(level)
+
+
+@pytest.fixture
+def refuses(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Refuses:
+    """A command ends with exit code 2 and one sentence, a pattern, and leaves nothing behind."""
+
+    def refuses(main: Callable[[], None], arguments: list[str], sentence: str) -> None:
+        command = f"stableaa-{main.__module__.rpartition('.')[2]}"
+        monkeypatch.setattr(sys, "argv", [command, *arguments])
+        before = sorted(empty_folder.rglob("*"))
+        with pytest.raises(SystemExit) as exit_:
+            main()
+        assert exit_.value.code == 2
+        errors = capfd.readouterr().err
+        assert "Traceback" not in errors
+        assert re.fullmatch(f"{command}: {sentence}", errors.splitlines()[-1]), errors
+        assert sorted(empty_folder.rglob("*")) == before
+
+    return refuses

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import logging
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
@@ -23,7 +21,7 @@ from lightning_stableaa.recipes.compare import compare, main
 from lightning_stableaa.recipes.comparison.report import shorten_paths, to_json
 from lightning_stableaa.recipes.comparison.runner import RESULT, Run, read_run, run_all
 from lightning_stableaa.recipes.comparison.variants import Plan, make_plan
-from tests.recipes.conftest import SMALL
+from tests.recipes.conftest import SMALL, Refuses
 
 BURGERS = [*SMALL["burgers2d"], "trainer.max_steps=40", "compare.seeds=1"]
 AVERAGES = ",ema,swa" if hasattr(callbacks, "WeightAveraging") else ""  # since Lightning 2.6
@@ -273,18 +271,6 @@ def test_report_is_valid_json_without_paths() -> None:
     ]
 
 
-@pytest.fixture
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    logs = [logging.getLogger(n) for n in ("lightning.pytorch.utilities.rank_zero", "hydra.utils")]
-    levels = [log.level for log in logs]
-    yield tmp_path
-    for log, level in zip(logs, levels, strict=True):
-        log.setLevel(level)
-
-
 OWN = ["compare.module=tests.recipes.own_module.Module", "compare.metric=val/loss"]
 
 
@@ -360,18 +346,5 @@ OWN = ["compare.module=tests.recipes.own_module.Module", "compare.metric=val/los
     ],
     ids=lambda value: " ".join(value[-1:]) if isinstance(value, list) else "",
 )
-def test_mistake_is_one_sentence(
-    arguments: list[str],
-    sentence: str,
-    empty_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["stableaa-compare", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 2
-    errors = capfd.readouterr().err
-    assert "Traceback" not in errors
-    assert re.fullmatch(f"stableaa-compare: {sentence}", errors.splitlines()[-1]), errors
-    assert list(empty_folder.iterdir()) == []
+def test_mistake_is_one_sentence(arguments: list[str], sentence: str, refuses: Refuses) -> None:
+    refuses(main, arguments, sentence)

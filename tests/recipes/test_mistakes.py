@@ -1,9 +1,6 @@
 """A user's mistake ends in one sentence that names the option, and leaves nothing behind."""
 
-import logging
-import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,12 +8,13 @@ import pytest
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.mistakes import check_options
 from lightning_stableaa.recipes.train import main
-from tests.recipes.conftest import SMALL
+from tests.recipes.conftest import SMALL, Refuses
 from tests.recipes.test_files import no_file_longer_than
 
 ADMISSIONS = ["recipe=admissions_mlp"]
 BURGERS = SMALL["burgers2d"]
 FAST = [*BURGERS, "trainer.max_steps=2", "trainer.val_check_interval=1"]
+BURGERS100D = ["recipe=burgers100d", "trainer.max_steps=2"]
 SMOOTH = [*FAST, "callbacks=stable_aa_smoothing"]
 
 # Options of the callbacks.
@@ -166,6 +164,45 @@ PARTS = [
     ([*FAST, "data.interior_points=0"], r"data: interior_points must be >= 2, got 0"),
     ([*FAST, "data.grid=[6]"], r"data.grid=\[6\]: expected tuple\[int, int\]"),
     ([*FAST, "optimizer.lr=nan"], r"optimizer: Invalid learning rate: nan"),
+    (
+        [*FAST, "model.widths=[3,5,1]"],
+        r"module.network: the data have 2 inputs and 1 outputs, got a network of widths "
+        r"\[3, 5, 1\]; set model.widths=\[2,...,1\]",
+    ),
+    ([*FAST, "model.widths=[2,5,2]"], r"module.network: .*widths \[2, 5, 2\]; .*"),
+    ([*BURGERS100D, "model.widths=[100,5,1]"], r"module.network: .*set .*=\[101,...,1\]"),
+    ([*BURGERS100D, "model.activation=relu"], r"module: .* Tanh, .*, Linear; got .*ReLU.*"),
+    (
+        [*BURGERS100D, "module.laplacian=sampled", "module.probes=200"],
+        r"module: probes must be in 1 .. 100 for sampled dimensions, got 200",
+    ),
+    (
+        [*BURGERS100D, "module.laplacian=hutchinson", "module.probes=0"],
+        r"module: probes must be >= 1, got 0",
+    ),
+    (
+        [*FAST, "data._target_=torch.nn.Identity"],
+        r"data._target_: expected LightningDataModule or a class .*, got one that builds Identity",
+    ),
+    (
+        [*FAST, "module._target_=lightning.LightningModule"],
+        r"module._target_=lightning.LightningModule: has no decisive_metric; name a class .*",
+    ),
+    ([*FAST, "model._target_=builtins.dict"], r"module: network must be a torch.nn.Module, .*"),
+    ([*FAST, "trainer._target_=torch.nn.Identity"], r"trainer._target_: expected Trainer .*"),
+    ([*FAST, "optimizer._target_=torch.nn.Identity"], r"optimizer._target_: expected Optim.*"),
+    (
+        [*FAST, "scheduler=cosine", "scheduler._target_=torch.nn.Identity"],
+        r"scheduler._target_: expected LRScheduler .*",
+    ),
+    (
+        [*FAST, "+callbacks.mine._target_=torch.nn.Identity"],
+        r"callbacks.mine._target_: expected Callback .*",
+    ),
+    (
+        [*FAST, "+logger.mine._target_=torch.nn.Identity"],
+        r"logger.mine._target_: expected Logger .*",
+    ),
     ([*FAST, "optimizer.betas=[0.9]"], r"optimizer.betas=\[0.9\]: expected tuple.*"),
     ([*FAST, "optimizer.betas=[0.9,2]"], r"optimizer: Invalid beta parameter at index 1: 2"),
     ([*FAST, "optimizer.weight_decay=-1"], r"optimizer: Invalid weight_decay value: -1"),
@@ -187,14 +224,8 @@ FILES = [
 
 
 @pytest.fixture(autouse=True)
-def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    lightning_log = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = lightning_log.level
-    (tmp_path / "notes.txt").write_text("not a checkpoint")
-    yield tmp_path
-    lightning_log.setLevel(level)
+def notes(empty_folder: Path) -> None:
+    (empty_folder / "notes.txt").write_text("not a checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -283,63 +314,48 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     ],
     ids=lambda value: " ".join(value[-1:]) if isinstance(value, list) else "",
 )
-def test_mistake_is_one_sentence(
-    arguments: list[str],
-    sentence: str,
-    empty_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 2
-    errors = capfd.readouterr().err
-    assert "Traceback" not in errors
-    assert re.fullmatch(f"stableaa-train: {sentence}", errors.splitlines()[-1]), errors
-    assert [one.name for one in empty_folder.iterdir()] == ["notes.txt"]
+def test_mistake_is_one_sentence(arguments: list[str], sentence: str, refuses: Refuses) -> None:
+    refuses(main, arguments, sentence)
 
 
 @pytest.mark.parametrize(("recipe", "sentence"), FILES)
 def test_a_mistake_in_a_file_is_one_sentence(
-    recipe: str,
-    sentence: str,
-    empty_folder: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    recipe: str, sentence: str, tmp_path_factory: pytest.TempPathFactory, refuses: Refuses
 ) -> None:
     path = tmp_path_factory.mktemp("mine") / "recipe" / "mine.yaml"
     path.parent.mkdir()
     path.write_text(recipe)
-    test_mistake_is_one_sentence(
-        [f"--config-dir={path.parent.parent}", "recipe=mine"],
-        sentence,
-        empty_folder,
-        monkeypatch,
-        capfd,
-    )
+    refuses(main, [f"--config-dir={path.parent.parent}", "recipe=mine"], sentence)
 
 
-def test_a_full_disk_ends_in_one_sentence(
-    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_a_network_that_does_not_fit_the_table_is_refused(
+    admissions_csv: Path, refuses: Refuses
 ) -> None:
+    for widths in ("5, 64, 1", "7, 64, 2"):
+        refuses(
+            main,
+            [*ADMISSIONS, f"data.csv={admissions_csv}", f"model.widths=[{widths}]"],
+            rf"module.network: the data have 7 inputs and 1 outputs, got a network of widths "
+            rf"\[{widths}\]; set model.widths=\[7,...,1\]",
+        )
+
+
+def test_a_full_disk_ends_in_one_sentence(refuses: Refuses) -> None:
     # room for the configuration, and not for a checkpoint
     with no_file_longer_than(8000):
-        test_mistake_is_one_sentence(
+        refuses(
+            main,
             [*FAST, "logger=csv", "pictures=false"],
             r"run_folder=.*; make room .*choose another folder",
-            empty_folder,
-            monkeypatch,
-            capfd,
         )
 
 
 def test_success_names_the_run_folder(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["trainer.max_steps=2", "trainer.val_check_interval=1", "callbacks=none"]
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *BURGERS, *options])
+    # a progress bar may leave its last lines for later
+    options = ["callbacks=none", "callbacks.progress=null"]
+    monkeypatch.setattr(sys, "argv", ["stableaa-train", *FAST, *options])
     main()
     (folder,) = (empty_folder / "runs/burgers2d").iterdir()
     assert capfd.readouterr().out.splitlines()[-1] == f"everything about this run: {folder}"
