@@ -91,11 +91,11 @@ def _losses(points: PointStore, proposal: Proposal, loss_fn: LossFunction) -> Te
     device = points.weights.device
     random = RandomState(device)
     losses = [loss_value(loss_fn, device, collective=points.split)]
-    # where no jump is defined, none: the loss may raise on weights that are NaN
-    for jump in proposal.jumps.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0):
-        random.restore()
-        points.form(jump)
-        with points.candidate_in_place():
+    with points.trials() as put:
+        # where no jump is defined, none: the loss may raise on weights that are NaN
+        for jump in proposal.jumps.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0):
+            random.restore()
+            put(jump)
             losses.append(loss_value(loss_fn, device, collective=points.split))
     random.restore()
     together = torch.stack(losses)

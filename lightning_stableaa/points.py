@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +73,7 @@ class PointStore:
         self._depth = depth
         self._momentum: History | None = None
         self._gathers = self.sharded and not self.split
+        self._newest_is_whole = False  # does the newest point hold all of the current weights?
         size = self.length * communicator.world_size if self._gathers else self.length
         self.candidate = torch.zeros(size, dtype=self.weights.dtype, device=self.device)
 
@@ -87,11 +88,13 @@ class PointStore:
     def push_weights(self) -> None:
         """Append the current weights to the history."""
         self.history.push(lambda row: self.read(row, 0))
+        self._newest_is_whole = not self._gathers
         self._push_momentum()
 
     def push(self, point: Tensor) -> None:
         """Append ``point``, (length,), this rank's slice, to the history."""
         self.history.push(lambda row: row.copy_(point))
+        self._newest_is_whole = False
         self._push_momentum()
 
     def break_chain(self) -> None:
@@ -135,6 +138,39 @@ class PointStore:
         """Write this rank's slice of a vector into ``candidate``, on every rank."""
         self._own_slice.copy_(point)
         self._gather()
+
+    @contextmanager
+    def trials(self) -> Iterator[Callable[[Tensor], None]]:
+        """Inside, a function puts the candidate of a jump, (q,), into the weights.
+
+        Outside they hold what they held before, also after an error. To be entered after a push,
+        before anything else moves the weights. Overwrites ``candidate``.
+        """
+        if self._newest_is_whole:  # the history keeps what they held
+            try:
+                yield self._form_and_write
+            finally:
+                self.weights.write(self.history.newest)
+            return
+        work_space = self.weights.work_space()  # before anything moves: it may not fit
+        swapped = False
+
+        def swap() -> None:
+            nonlocal swapped
+            self.weights.swap(self.candidate, work_space)
+            swapped = not swapped
+
+        def form_and_swap(jump: Tensor) -> None:
+            if swapped:
+                swap()
+            self.form(jump)
+            swap()
+
+        try:
+            yield form_and_swap
+        finally:
+            if swapped:
+                swap()
 
     @contextmanager
     def candidate_in_place(self) -> Iterator[None]:
@@ -194,6 +230,10 @@ class PointStore:
             device=self.device,
             skipped=self.skipped,
         )
+
+    def _form_and_write(self, jump: Tensor) -> None:
+        self.form(jump)
+        self.weights.write(self.candidate)
 
     def _combine(self, history: History, jump: Tensor) -> None:
         history.combine(jump, out=self._own_slice)
