@@ -91,12 +91,11 @@ def jump_weights(
     columns = _residual_columns(linked)
     if len(columns) != alpha.shape[-1]:
         raise ValueError(f"alpha has {alpha.shape[-1]} weights for {len(columns)} residuals")
-    points = alpha.new_zeros(*alpha.shape[:-1], len(linked) + 1)
-    start = torch.tensor(columns, device=alpha.device)
-    points.index_add_(-1, start, alpha * (1.0 - relaxation))
-    points.index_add_(-1, start + 1, alpha * relaxation)
-    # p_k = p_q - sum_{i >= k} delta_i
-    return -points.cumsum(dim=-1)[..., :-1]
+    # p_k + beta delta_k = p_q - (1 - beta) delta_k - sum_{i > k} delta_i
+    unit_jumps = [
+        [0.0] * k + [relaxation - 1.0] + [-1.0] * (len(linked) - k - 1) for k in columns
+    ]
+    return alpha @ torch.tensor(unit_jumps, dtype=alpha.dtype).to(alpha.device, non_blocking=True)
 
 
 class Proposal(NamedTuple):
@@ -125,8 +124,10 @@ def propose(
         relaxation: beta in (0, 1].
         max_extrapolation: longest jump, in units of the residual norm sqrt(tr(K)/m).
     """
-    columns = torch.tensor(_residual_columns(linked), device=gram.device)
-    k = gram[columns][:, columns]
+    k = gram
+    if not all(linked):
+        columns = torch.tensor(_residual_columns(linked), device=gram.device)
+        k = gram[columns][:, columns]
     alpha = mixing_weights(k, regularization=regularization)
     jumps = jump_weights(alpha, linked, relaxation=relaxation)
     residual_norm = k.diagonal().mean().sqrt()
