@@ -92,9 +92,7 @@ def jump_weights(
     if len(columns) != alpha.shape[-1]:
         raise ValueError(f"alpha has {alpha.shape[-1]} weights for {len(columns)} residuals")
     # p_k + beta delta_k = p_q - (1 - beta) delta_k - sum_{i > k} delta_i
-    unit_jumps = [
-        [0.0] * k + [relaxation - 1.0] + [-1.0] * (len(linked) - k - 1) for k in columns
-    ]
+    unit_jumps = [[0.0] * k + [relaxation - 1.0] + [-1.0] * (len(linked) - k - 1) for k in columns]
     return alpha @ torch.tensor(unit_jumps, dtype=alpha.dtype).to(alpha.device, non_blocking=True)
 
 
