@@ -248,8 +248,11 @@ class AndersonCallback(LightningCallback):
         if self._engine is None or self._evaluation is None:
             return
         self._evaluation.close()
-        # not gathered: an exception may have stopped this rank alone
-        self._loaded = self._engine.state_dict() | self._state_of_evaluation()
+        # not gathered: an exception may have stopped this rank alone; and the module is training's
+        self._loaded = self._engine.state_dict() | {
+            "training": {},
+            "recalibrated_at": self._evaluation.recalibrated_at,
+        }
         self._engine.detach()
         self._engine = self._evaluation = None
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.batch_norm import batch_norm_layers, recalibrate_batch_norm
 from lightning_stableaa.callbacks.judge import loss_of_batch, silenced
+from lightning_stableaa.dtensors import drop_gathered, is_split, whole, write_whole
 from lightning_stableaa.safeguard import loss_value, undo_side_effects
 
 
@@ -101,21 +102,35 @@ class EvaluationModel:
         restore(self._module, self.replacements())
 
     def training_state(self) -> dict[str, Tensor]:
-        """By name, on the CPU, what checkpoints lack because they hold the candidate instead."""
+        """By name, on the CPU, what checkpoints lack because they hold the candidate instead.
+
+        Collective where weights are split: the first process gathers them, one at a time.
+        """
         if not self._into_checkpoints:
             return {}
         of_training = self._engine.training_tensors()
         named = self._by_name(of_training)
         if named and self._current_statistics():
             named |= self._of_training or _statistics(self._module)
-        return {name: tensor.cpu() for name, tensor in named.items()}
+        if not is_split(named.values()):
+            return {name: tensor.cpu() for name, tensor in named.items()}
+        gathered = {}
+        for name, tensor in named.items():
+            value = whole(tensor)
+            if self._trainer.is_global_zero:
+                gathered[name] = value.cpu()
+        return gathered
 
     def _recalibrated(self) -> dict[str, Tensor]:
         """Statistics of the current weights over the batches that are kept."""
         device = next(self._module.parameters()).device
 
         def forward(kept: tuple[Any, int]) -> None:
-            loss_value(lambda: loss_of_batch(self._trainer, self._module, *kept), device)
+            loss_value(
+                lambda: loss_of_batch(self._trainer, self._module, *kept),
+                device,
+                collective=is_split(self._module.parameters()),
+            )
 
         # validation runs in inference mode, in which a training step may not be able to run
         with (
@@ -154,9 +169,7 @@ class _SaveHook:
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         if self._evaluation is not None:
-            replaced = self._evaluation.replacements()
-            state = checkpoint["state_dict"]
-            state.update({name: one for name, one in replaced.items() if name in state})
+            _replace(checkpoint["state_dict"], self._evaluation.replacements())
         self._own(checkpoint)
 
     def __deepcopy__(self, memo: Any) -> _SaveHook:
@@ -166,13 +179,27 @@ class _SaveHook:
         return _SaveHook, (None, self._own)
 
 
+def _replace(state: dict[str, Any], replacements: Mapping[str, Tensor]) -> None:
+    """Put the replacements into a state dict: parts into parts, wholes into the first process's.
+
+    Collective where weights are split and the checkpoint is one file, which the first process
+    writes: the others have an empty state dict.
+    """
+    of_parts = is_split(state.values())
+    for name, tensor in replacements.items():
+        value = tensor if of_parts else whole(tensor)
+        if name in state:
+            state[name] = value.to(state[name].device)
+
+
 def restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy parameters and buffers into the module, by name."""
     targets = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
     with torch.no_grad():
         for name, value in state.items():
             if name in targets:
-                targets[name].copy_(value)
+                write_whole(targets[name], value)
+    drop_gathered()
 
 
 def _statistics(module: nn.Module) -> dict[str, Tensor]:
