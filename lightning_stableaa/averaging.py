@@ -38,6 +38,7 @@ class WeightSmoother:
         self._position = 0  # steps taken in the open window
         self._weights: FlatTensors | None = None
         self._smoother: Smoother | None = None
+        self._split = False
         self._loaded: dict[str, Any] | None = None
 
     def step(self) -> StepReport:
@@ -63,9 +64,15 @@ class WeightSmoother:
         self._watch.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and CPU tensors."""
+        """Plain containers and CPU tensors.
+
+        Of weights that are split over processes (DTensors) it holds nothing: after loading it the
+        window begins anew.
+        """
         if self._loaded is not None:
             return self._loaded
+        if self._split:
+            return {}
         return {
             "position": self._position,
             "smoothing": dataclasses.asdict(self.smoothing),
@@ -78,7 +85,7 @@ class WeightSmoother:
 
         A window of other weights, or under other options, is dropped.
         """
-        self._loaded = state
+        self._loaded = state or None
         self._weights = None
 
     def _before_step(self) -> None:
@@ -94,6 +101,7 @@ class WeightSmoother:
         communicator = Communicator()
         share = share_of(parameters, communicator)
         self._weights = weights = FlatTensors(share.parameters)
+        self._split = is_split(parameters)
         self._position = 0
         self._smoother = Smoother(
             self.smoothing,
@@ -102,7 +110,7 @@ class WeightSmoother:
             length=share.length,
             dtype=weights.dtype,
             device=weights.device,
-            communicator=communicator if is_split(parameters) else None,
+            communicator=communicator if self._split else None,
             skipped=share.skipped,
         )
         state, self._loaded = self._loaded, None

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.functional import mse_loss
 
 from lightning_stableaa import AndersonAccelerator, Smoothing
+from lightning_stableaa.averaging import WeightSmoother
 from lightning_stableaa.dtensors import whole
 from tests.callbacks.regression import (
     INPUTS,
@@ -47,6 +48,7 @@ def main(rank: int, port: int, folder: str) -> None:
         "resume": lambda: resume(Path(folder, "folder.ckpt"), distributed=True),
         "resume one file": lambda: resume(Path(folder, "file.ckpt"), distributed=False),
         "layouts": lambda: {name: minimise(layout) for name, layout in LAYOUTS.items()},
+        "averages": lambda: {name: average(layout) for name, layout in LAYOUTS.items()},
         "refused": refusals,
     }
     torch.save({name: job() for name, job in jobs.items()}, Path(folder, f"rank{rank}.pt"))
@@ -234,6 +236,19 @@ def minimise(lay_out: LayOut) -> dict[str, Any]:
             "state": problem.accelerator.whole_state_dict(),
         }
     return seen
+
+
+def average(lay_out: LayOut) -> dict[str, Any]:
+    """Smoothing without acceleration."""
+    problem = Minimisation(lay_out, torch.float64)
+    problem.accelerator.detach()
+    options: Any = {"average_window": 3, "rsd_threshold": 0.0, "apply_to": "weights"}
+    smoother = WeightSmoother(problem.optimizer, Smoothing(**options))
+    rsd = []
+    for _ in range(6):
+        problem.step()
+        rsd.append(smoother.step().rsd)
+    return {"rsd": [rsd[2], rsd[5]], "weights": flat(problem.parameters)}
 
 
 def refusals() -> dict[str, str]:

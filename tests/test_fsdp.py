@@ -106,6 +106,14 @@ def test_every_layout_gives_what_replicas_give(ranks: Ranks, layout: str) -> Non
             assert torch.equal(split["weights"], ranks[0]["layouts"][layout][case]["weights"])
 
 
+def test_averages_of_parts_are_parts_of_averages(ranks: Ranks) -> None:
+    for rank in ranks:
+        expected = rank["averages"]["plain"]
+        for layout, found in rank["averages"].items():
+            assert found["rsd"] == pytest.approx(expected["rsd"], rel=1e-12), layout
+            torch.testing.assert_close(found["weights"], expected["weights"], rtol=1e-12, atol=0)
+
+
 def test_the_history_of_other_parts_is_dropped_with_a_warning(
     ranks: Ranks, caplog: pytest.LogCaptureFixture
 ) -> None:
