@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -127,12 +126,8 @@ class PointStore:
         self._combine(self.history, jump)
 
     def candidate_is_finite(self) -> bool:
-        """Whether ``candidate`` holds neither NaN nor inf, on any rank; waits for the device."""
-        largest = torch.linalg.vector_norm(self.candidate, ord=math.inf)
-        finite = math.isfinite(float(largest))
-        if not self.split:  # the same on all ranks
-            return finite
-        return not self.communicator.any(not finite, self.weights.device)
+        """Whether ``candidate``, as the weights hold it, has neither NaN nor inf on any rank."""
+        return self._is_finite_in(self.weights)
 
     def load(self, point: Tensor) -> None:
         """Write this rank's slice of a vector into ``candidate``, on every rank."""
@@ -185,14 +180,21 @@ class PointStore:
     def mix_momentum(self, jump: Tensor) -> None:
         """Move the momentum buffers by the same mixture; overwrites ``candidate``.
 
-        A mixture beyond the precision of the weights is left alone: the momentum stays.
+        A mixture beyond the precision of the buffers is left alone: the momentum stays.
         """
         momenta = momentum_tensors(self._optimizers, self.parameters)
         if self._momentum is None or not momenta:
             return
         self._combine(self._momentum, jump)
-        if self.candidate_is_finite():
-            FlatTensors(momenta).write(self.candidate)
+        flat = FlatTensors(momenta)
+        if self._is_finite_in(flat):
+            flat.write(self.candidate)
+
+    def _is_finite_in(self, tensors: FlatTensors) -> bool:
+        finite = tensors.can_hold(self.candidate)
+        if not self.split:  # the same on all ranks
+            return finite
+        return not self.communicator.any(not finite, self.weights.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The points of this rank, on the CPU."""

@@ -671,9 +671,20 @@ def test_a_state_saved_after_a_change_from_outside_knows_of_it(tmp_path: Any) ->
 
 
 @pytest.mark.parametrize("safeguard", ["loss", "none"])
-def test_a_candidate_beyond_the_precision_of_the_weights_is_rejected(safeguard: Any) -> None:
-    x = nn.Parameter(torch.tensor([-3e38, 3e38]))
-    optimizer = torch.optim.SGD([x], lr=1.0)
+@pytest.mark.parametrize(
+    ("dtype", "edge", "others"),
+    [
+        (torch.float32, 3e38, []),
+        (torch.float16, 5e4, [torch.float32]),  # the candidate itself is in float32
+        (torch.bfloat16, 3e38, [torch.float64]),
+    ],
+)
+def test_a_candidate_beyond_the_precision_of_the_weights_is_rejected(
+    safeguard: Any, dtype: torch.dtype, edge: float, others: list[torch.dtype]
+) -> None:
+    x = nn.Parameter(torch.tensor([-edge, edge], dtype=dtype))
+    beside = [nn.Parameter(torch.zeros(3, dtype=other)) for other in others]
+    optimizer = torch.optim.SGD([*beside, x], lr=1.0)
     accelerator = AndersonAccelerator(
         optimizer,
         store_every_n_steps=1,
@@ -683,8 +694,8 @@ def test_a_candidate_beyond_the_precision_of_the_weights_is_rejected(safeguard: 
         safeguard=safeguard,
     )
     report = NOTHING
-    for step in (2e37, 1.9e37):  # nearly equal steps: the extrapolation goes far
-        x.grad = torch.tensor([step, -step])
+    for step in (edge / 15, edge / 16):  # nearly equal steps: the extrapolation goes far
+        x.grad = torch.tensor([step, -step], dtype=dtype)
         optimizer.step()
         # a judge that likes every other loss better than the first, whatever the weights are
         losses = iter([1.0])
@@ -694,7 +705,8 @@ def test_a_candidate_beyond_the_precision_of_the_weights_is_rejected(safeguard: 
     assert bool(x.isfinite().all())
 
 
-def test_a_momentum_beyond_the_precision_of_the_weights_is_not_mixed() -> None:
+@pytest.mark.parametrize(("dtype", "edge"), [(torch.float32, 3e38), (torch.float16, 6e4)])
+def test_a_momentum_beyond_its_precision_is_not_mixed(dtype: torch.dtype, edge: float) -> None:
     x = nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.SGD([x], lr=1.0)
     accelerator = AndersonAccelerator(
@@ -706,10 +718,11 @@ def test_a_momentum_beyond_the_precision_of_the_weights_is_not_mixed() -> None:
         safeguard="none",
     )
     report = NOTHING
-    for gradient, momentum in ((1.0, 3e38), (0.9, -3e38)):  # alpha is about (-9, 10)
+    for gradient, momentum in ((1.0, edge), (0.9, -edge)):  # alpha is about (-9, 10)
         x.grad = torch.full((2,), gradient)
         optimizer.step()
-        optimizer.state[x]["momentum_buffer"] = torch.full((2,), momentum)
+        optimizer.state[x]["momentum_buffer"] = torch.full((2,), momentum, dtype=dtype)
         report = accelerator.step()
     assert report.accepted
-    assert torch.equal(optimizer.state[x]["momentum_buffer"], torch.full((2,), -3e38))
+    expected = torch.full((2,), -edge, dtype=dtype)
+    assert torch.equal(optimizer.state[x]["momentum_buffer"], expected)
