@@ -33,7 +33,8 @@ class RunningStatistics:
 
     Args:
         length: n, elements of a vector (of this rank's slice, where vectors are sharded).
-        dtype: precision of the vectors; sums of squares are float64.
+        dtype: precision of the vectors; sums of squares are float64, single squares float32 or
+            float64.
         device: where the vectors live.
         rsd: ``"norm"`` or ``"max"``, see :class:`~lightning_stableaa.Smoothing`.
         of: ``"iterates"`` or ``"updates"``, see :class:`~lightning_stableaa.Smoothing`.
@@ -57,7 +58,9 @@ class RunningStatistics:
         self.of: RsdOf = of
         self.count = 0
         self.mean = torch.zeros(length, dtype=dtype, device=device)
-        self._squares = torch.zeros_like(self.mean) if rsd == "max" else None  # M2
+        # squares of ordinary deviations are below the range of float16
+        wide = torch.promote_types(dtype, torch.float32)
+        self._squares = torch.zeros_like(self.mean, dtype=wide) if rsd == "max" else None  # M2
         self._origin = torch.zeros_like(self.mean) if of == "updates" else None  # x_1
         self._previous = torch.zeros_like(self.mean) if of == "updates" else None
         # sum M2 of the iterates, or sum |u_k|^2 of the updates
@@ -139,6 +142,7 @@ class RunningStatistics:
         # (x - mu_old)(x - mu_new) = (x - mu_old)^2 (c - 1) / c
         share = (self.count - 1) / self.count
         if self._squares is not None:
+            deviation = deviation.to(self._squares.dtype)
             self._squares[where].addcmul_(deviation, deviation, value=share)
         elif self.of == "iterates":
             self._total += share * self._squared_norm(deviation, where)

@@ -76,6 +76,17 @@ def test_a_zero_mean_gives_infinity_and_constant_zeros_give_zero(rsd: Any) -> No
     assert rsd_of(torch.zeros(4, 3, dtype=torch.float64), rsd=rsd) == 0.0
 
 
+def test_deviations_whose_squares_are_below_float16_count() -> None:
+    """``rsd="max"`` keeps a square for every weight."""
+    iterates = torch.tensor([[1e-3], [2e-3], [3e-3]], dtype=torch.float16)
+    statistics = RunningStatistics(
+        length=1, dtype=torch.float16, device=torch.device("cpu"), rsd="max"
+    )
+    observe_all(statistics, iterates)
+    found = relative_standard_deviation(statistics.moments(), rsd="max")
+    assert found == pytest.approx(0.5, rel=1e-2)  # the precision of the mean
+
+
 def test_max_is_safe_for_negative_weights() -> None:
     iterates = torch.tensor([[-1.0, -4.0], [-3.0, -4.0]], dtype=torch.float64)
     assert rsd_of(iterates, rsd="max") == pytest.approx(math.sqrt(2) / 4)
