@@ -98,7 +98,7 @@ VALID_OPTIONS = valid_options()
 SHAPES = st.lists(
     st.sampled_from([(), (1,), (2,), (7,), (3, 4), (2, 1, 5), (0,), (20,)]), min_size=1, max_size=4
 )
-DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16])
+DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 MIXED = st.sampled_from([False, False, False, True])
 ORDINARY = [1.0, 1.0, 1e-3, 1e4, 1e-30, 1e37]
 SCALES = st.sampled_from(ORDINARY)

@@ -412,7 +412,7 @@ class Drive:
         residuals = [g - x for x, g in self.points.pairs()]
         alpha = reference.mixing_weights(residuals, self.options.regularization_grid[index])
         largest = max(np.abs(self.points.points).max(), np.abs(self.momenta.points).max())
-        return bool(np.abs(alpha).sum() * largest > 0.01 * torch.finfo(self._dtype()).max)
+        return bool(np.abs(alpha).sum() * largest > 0.01 * self._range())
 
     def _candidate(self, points: ReferenceAccelerator, index: int) -> tuple[Vector, float | None]:
         """The same for everyone who asks during one attempt."""
@@ -552,6 +552,10 @@ class Drive:
         for one in self.active:
             dtype = torch.promote_types(dtype, one.dtype)
         return dtype
+
+    def _range(self) -> float:
+        """Of the narrowest parameter."""
+        return min(torch.finfo(one.dtype).max for one in self.active)
 
     def _roundoff(self) -> float:
         """Of the coarsest parameter: candidates are written to it."""
