@@ -23,6 +23,8 @@ class Communicator:
         self.world_size = dist.get_world_size(process_group) if running else 1
         self.rank = dist.get_rank(process_group) if running else 0
         self._first = dist.get_global_rank(process_group, 0) if running and process_group else 0
+        nccl = running and dist.get_backend(process_group) == "nccl"  # sees GPUs only
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
 
     @classmethod
     def alone(cls) -> Communicator:
@@ -33,13 +35,11 @@ class Communicator:
 
     def sum(self, tensor: Tensor) -> None:
         """Sum over ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=self._group)
+        self._reduce(tensor, dist.ReduceOp.SUM)
 
     def max(self, tensor: Tensor) -> None:
         """Maximum over ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        self._reduce(tensor, dist.ReduceOp.MAX)
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether the flag is set on any rank; the same answer on all of them."""
@@ -88,6 +88,14 @@ class Communicator:
         first = self.rank == 0
         dist.gather(tensor, parts if first else None, dst=self._first, group=self._group)
         return parts if first else []
+
+    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+        if self.world_size == 1:
+            return
+        sent = tensor if self._device is None else tensor.to(self._device)
+        dist.all_reduce(sent, op=operation, group=self._group)
+        if sent is not tensor:
+            tensor.copy_(sent)
 
     def shard(self, length: int) -> tuple[int, int]:
         """First element and size of this rank's equal slice of ``length``; the last overhangs."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_stableaa.memory import out_of_memory
+from lightning_stableaa.offload import HostCopies
 
 # Elements of one vector per chunk. Smaller ones would stay in the cache of a core, but where other
 # processes keep all cores busy every parallel kernel waits for a thread: few chunks, few waits.
@@ -44,6 +45,7 @@ class History:
         dtype: storage precision; that of the weights.
         device: where the points live.
         skipped: leading elements that inner products leave out: another process counts them.
+        copies: how points come here from a GPU; ``None``: they are written in place.
     """
 
     def __init__(
@@ -54,9 +56,15 @@ class History:
         dtype: torch.dtype,
         device: torch.device,
         skipped: int = 0,
+        copies: HostCopies | None = None,
     ) -> None:
+        self._copies = copies
         # empty: pages that no point was written to cost no memory
-        self._rows = torch.empty(depth + 1, length, dtype=dtype, device=device)
+        self._rows = (
+            torch.empty(depth + 1, length, dtype=dtype, device=device)
+            if copies is None
+            else copies.allocate(depth + 1)
+        )
         self._skipped = skipped
         self._first = 0  # physical row of the oldest point
         self._links: list[bool] = []  # per point: is it the end of a cycle begun at the previous?
@@ -87,6 +95,7 @@ class History:
     @property
     def newest(self) -> Tensor:  # (length,)
         """The newest point, a view."""
+        self._settle()
         return self._rows[self._row(len(self) - 1)]
 
     def push(self, write: Callable[[Tensor], object]) -> None:
@@ -94,7 +103,11 @@ class History:
         if len(self) == self._rows.shape[0]:
             self._drop_oldest()
         self._links.append(self._chained)
-        write(self.newest)
+        row = self._rows[self._row(len(self) - 1)]
+        if self._copies is None:
+            write(row)
+        else:
+            self._copies.start(write, row)
         self._chained = True
 
     def break_chain(self) -> None:
@@ -143,6 +156,7 @@ class History:
         matrix product may round by the position of a row: only from the same place does a
         continuation give the same bits. The same holds of products already formed.
         """
+        self._settle()
         order = [self._row(k) for k in range(len(self))]
         return {
             "first": self._first,
@@ -159,6 +173,7 @@ class History:
         Raises:
             ValueError: the points have another length, or are more than fit.
         """
+        self._settle()
         rows: Tensor = state["rows"]
         capacity, length = self._rows.shape
         if rows.shape[1] != length or rows.shape[0] > capacity:
@@ -192,6 +207,11 @@ class History:
             runs.append((slice(0, count - before), slice(before, count)))
         return runs
 
+    def _settle(self) -> None:
+        """Wait for points that are on their way from a GPU."""
+        if self._copies is not None:
+            self._copies.finish()
+
     def _drop_oldest(self) -> None:
         self._drop_first()
         while len(self._links) > 1 and not self._links[1]:  # its residual went with its start
@@ -208,6 +228,7 @@ class History:
         """Replace points that have a successor by the difference to it, and multiply."""
         positions = range(self._formed, len(self) - 1)
         new = [self._row(position) for position in positions]
+        self._settle()
         if not new:
             return
         capacity, length = self._rows.shape
@@ -233,6 +254,7 @@ class History:
         """Make the newest row a point again, where its successor was taken away."""
         if position < 0 or self._formed <= position:
             return
+        self._settle()
         row = self._rows[self._row(position)]
         torch.sub(self._rows[self._row(position + 1)], row, out=row)
         self._formed = position

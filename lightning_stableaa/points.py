@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.dtensors import arranged, is_split, share_of
 from lightning_stableaa.history import History
+from lightning_stableaa.offload import host_copies
 from lightning_stableaa.options import HistoryPlacement
 from lightning_stableaa.placement import choose_placement
 from lightning_stableaa.weights import FlatTensors, momentum_tensors
@@ -74,7 +75,12 @@ class PointStore:
         self._gathers = self.sharded and not self.split
         self._newest_is_whole = False  # does the newest point hold all of the current weights?
         size = self.length * communicator.world_size if self._gathers else self.length
-        self.candidate = torch.zeros(size, dtype=self.weights.dtype, device=self.device)
+        self.candidate = torch.zeros(
+            size,
+            dtype=self.weights.dtype,
+            device=self.device,
+            pin_memory=self.device.type == "cpu" and self.weights.device.type == "cuda",
+        )
 
     def still_fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the parameters are those of construction, in the same memory."""
@@ -231,6 +237,12 @@ class PointStore:
             dtype=self.weights.dtype,
             device=self.device,
             skipped=self.skipped,
+            copies=host_copies(
+                length=self.length,
+                dtype=self.weights.dtype,
+                source=self.weights.device,
+                target=self.device,
+            ),
         )
 
     def _form_and_write(self, jump: Tensor) -> None:
