@@ -1,12 +1,13 @@
 """Weights stay what they are: their memory format, precision, identity and compiled graphs."""
 
+import shutil
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounter
-from torch.nn.functional import cross_entropy
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stableaa import SmoothingMonitor
@@ -20,6 +21,8 @@ from tests.callbacks.regression import (
     network,
     weights,
 )
+
+NEEDS_A_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs g++")
 
 
 class Pictures(Regression):
@@ -97,8 +100,12 @@ def test_gradients_are_not_built_up_by_the_judge() -> None:
         assert all(map(torch.equal, one, other))
 
 
-def test_a_compiled_network_is_compiled_once() -> None:
-    counter = CompileCounter()
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")  # in inductor
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, NEEDS_A_COMPILER])]
+)
+def test_a_compiled_network_is_compiled_once(backend: str) -> None:
+    counter = CompileCounterWithBackend(backend)
 
     class Compiled(Regression):
         def __init__(self) -> None:
@@ -107,11 +114,16 @@ def test_a_compiled_network_is_compiled_once() -> None:
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             x, y = batch
-            return (self.fast(x) - y).square().mean()
+            return mse_loss(self.fast(x), y)
 
-    callback = anderson()
-    fit(Compiled(), batches(1), callback, max_epochs=12)
+    module, plain = Compiled(), Regression()
+    callback, of_plain = anderson(), anderson()
+    fit(module, batches(1), callback, max_epochs=12)
+    fit(plain, batches(1), of_plain, max_epochs=12)
 
+    assert counters(callback) == counters(of_plain)
     assert counters(callback)["attempted"] == 3
     assert counters(callback)["accepted"] >= 1
     assert counter.frame_count == 1
+    # the same kernels in another order of sums
+    torch.testing.assert_close(weights(module.network), weights(plain), rtol=1e-3, atol=1e-4)

@@ -372,6 +372,13 @@ class TestModule:
     def test_compiling_keeps_the_names_of_the_weights(self):
         assert classifier(compile=True).state_dict().keys() == classifier().state_dict().keys()
 
+    @pytest.mark.slow
+    def test_networks_are_compiled_whole(self):
+        """ResNet-50 is made by the same code; a break of the graph would cost its speed."""
+        images = torch.zeros(2, 3, 8, 8).to(memory_format=torch.channels_last)
+        found = torch._dynamo.explain(resnet_small(width=8))(images)
+        assert (found.graph_count, found.graph_break_count) == (1, 0)
+
     def test_two_training_steps_are_those_of_a_plain_loop(self, folder, tmp_path):
         data = data_module(folder, batch_size=6, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
         module = classifier(label_smoothing=0.2)
