@@ -194,3 +194,32 @@ def test_an_exception_in_validation_leaves_the_weights_of_training(error: Any) -
     fit(Everywhere(), batches(1), plain, num_sanity_val_steps=0, max_epochs=EPOCHS)
     assert not torch.equal(module.seen["val"][5], plain.values[5])
     assert torch.equal(weights(module), plain.values[5])
+
+
+@pytest.mark.parametrize("apply_to", ["evaluation", "both"])
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_outside_of_training_leaves_what_was_there(error: Any, apply_to: Any) -> None:
+    """In validate, test and predict, and in the sanity check of a second fit."""
+
+    class Breaks(Everywhere):
+        broken: str | None = None
+
+        def note(self, stage: str, batch: Any) -> None:
+            super().note(stage, batch)
+            if stage == self.broken:
+                raise error(f"in {stage}")
+
+    module, callback = Breaks(), anderson(safeguard="none", apply_to=apply_to)
+    trainer = fit(module, batches(1), callback, max_epochs=6)
+    there = weights(module)
+    for stage, again in (
+        ("val", lambda: trainer.validate(module, verbose=False)),
+        ("test", lambda: trainer.test(module, verbose=False)),
+        ("predict", lambda: trainer.predict(module)),
+        ("val", lambda: fit(module, batches(1), callback, num_sanity_val_steps=1, max_epochs=1)),
+    ):
+        module.broken = stage
+        with pytest.raises((error, SystemExit)):
+            again()
+        assert torch.equal(module.seen[stage][-1], there)
+        assert torch.equal(weights(module), there)
