@@ -54,8 +54,9 @@ def extrapolate(
         relaxation=options.relaxation,
         max_extrapolation=options.max_extrapolation,
     )
-    losses = None if loss_fn is None else _losses(points, proposal, loss_fn)
-    residual_norm, norms, gram, loss_before, losses_after = _read_back(proposal, losses)
+    losses = [] if loss_fn is None else _losses(points, proposal, loss_fn)
+    shared = _shared(points, proposal, losses)
+    residual_norm, norms, gram, loss_before, losses_after = _read_back(proposal, shared)
 
     status, best = Status.ACCEPTED, 0
     if not math.isfinite(residual_norm):
@@ -86,8 +87,8 @@ def extrapolate(
     )
 
 
-def _losses(points: PointStore, proposal: Proposal, loss_fn: LossFunction) -> Tensor:
-    """Loss before, then that of every candidate, (1 + L,): mean over ranks, one random state."""
+def _losses(points: PointStore, proposal: Proposal, loss_fn: LossFunction) -> list[Tensor]:
+    """Loss before, then that of each of L candidates, on this rank: one random state for all."""
     device = points.weights.device
     random = RandomState(device)
     losses = [loss_value(loss_fn, device, collective=points.split)]
@@ -98,9 +99,18 @@ def _losses(points: PointStore, proposal: Proposal, loss_fn: LossFunction) -> Te
             put(jump)
             losses.append(loss_value(loss_fn, device, collective=points.split))
     random.restore()
-    together = torch.stack(losses)
-    points.communicator.mean(together)
-    return together
+    return losses
+
+
+def _shared(points: PointStore, proposal: Proposal, losses: list[Tensor]) -> Tensor:
+    """Residual norm and losses, (1,) or (2 + L,), means over ranks: all must decide alike.
+
+    What is NaN on one rank is NaN on all: a rank that rejects alone would leave the others waiting.
+    """
+    norm = proposal.residual_norm.to(points.weights.device)
+    shared = torch.stack([norm, *losses])
+    points.communicator.mean(shared)
+    return shared
 
 
 def _choose(before: float, after: list[float]) -> tuple[Status, int]:
@@ -115,15 +125,13 @@ def _nan_last(value: float) -> float:
 
 
 def _read_back(
-    proposal: Proposal, losses: Tensor | None
+    proposal: Proposal, shared: Tensor
 ) -> tuple[float, list[float], Tensor, float | None, list[float]]:
     """Residual norm, jump norms, K, loss before and losses after: one transfer to the host."""
     gram = proposal.residual_gram
-    parts = [proposal.residual_norm.reshape(1), proposal.norms, gram.flatten()]
-    if losses is not None:
-        parts.append(losses.to(gram.device))
-    sizes = [part.numel() for part in parts]
+    parts = [shared.to(gram.device), proposal.norms, gram.flatten()]
     values = torch.cat(parts).cpu()
-    residual_norm, norms, flat_gram, *rest = values.split(sizes)
-    before, *after = rest[0].tolist() if rest else (None,)
-    return residual_norm.item(), norms.tolist(), flat_gram.reshape(gram.shape), before, after
+    together, norms, flat_gram = values.split([part.numel() for part in parts])
+    residual_norm, *losses = together.tolist()
+    before, *after = losses or (None,)
+    return residual_norm, norms.tolist(), flat_gram.reshape(gram.shape), before, after

@@ -45,6 +45,7 @@ def main(rank: int, port: int, folder: str) -> None:
         "traffic": traffic,
         "auto": lambda: auto(anderson(history="auto")),
         "local state": local_state,
+        "spoiled": spoiled,
     }
     torch.save({name: job() for name, job in jobs.items()}, Path(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
@@ -200,11 +201,31 @@ class Quadratic:
     def loss(self) -> Tensor:
         return 0.5 * (self.a * self.x * self.x).sum()
 
-    def step(self) -> Any:
+    def step(self, *, spoil: bool = False) -> Any:
         self.optimizer.zero_grad()
-        self.loss().backward()
+        (self.loss() * (float("nan") if spoil else 1.0)).backward()
         self.optimizer.step()
         return self.accelerator.step(self.loss)
+
+
+def spoiled(steps: int = 12) -> dict[tuple[str, str], Any]:
+    """One gradient of the second rank is NaN, and nobody averages gradients."""
+    seen = {}
+    for history in ("replicated", "sharded"):
+        for safeguard in ("loss", "none"):
+            options: dict[str, Any] = {"history": history, "safeguard": safeguard}
+            if safeguard == "none":
+                options["regularization"] = 1e-4
+            problem = Quadratic(51, accelerate_every_n_steps=2, **options)
+            statuses = []
+            for step in range(steps):
+                spoil = step == 4 and dist.get_rank() == 1
+                report = problem.step(spoil=spoil)
+                if report.attempted:
+                    statuses.append(report.status.value)
+            finite = bool(problem.x.isfinite().all())
+            seen[history, safeguard] = {"statuses": statuses, "finite": finite}
+    return seen
 
 
 class Traffic:

@@ -62,6 +62,18 @@ def test_a_nan_in_training_is_reported_by_all_ranks_alike(ranks: Ranks) -> None:
     assert first["outcomes"]["rejected_non_finite_history"] == 4
 
 
+def test_weights_of_nan_on_one_rank_make_all_ranks_reject(ranks: Ranks) -> None:
+    for history in ("replicated", "sharded"):
+        for safeguard in ("loss", "none"):
+            first, second = (rank["spoiled"][history, safeguard] for rank in ranks)
+            assert first["statuses"] == second["statuses"], (history, safeguard)
+            # the weights of the second rank are NaN from the fourth step on
+            assert first["statuses"][1] == "accepted"
+            assert set(first["statuses"][2:]) == {"rejected_non_finite_history"}
+            assert first["finite"]
+            assert not second["finite"]
+
+
 def test_a_sharded_history_gives_the_replicated_candidate(ranks: Ranks) -> None:
     replicated = ranks[0]["replicated"]["after first acceptance"][0]
     sharded = ranks[0]["sharded"]["after first acceptance"][0]
@@ -77,9 +89,9 @@ def test_replicated_updates_send_a_few_numbers_whatever_n_is(ranks: Ranks) -> No
         small, large = rank["traffic"]["replicated 51"], rank["traffic"]["replicated 5001"]
         assert small == large
         assert small["between"] == []
-        # one loss before and five after, one for each lambda; the jump over four differences:
-        # a history of depth five holds six points, of which an accepted candidate starts anew
-        assert small["updates"] == [(True, [("all_reduce", 6), ("broadcast", 4)])] * 3
+        # the residual norm, one loss before and five after, one for each lambda; the jump over four
+        # differences: of six points in a history of depth five an accepted candidate starts anew
+        assert small["updates"] == [(True, [("all_reduce", 7), ("broadcast", 4)])] * 3
 
 
 def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -> None:
@@ -87,7 +99,7 @@ def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -
         for n in (51, 5001):
             seen = rank["traffic"][f"sharded {n}"]
             gather = ("all_gather_into_tensor", n + 1)  # padded to two slices of equal size
-            judged = [("all_reduce", 4 * 4), *[gather] * 5, ("all_reduce", 6)]
+            judged = [("all_reduce", 4 * 4), *[gather] * 5, ("all_reduce", 7)]
             accepted = [("broadcast", 4), gather]
             assert seen["between"] == []
             assert seen["updates"] == [(True, judged + accepted)] * 3
