@@ -485,10 +485,12 @@ def test_half_precision_is_for_devices_that_are_fast_at_it(trainer, precision, c
     assert compose("recipe=resnet50_cifar10", f"trainer={trainer}").trainer.precision == precision
 
 
-def test_two_steps_of_the_recipe(folder, compose):
+@pytest.mark.parametrize("recipe", ["resnet50_cifar10", "resnet50_imagenet"])
+def test_two_steps_of_the_recipe(recipe, folder, compose):
     results = train(
         compose(
-            "recipe=resnet50_cifar10",
+            f"recipe={recipe}",
+            "data.size=32",
             "model=resnet_small",
             "model.num_classes=2",
             "model.width=8",

@@ -10,6 +10,7 @@ from torch import nn
 from lightning_stableaa.recipes.metrics import RelativeL2Error
 from lightning_stableaa.recipes.networks import mlp
 from lightning_stableaa.recipes.pictures import accepted_steps, draw_run, read_metrics
+from lightning_stableaa.recipes.schedules import warmup_cosine
 
 
 def test_relative_l2_error_is_that_of_all_batches_together() -> None:
@@ -24,6 +25,18 @@ def test_mlp_has_activations_between_its_layers_only() -> None:
     network = mlp([2, 5, 3], "tanh")
     assert [type(layer) for layer in network] == [nn.Linear, nn.Tanh, nn.Linear]
     assert network(torch.zeros(4, 2)).shape == (4, 3)
+
+
+def test_the_rate_rises_linearly_and_falls_along_half_a_cosine() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = warmup_cosine(optimizer, 12, warmup_share=1 / 3, final_lr_ratio=0.1)
+    rates = []
+    for _ in range(14):  # two steps more than planned stay at the end
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    falling = [2 * (0.1 + 0.9 * (1 + np.cos(np.pi * k / 8)) / 2) for k in range(9)]
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, *falling, 0.2], rel=1e-15)
 
 
 METRICS = """step,train/loss,val/mse,anderson/accepted,smoothing/rsd,smoothing/on
