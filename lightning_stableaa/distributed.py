@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 # Elements, of all ranks together, that ``gather`` has in flight where it cannot work in place.
-GATHERED_AT_ONCE = 1 << 22
+GATHERED_AT_ONCE = 1 << 19
 
 
 class Communicator:

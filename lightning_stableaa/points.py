@@ -23,8 +23,9 @@ class PointStore:
     """History of the weights, and one vector in which a candidate is formed.
 
     Replicated: every rank keeps (m + 2) n elements and sends nothing. Sharded: every rank keeps
-    its slice of every point, (m + 1) n / P, and the n elements of the gathered candidate. Where the
-    weights themselves are split (DTensors), every rank keeps (m + 2) points of its own part.
+    its slice of every point, (m + 1) n / P, and the n elements of the gathered candidate; to gather
+    them takes no more memory on a GPU, and a few MiB elsewhere. Where the weights themselves are
+    split (DTensors), every rank keeps (m + 2) points of its own part.
 
     Args:
         parameters: the weights, see :func:`~lightning_stableaa.weights.trainable_parameters`.

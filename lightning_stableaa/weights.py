@@ -27,7 +27,7 @@ from lightning_stableaa.dtensors import (
 _MOMENTUM_NAMES = ("momentum_buffer", "exp_avg")
 
 # Elements exchanged at a time: the work space of a swap.
-_SWAP_CHUNK = 1 << 22
+_SWAP_CHUNK = 1 << 20
 
 
 def trainable_parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
