@@ -13,6 +13,7 @@ that other programs on the same cores do not count.
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import platform
@@ -30,6 +31,7 @@ from lightning_stableaa import AndersonAccelerator
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.options import GUARDED_GRID
 from lightning_stableaa.points import PointStore
+from lightning_stableaa.recipes.files import write_atomically
 from lightning_stableaa.solver import propose
 
 DEPTH = 10
@@ -298,8 +300,10 @@ def draw(path: Path, against_n: list[Row], against_m: list[Row]) -> None:
         axes.legend()
     left.set_title(f"m = {against_n[0]['m']}")
     right.set_title(f"n = {against_m[0]['n']:,}")
-    figure.savefig(path, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=150, format=path.suffix[1:])
     plt.close(figure)
+    write_atomically(path, picture.getvalue())
 
 
 def _print(title: str, rows: list[Row]) -> None:
@@ -338,7 +342,7 @@ def main() -> None:
         _print(title, rows)
     if arguments.json:
         text = json.dumps({"machine": machine(device), **results}, indent=1)
-        arguments.json.write_text(text + "\n")
+        write_atomically(arguments.json, text + "\n")
 
 
 if __name__ == "__main__":
