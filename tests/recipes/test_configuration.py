@@ -5,6 +5,7 @@ import itertools
 from importlib.resources import files
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -61,6 +62,26 @@ def test_optimizer_and_scheduler_go_with_every_recipe(
     assert type(built).__name__.lower() == optimizer
     if scheduler != "none":
         instantiate(config.scheduler, _convert_="all")(built, 1000)
+
+
+# Data belong to a problem; images come in two sizes, with either recipe.
+DATA = {
+    "admissions_mlp": {"admissions"},
+    "burgers100d": {"burgers100d"},
+    "burgers100d_product": {"burgers100d"},
+    "burgers2d": {"burgers2d"},
+    "resnet50_cifar10": {"image_folder", "small_image_folder"},
+    "resnet50_imagenet": {"image_folder", "small_image_folder"},
+}
+
+
+def test_data_go_with_their_recipes(compose: Compose) -> None:
+    assert DATA.keys() == set(RECIPES)
+    assert set().union(*DATA.values()) == set(choices("data"))
+    for recipe, data in DATA.items():
+        for choice in data:
+            config = compose(f"recipe={recipe}", f"data={choice}")
+            assert isinstance(build(config, "data"), lightning.LightningDataModule)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
