@@ -70,6 +70,11 @@ class AndersonAccelerator:
         accelerate_every_n_steps: optimizer steps between two extrapolations; a multiple of s.
         warmup_steps: plain optimizer steps before the first extrapolation.
         relaxation: beta in (0, 1], share of the mixed residual applied.
+        lag_compensation: c >= 0. A mixture of points lags behind the newest one; it makes up
+            this share of the lag, times what it leaves of the residuals and at most 1, along its
+            mixed residual. 0 is textbook Anderson acceleration; see ``docs/method.md``.
+        look_ahead_cycles: with a safeguard, one candidate more that goes on by so many cycles
+            where residuals are a steady drift, by less where they are not; 0 for no such one.
         regularization: lambda >= 0, relative to the mean squared residual norm; one value, or a
             grid from which the safeguard takes the best candidate. ``None`` is
             ``options.GUARDED_GRID`` with a safeguard and ``options.UNGUARDED_GRID`` without.
@@ -101,6 +106,8 @@ class AndersonAccelerator:
         accelerate_every_n_steps: int = Options.accelerate_every_n_steps,
         warmup_steps: int = Options.warmup_steps,
         relaxation: float = Options.relaxation,
+        lag_compensation: float = Options.lag_compensation,
+        look_ahead_cycles: float = Options.look_ahead_cycles,
         regularization: float | Sequence[float] | None = Options.regularization,
         max_extrapolation: float = Options.max_extrapolation,
         safeguard: Safeguard = Options.safeguard,
@@ -117,6 +124,8 @@ class AndersonAccelerator:
             accelerate_every_n_steps=accelerate_every_n_steps,
             warmup_steps=warmup_steps,
             relaxation=relaxation,
+            lag_compensation=lag_compensation,
+            look_ahead_cycles=look_ahead_cycles,
             regularization=regularization,
             max_extrapolation=max_extrapolation,
             safeguard=safeguard,
@@ -459,8 +468,7 @@ class AndersonAccelerator:
         self._watch.mark()  # candidates came and went: the weights are the optimizer's again
         self.attempted += 1
         self.outcomes[found.status] += 1
-        if loss_fn is not None:
-            self.loss_evaluations += 1 + len(self.options.regularization_grid)
+        self.loss_evaluations += found.loss_evaluations
         if found.status is Status.REJECTED_NON_FINITE_HISTORY:
             points.clear()
         if found.jump is not None:
@@ -475,6 +483,7 @@ class AndersonAccelerator:
             jump_norm=found.jump_norm,
             condition=found.condition,
             regularization=found.regularization,
+            looked_ahead=found.looked_ahead,
             loss_before=found.loss_before,
             loss_after=found.loss_after,
         )

@@ -11,7 +11,12 @@ from torch import Tensor
 from lightning_stableaa.options import Options
 from lightning_stableaa.points import PointStore
 from lightning_stableaa.safeguard import LossFunction, RandomState, loss_value
-from lightning_stableaa.solver import Proposal, condition_number, propose
+from lightning_stableaa.solver import (
+    LOOK_AHEAD_LAMBDA,
+    Proposal,
+    condition_number,
+    propose,
+)
 from lightning_stableaa.status import Status
 
 
@@ -25,8 +30,10 @@ class Extrapolation:
     jump_norm: float
     condition: float
     regularization: float | None
+    looked_ahead: bool
     loss_before: float | None
     loss_after: float | None
+    loss_evaluations: int
 
     @property
     def accepted(self) -> bool:
@@ -36,14 +43,16 @@ class Extrapolation:
 def extrapolate(
     points: PointStore, options: Options, loss_fn: LossFunction | None
 ) -> Extrapolation:
-    """Form one candidate for each lambda, and choose the one of least loss if it is an advance.
+    """Form the candidates, and choose the one of least loss if it is an advance.
+
+    There is one for each lambda and, with a judge, one that looks ahead.
 
     The accepted candidate is left in ``points.candidate``. The device is waited for once, when
     everything that decides is read back together, and once more for an accepted candidate.
 
     Args:
         points: at least two residuals.
-        options: regularization, relaxation, max_extrapolation.
+        options: those of the candidates.
         loss_fn: the judge; ``None`` accepts the first candidate, if it is finite.
     """
     grid = options.regularization_grid
@@ -53,6 +62,8 @@ def extrapolate(
         regularization=grid,
         relaxation=options.relaxation,
         max_extrapolation=options.max_extrapolation,
+        lag_compensation=options.lag_compensation,
+        look_ahead_cycles=0.0 if loss_fn is None else options.look_ahead_cycles,
     )
     losses = [] if loss_fn is None else _losses(points, proposal, loss_fn)
     shared = _shared(points, proposal, losses)
@@ -75,15 +86,18 @@ def extrapolate(
         if not points.candidate_is_finite():
             status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None
     accepted = jump is not None
+    looked_ahead = accepted and best == len(grid)
     return Extrapolation(
         status=status,
         jump=jump,
         residual_norm=residual_norm,
         jump_norm=norms[best] if accepted else max(norms),
         condition=condition_number(gram),
-        regularization=grid[best] if accepted else None,
+        regularization=(*grid, LOOK_AHEAD_LAMBDA)[best] if accepted else None,
+        looked_ahead=looked_ahead,
         loss_before=loss_before,
         loss_after=min(losses_after, key=_nan_last) if losses_after else None,
+        loss_evaluations=len(losses),
     )
 
 

@@ -39,9 +39,9 @@ def _check_real(option: str, value: object) -> float:
     return float(value)
 
 
-# What ``regularization=None`` means. The safeguard tries every value of its grid and keeps the
-# best candidate; without it one value has to serve.
-GUARDED_GRID = (1e-8, 1e-2, 1.0)
+# What ``regularization=None`` means. The safeguard tries every value of its grid, and one for the
+# candidate that looks ahead, and keeps the best; without it one value has to serve.
+GUARDED_GRID = (1e-8, 1.0)
 UNGUARDED_GRID = (1e-8,)
 
 
@@ -109,6 +109,8 @@ class Options:
     accelerate_every_n_steps: int = 10
     warmup_steps: int = 0
     relaxation: float = 1.0
+    lag_compensation: float = 0.75
+    look_ahead_cycles: float = 10.0
     regularization: float | Sequence[float] | None = None
     max_extrapolation: float = 1000.0
     safeguard: Safeguard = "loss"
@@ -131,6 +133,14 @@ class Options:
         relaxation = _check_real("relaxation", self.relaxation)
         if not 0 < relaxation <= 1:
             raise ValueError(f"relaxation must be in (0, 1], got {relaxation}")
+        compensation = _check_real("lag_compensation", self.lag_compensation)
+        if not compensation >= 0:
+            raise ValueError(f"lag_compensation must be >= 0 (0 for none), got {compensation}")
+        cycles = _check_real("look_ahead_cycles", self.look_ahead_cycles)
+        if not (cycles >= 0 and math.isfinite(cycles)):
+            raise ValueError(
+                f"look_ahead_cycles must be finite and >= 0 (0 for none), got {cycles}"
+            )
         self._check_regularization()
         cap = _check_real("max_extrapolation", self.max_extrapolation)
         if not cap > 0:

@@ -10,6 +10,8 @@ Symbols, as in arXiv:2110.14813:
     lambda    ``regularization``, relative to tr(K)/m
     alpha     mixing weights, (m,), sum to one
     beta      ``relaxation``
+    tau       lag of a mixture: cycles from its mean time to the newest point
+    theta     advance along the mixed residual, in cycles
     w         jump weights, (q,): x_new = p_q + sum_k w_k delta_k
 
 Everything runs on the device of ``gram`` and never waits for it: whether a result is usable is
@@ -24,6 +26,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# lambda of the candidate that looks ahead
+LOOK_AHEAD_LAMBDA = 1e-2
 
 
 def mixing_weights(gram: Tensor, *, regularization: float | Sequence[float]) -> Tensor:
@@ -74,16 +79,18 @@ def jump_weights(
     linked: Sequence[bool],  # q entries, oldest first: is delta_k a residual?
     *,
     relaxation: float,
+    advance: Tensor | None = None,  # (...)
 ) -> Tensor:  # (..., q)
     """The candidate as a jump from the newest point, in the basis of consecutive differences.
 
-    sum_j alpha_j (x_j + beta r_j) = p_q + sum_k w_k delta_k, where the j-th residual is the
-    j-th linked difference. Differences are small where points are large, so nothing cancels.
+    sum_j alpha_j (x_j + (beta + theta) r_j) = p_q + sum_k w_k delta_k, where the j-th residual is
+    the j-th linked difference. Differences are small where points are large: nothing cancels.
 
     Args:
         alpha: mixing weights, sum to one along the last axis.
         linked: which consecutive differences are residuals; ``sum(linked) == m``.
         relaxation: beta in (0, 1].
+        advance: theta of every candidate; ``None`` is zero.
 
     Raises:
         ValueError: the number of linked differences is not m.
@@ -93,14 +100,38 @@ def jump_weights(
         raise ValueError(f"alpha has {alpha.shape[-1]} weights for {len(columns)} residuals")
     # p_k + beta delta_k = p_q - (1 - beta) delta_k - sum_{i > k} delta_i
     unit_jumps = [[0.0] * k + [relaxation - 1.0] + [-1.0] * (len(linked) - k - 1) for k in columns]
-    return alpha @ torch.tensor(unit_jumps, dtype=alpha.dtype).to(alpha.device, non_blocking=True)
+    jumps = alpha @ torch.tensor(unit_jumps, dtype=alpha.dtype).to(alpha.device, non_blocking=True)
+    if advance is not None:
+        jumps[..., columns] += advance[..., None] * alpha
+    return jumps
+
+
+def lag(alpha: Tensor) -> Tensor:  # (...)
+    """tau of mixtures (..., m), in cycles: how far behind the newest point they lie, at least 0.
+
+    Where residuals are noise about a drift, a mixture is an average over the points of the last
+    cycles: it lacks the progress made since its mean time.
+    """
+    ages = torch.arange(alpha.shape[-1] - 1, -1, -1, dtype=alpha.dtype, device=alpha.device)
+    return (alpha @ ages).clamp_min(0.0)
+
+
+def remaining_residual(alpha: Tensor, gram: Tensor) -> Tensor:  # ()
+    """m |R alpha|^2 / (tr(K)/m): what a mixture (m,) leaves of the residuals, K (m, m).
+
+    1 where they are independent noise, which a mean divides by m; m, and never more, where they
+    are a steady drift, which no mixture reduces; 0 where they are eliminated.
+    """
+    m = len(alpha)
+    return (m * (alpha @ gram @ alpha) / gram.diagonal().mean()).clamp_max(m)
 
 
 class Proposal(NamedTuple):
     """Candidates formed from one Gram, best understood as jumps from the newest point."""
 
-    jumps: Tensor  # (L, q), weights of the consecutive differences, one row for each lambda
-    norms: Tensor  # (L,), lengths of the jumps, after the cap
+    jumps: Tensor  # (L, q), weights of the consecutive differences, one row for each lambda;
+    # (L + 1, q) with a look ahead, the last row
+    norms: Tensor  # (L,) or (L + 1,), lengths of the jumps, after the cap
     residual_norm: Tensor  # (), sqrt(tr(K)/m), root of the mean squared residual norm
     residual_gram: Tensor  # (m, m), K
 
@@ -112,6 +143,8 @@ def propose(
     regularization: Sequence[float],
     relaxation: float,
     max_extrapolation: float,
+    lag_compensation: float = 0.0,
+    look_ahead_cycles: float = 0.0,
 ) -> Proposal:
     """One candidate for each lambda, its jump shortened to the cap where it is longer.
 
@@ -121,13 +154,24 @@ def propose(
         regularization: the grid of L values of lambda.
         relaxation: beta in (0, 1].
         max_extrapolation: longest jump, in units of the residual norm sqrt(tr(K)/m).
+        lag_compensation: times the remaining residual of the first lambda, and at most 1: share
+            of its lag that every mixture makes up along its mixed residual.
+        look_ahead_cycles: above 0, a further candidate, mixed with ``LOOK_AHEAD_LAMBDA``, that
+            goes on by up to so many cycles: by all of them where the remaining residual of the
+            first lambda is 2 or more (a drift), by none where it is 1 or less.
     """
     k = gram
     if not all(linked):
         columns = torch.tensor(_residual_columns(linked), device=gram.device)
         k = gram[columns][:, columns]
-    alpha = mixing_weights(k, regularization=regularization)
-    jumps = jump_weights(alpha, linked, relaxation=relaxation)
+    looks_ahead = look_ahead_cycles > 0
+    grid = [*regularization, LOOK_AHEAD_LAMBDA] if looks_ahead else regularization
+    alpha = mixing_weights(k, regularization=grid)
+    remaining = remaining_residual(alpha[0], k)
+    advance = (lag_compensation * remaining).clamp_max(1.0) * lag(alpha)
+    if looks_ahead:
+        advance[-1] += look_ahead_cycles * (remaining - 1.0).clamp(0.0, 1.0)
+    jumps = jump_weights(alpha, linked, relaxation=relaxation, advance=advance)
     residual_norm = k.diagonal().mean().sqrt()
     norms = ((jumps @ gram) * jumps).sum(dim=-1).clamp_min(0.0).sqrt()
     # a zero jump divides to inf, which the clamp turns into 1

@@ -5,7 +5,10 @@ Equations are numbered as in docs/method.md:
     (1) r_j = g_j - x_j
     (2) K = R^T R
     (3) (K + lambda tr(K)/m I) z = 1,  alpha = z / sum(z)
-    (4) x_new = sum_j alpha_j (x_j + beta r_j)
+    (4) x_new = sum_j alpha_j (x_j + (beta + theta) r_j)
+        theta = min(1, c rho) tau, tau = max(0, sum_j alpha_j (m - j)), and for the candidate that
+        looks ahead, of lambda = 1e-2, h min(1, max(0, rho - 1)) more
+        rho = min(m, m |R alpha|^2 / (tr(K)/m)), with alpha of the first lambda
     (5) |x_new - x| <= cap * sqrt(tr(K)/m), by shortening the jump
     (6) accepted if loss(x_new) < loss(x); of several lambdas the one of least loss
 """
@@ -32,12 +35,20 @@ def mixing_weights(residuals: Sequence[Vector], regularization: float) -> Vector
     return z / z.sum()
 
 
-def candidate(pairs: Sequence[tuple[Vector, Vector]], alpha: Vector, relaxation: float) -> Vector:
+def candidate(
+    pairs: Sequence[tuple[Vector, Vector]], alpha: Vector, relaxation: float, advance: float = 0.0
+) -> Vector:
     """Equation (4), for pairs (x_j, g_j)."""
     total = np.zeros_like(pairs[0][0])
     for weight, (x, g) in zip(alpha, pairs, strict=True):
-        total += weight * (x + relaxation * (g - x))
+        total += weight * (x + (relaxation + advance) * (g - x))
     return total
+
+
+def lag(alpha: Vector) -> float:
+    """tau: cycles from the mean time of the mixture to the newest point."""
+    m = len(alpha)
+    return max(0.0, float(sum(weight * (m - j) for j, weight in enumerate(alpha, start=1))))
 
 
 def shorten(new: Vector, current: Vector, residuals: Sequence[Vector], cap: float) -> Vector:
@@ -59,6 +70,8 @@ class ReferenceAccelerator:
     relaxation: float = 1.0
     warmup_steps: int = 0
     max_extrapolation: float = math.inf
+    lag_compensation: float = 0.75
+    look_ahead_cycles: float = 10.0
     points: list[Vector] = field(default_factory=list)
     linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
     decisions: list[bool] = field(default_factory=list)
@@ -95,9 +108,8 @@ class ReferenceAccelerator:
         self.since_attempt = 0
         residuals = [g - start for start, g in pairs]
         candidates = []
-        for value in self.regularization:
-            alpha = mixing_weights(residuals, value)
-            new = candidate(pairs, alpha, self.relaxation)
+        for alpha, advance in self.mixtures(residuals, look_ahead=loss is not None):
+            new = candidate(pairs, alpha, self.relaxation, advance)
             candidates.append(shorten(new, x, residuals, self.max_extrapolation))
         best = candidates[0] if loss is None else min(candidates, key=loss)
         accepted = loss is None or loss(best) < loss(x)
@@ -106,6 +118,24 @@ class ReferenceAccelerator:
             return x
         self.start(best)
         return best
+
+    def mixtures(
+        self, residuals: Sequence[Vector], *, look_ahead: bool
+    ) -> list[tuple[Vector, float]]:
+        """alpha and theta of every candidate, in equation (4)."""
+        looks_ahead = look_ahead and self.look_ahead_cycles > 0
+        values = [*self.regularization, 1e-2] if looks_ahead else self.regularization
+        alphas = [mixing_weights(residuals, value) for value in values]
+        mixed = alphas[0] @ np.array(residuals)
+        squares = np.mean([float(np.dot(r, r)) for r in residuals])
+        m = len(residuals)
+        left = min(m, m * float(np.dot(mixed, mixed)) / squares)
+        share = min(1.0, self.lag_compensation * left)
+        found = [(alpha, share * lag(alpha)) for alpha in alphas]
+        if looks_ahead:
+            alpha, theta = found[-1]
+            found[-1] = alpha, theta + self.look_ahead_cycles * min(1.0, max(0.0, left - 1.0))
+        return found
 
     def add(self, x: Vector, *, linked: bool) -> None:
         """Append a point; ``linked`` says that it ends a cycle begun at the newest one."""

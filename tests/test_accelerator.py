@@ -89,12 +89,12 @@ def test_engine_equals_the_reference(
             problem.plain_step(x),
             (lambda x, s=sign: s * problem.plain_loss(x)) if guarded else None,
         )
-        # 1e-10: float64, and a ridge that keeps the condition of the solve below 1e8
-        np.testing.assert_allclose(problem.x.detach().numpy(), x, rtol=0, atol=1e-10)
+        # 1e-9: float64, a condition of the solve up to 1e8, and mixtures that go on by ten cycles
+        np.testing.assert_allclose(problem.x.detach().numpy(), x, rtol=0, atol=1e-9)
     assert decisions == twin.decisions
     assert len(decisions) == 9
     assert not guarded or {True, False} == set(decisions)
-    np.testing.assert_allclose(stored_points(accelerator).numpy(), twin.points, atol=1e-10)
+    np.testing.assert_allclose(stored_points(accelerator).numpy(), twin.points, atol=1e-9)
 
 
 @pytest.mark.parametrize("guarded", [True, False])
@@ -257,7 +257,7 @@ def test_one_finite_candidate_among_others_is_taken() -> None:
     report = NOTHING
     for _ in range(2):
         problem.train_step()
-        losses = iter([2.0, math.nan, 1.0, math.inf])
+        losses = iter([2.0, math.nan, 1.0, math.inf, 1.5])
         report = accelerator.step(lambda losses=losses: torch.tensor(next(losses)))
     assert (report.status, report.regularization) == (Status.ACCEPTED, 1e-3)
     assert (report.loss_before, report.loss_after) == (2.0, 1.0)

@@ -67,6 +67,8 @@ FREE_OPTIONS = st.fixed_dictionaries(
         "history_depth": st.integers(2, 8),
         "warmup_steps": st.sampled_from([0, 0, 1, 7]),
         "relaxation": st.sampled_from([1.0, 1, 0.5, 1e-3]),
+        "lag_compensation": st.sampled_from([0.5, 0, 1.0, 100]),
+        "look_ahead_cycles": st.sampled_from([10.0, 0, 0.5]),
         "max_extrapolation": CAPS,
         "optimizer_state": st.sampled_from(["keep", "mix", "reset"]),
         "history": st.sampled_from(["auto", "replicated", "sharded"]),

@@ -176,10 +176,17 @@ class Drive:
 
     def _forget(self) -> None:
         """A history begins anew."""
-        shape = {"store_every_n_steps": 1, "accelerate_every_n_steps": 1, "regularization": ()}
-        depth = self.options.history_depth
-        self.points = ReferenceAccelerator(history_depth=depth, **shape)
-        self.momenta = ReferenceAccelerator(history_depth=depth, **shape)
+        options = self.options
+        settings: dict[str, Any] = {
+            "history_depth": options.history_depth,
+            "store_every_n_steps": 1,
+            "accelerate_every_n_steps": 1,
+            "regularization": options.regularization_grid,
+            "lag_compensation": options.lag_compensation,
+            "look_ahead_cycles": options.look_ahead_cycles,
+        }
+        self.points = ReferenceAccelerator(**settings)
+        self.momenta = ReferenceAccelerator(**settings)
         self.window: list[Vector] = []
         self.cycle = 0
         self.chained = self.disturbed = self.smoothing_on = self.built = False
@@ -292,7 +299,8 @@ class Drive:
         if status is Status.ACCEPTED:
             self.accepted += 1
             assert report.accepted
-            assert report.regularization == self.options.regularization_grid[best]
+            assert report.regularization == self._lambdas()[best]
+            assert report.looked_ahead == (best == len(self.options.regularization_grid))
             taken = candidates[best] if guarded else self._taken()
             self._check_accepted(own, taken, best)
         else:
@@ -328,7 +336,7 @@ class Drive:
         """Every candidate that the judge saw, against equations (3) to (5)."""
         seen, first = self.seen[1:], self.seen[0]
         assert np.array_equal(first, own, equal_nan=True)
-        assert len(seen) == len(self.options.regularization_grid)
+        assert len(seen) == len(self._lambdas())
         for index, candidate in enumerate(seen):
             self._compare(self.points, candidate, index)
         return seen
@@ -409,10 +417,19 @@ class Drive:
         expected, _ = self._candidate(self.points, index)
         if np.isnan(expected).any():
             return True
-        residuals = [g - x for x, g in self.points.pairs()]
-        alpha = reference.mixing_weights(residuals, self.options.regularization_grid[index])
+        alpha, advance = self._mixture(index)
         largest = max(np.abs(self.points.points).max(), np.abs(self.momenta.points).max())
-        return bool(np.abs(alpha).sum() * largest > 0.01 * self._range())
+        return bool(np.abs(alpha).sum() * (1 + advance) * largest > 0.01 * self._range())
+
+    def _lambdas(self) -> tuple[float, ...]:
+        """Of all candidates that a judge sees."""
+        grid = self.options.regularization_grid
+        return (*grid, 1e-2) if self.options.look_ahead_cycles else grid
+
+    def _mixture(self, index: int) -> tuple[Vector, float]:
+        """alpha and theta of the index-th candidate."""
+        residuals = [g - x for x, g in self.points.pairs()]
+        return self.points.mixtures(residuals, look_ahead=True)[index]
 
     def _candidate(self, points: ReferenceAccelerator, index: int) -> tuple[Vector, float | None]:
         """The same for everyone who asks during one attempt."""
@@ -434,24 +451,26 @@ class Drive:
             return np.full_like(current, math.nan), None
         pairs, mixed = self.points.pairs(), points.pairs()
         residuals = [g - x for x, g in pairs]
-        value = self.options.regularization_grid[index]
-        alpha = reference.mixing_weights(residuals, value)
-        free = reference.candidate(pairs, alpha, self.options.relaxation)
+        value = self._lambdas()[index]
+        alpha, advance = self._mixture(index)
+        free = reference.candidate(pairs, alpha, self.options.relaxation, advance)
         short = reference.shorten(free, newest, residuals, self.options.max_extrapolation)
         length = np.linalg.norm(free - newest)
         share = 1.0 if np.array_equal(free, short) else np.linalg.norm(short - newest) / length
         expected = current + share * (
-            reference.candidate(mixed, alpha, self.options.relaxation) - current
+            reference.candidate(mixed, alpha, self.options.relaxation, advance) - current
         )
 
         u, n, m = self._roundoff(), len(current), len(residuals)
         gram_error = 2 * (u if u > 1e-15 else 0.0) + (n + m) * 2.2e-16
         weights_error = 4 * math.sqrt(m) * m * condition(residuals, value) * gram_error
         steps = np.diff(points.points, axis=0)
-        reach = np.abs(alpha).sum() * sum(np.linalg.norm(step) for step in steps)
-        span = np.abs(alpha).sum() * sum(
-            np.linalg.norm(step) for step in np.diff(self.points.points, axis=0)
-        )
+        size = np.abs(alpha).sum()
+        if advance:
+            weights_error *= self._advance_error(residuals, index)
+        far = size * (1 + advance)
+        reach = far * sum(np.linalg.norm(step) for step in steps)
+        span = far * sum(np.linalg.norm(step) for step in np.diff(self.points.points, axis=0))
         if share < 1.0:
             weights_error += gram_error * (span / length) ** 2
         if not weights_error < UNINFORMATIVE:
@@ -459,6 +478,15 @@ class Drive:
         # the sum of a row of products, each rounded, and the weights rounded to the points' dtype
         rounding = 4 * u * (len(steps) + 2) * (np.abs(current).max() + share * reach)
         return expected, float(rounding + share * weights_error * reach)
+
+    def _advance_error(self, residuals: Sequence[Vector], index: int) -> float:
+        """By how much more an error of alpha reaches the candidate through theta."""
+        m, options = len(residuals), self.options
+        (first, _), (alpha, _) = self._mixture(0), self._mixture(index)
+        # of tau: m a unit of alpha; of rho: 2 m |alpha|_1 max|r|^2 / mean |r|^2 a unit
+        of_remaining = 2 * m * np.abs(first).sum() * m
+        share = options.lag_compensation * reference.lag(alpha) + options.look_ahead_cycles
+        return float(1 + m + share * of_remaining)
 
     def _residual_squares(self) -> Vector:
         """Squared norms of the residuals, as formed in the precision of the points."""
