@@ -235,6 +235,7 @@ class Traffic:
 
     def __init__(self) -> None:
         self.sent: list[tuple[str, int]] = []
+        self.bytes = 0
 
     def __enter__(self) -> Traffic:
         self.originals = {name: getattr(dist, name) for name in self.NAMES}
@@ -248,6 +249,7 @@ class Traffic:
 
     def _record(self, name: str, tensor: Tensor, *rest: Any, **options: Any) -> Any:
         self.sent.append((name, tensor.numel()))
+        self.bytes += tensor.nbytes
         return self.originals[name](tensor, *rest, **options)
 
 
@@ -257,13 +259,18 @@ def traffic() -> dict[str, Any]:
     for history in ("replicated", "sharded"):
         for n in (51, 5001):
             problem = Quadratic(n, history=history)
-            updates, between = [], Traffic()
+            updates, sent_bytes, between = [], set(), Traffic()
             for _ in range(12):
                 with Traffic() as one:
                     report = problem.step()
                 if report.attempted:
                     updates.append((report.accepted, one.sent))
+                    sent_bytes.add(one.bytes)
                 else:
                     between.sent += one.sent
-            seen[f"{history} {n}"] = {"updates": updates, "between": between.sent}
+            seen[f"{history} {n}"] = {
+                "updates": updates,
+                "bytes": sent_bytes,
+                "between": between.sent,
+            }
     return seen

@@ -8,7 +8,11 @@ import pytest
 import torch
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.scaling import candidates_of, messages
+from lightning_stableaa.distributed import GATHERED_AT_ONCE
+from lightning_stableaa.options import Options
 from tests import ddp_jobs
+from tests.callbacks.regression import SETTING
 
 pytestmark = [pytest.mark.ddp, pytest.mark.timeout(240)]
 
@@ -103,6 +107,19 @@ def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -
             accepted = [("broadcast", 4), gather]
             assert seen["between"] == []
             assert seen["updates"] == [(True, judged + accepted)] * 3
+
+
+@pytest.mark.parametrize("history", ["replicated", "sharded"])
+@pytest.mark.parametrize("n", [51, 5001])
+def test_the_cost_model_counts_every_message(ranks: Ranks, history: str, n: int) -> None:
+    candidates = candidates_of(Options(**SETTING))
+    expected = messages(
+        history, n=n, differences=4, world=2, candidates=candidates, at_once=GATHERED_AT_ONCE
+    )
+    for rank in ranks:
+        seen = rank["traffic"][f"{history} {n}"]
+        assert seen["updates"] == [(True, [(one.name, one.elements) for one in expected])] * 3
+        assert seen["bytes"] == {sum(one.bytes for one in expected)}
 
 
 def test_a_run_resumed_from_a_checkpoint_is_bitwise_the_whole_run(ranks: Ranks) -> None:
