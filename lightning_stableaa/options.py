@@ -134,8 +134,10 @@ class Options:
         if not 0 < relaxation <= 1:
             raise ValueError(f"relaxation must be in (0, 1], got {relaxation}")
         compensation = _check_real("lag_compensation", self.lag_compensation)
-        if not compensation >= 0:
-            raise ValueError(f"lag_compensation must be >= 0 (0 for none), got {compensation}")
+        if not (compensation >= 0 and math.isfinite(compensation)):
+            raise ValueError(
+                f"lag_compensation must be finite and >= 0 (0 for none), got {compensation}"
+            )
         cycles = _check_real("look_ahead_cycles", self.look_ahead_cycles)
         if not (cycles >= 0 and math.isfinite(cycles)):
             raise ValueError(

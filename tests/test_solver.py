@@ -1,8 +1,17 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from lightning_stableaa.solver import condition_number, jump_weights, mixing_weights, propose
+from lightning_stableaa.solver import (
+    condition_number,
+    jump_weights,
+    lag,
+    mixing_weights,
+    propose,
+    remaining_residual,
+)
 from tests import reference
 
 
@@ -106,25 +115,73 @@ def test_a_wrong_lambda_is_refused(value: float) -> None:
         mixing_weights(torch.eye(2, dtype=torch.float64), regularization=value)
 
 
-@pytest.mark.parametrize("relaxation", [0.3, 1.0])
+@pytest.mark.parametrize(("relaxation", "advance"), [(0.3, 0.0), (1.0, 0.0), (1.0, 3.5)])
 @pytest.mark.parametrize(
     "linked", [[True] * 4, [True, False, True, True], [True, True, False, True, False, True]]
 )
-def test_the_jump_leads_to_the_candidate(relaxation: float, linked: list[bool]) -> None:
+def test_the_jump_leads_to_the_candidate(
+    relaxation: float, advance: float, linked: list[bool]
+) -> None:
     points = random_residuals(len(linked) + 1, 7)
     differences = points.diff(dim=0)
     pairs = [
         (points[k].numpy(), points[k + 1].numpy()) for k, is_cycle in enumerate(linked) if is_cycle
     ]
     alpha = mixing_weights(gram_of(differences[torch.tensor(linked)]), regularization=1e-6)
-    jump = jump_weights(alpha, linked, relaxation=relaxation)
-    expected = reference.candidate(pairs, alpha.numpy(), relaxation)
+    theta = torch.tensor(advance, dtype=torch.float64)
+    jump = jump_weights(alpha, linked, relaxation=relaxation, advance=theta)
+    expected = reference.candidate(pairs, alpha.numpy(), relaxation, advance)
     np.testing.assert_allclose((points[-1] + jump @ differences).numpy(), expected, rtol=1e-10)
 
 
 def test_a_wrong_number_of_residuals_is_refused() -> None:
     with pytest.raises(ValueError, match="alpha has 2 weights for 1 residuals"):
         jump_weights(torch.ones(2) / 2, [True, False], relaxation=1.0)
+
+
+ALONG = {"relaxation": 1.0, "max_extrapolation": math.inf}
+
+
+def test_on_a_drift_averages_do_not_fall_behind_and_one_candidate_goes_on() -> None:
+    drift = random_residuals(1, 9)
+    differences = drift.expand(6, -1)
+    found = propose(
+        gram_of(differences),
+        [True] * 6,
+        regularization=[1e-8, 1.0],
+        lag_compensation=0.75,
+        look_ahead_cycles=10.0,
+        **ALONG,
+    )
+    jumps = found.jumps @ differences
+    torch.testing.assert_close(jumps[:2], torch.zeros_like(jumps[:2]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(jumps[2], 10 * drift[0])
+    uncompensated = propose(gram_of(differences), [True] * 6, regularization=[1.0], **ALONG)
+    torch.testing.assert_close((uncompensated.jumps @ differences)[0], -2.5 * drift[0])
+
+
+def test_on_noise_a_share_of_the_lag_is_made_up_and_nothing_goes_on() -> None:
+    noise = torch.eye(8, dtype=torch.float64)
+    alpha = mixing_weights(gram_of(noise), regularization=1.0)
+    assert float(remaining_residual(alpha, gram_of(noise))) == pytest.approx(1.0)
+    assert float(lag(alpha)) == pytest.approx(3.5)
+    linked = [True] * 8
+    options = {"regularization": [1.0], "lag_compensation": 0.5, **ALONG}
+    mean, ahead = propose(gram_of(noise), linked, look_ahead_cycles=10.0, **options).jumps
+    expected = jump_weights(alpha, linked, relaxation=1.0, advance=torch.tensor(0.5 * 3.5))
+    torch.testing.assert_close(mean, expected)
+    torch.testing.assert_close(ahead, expected)
+
+
+def test_where_residuals_can_be_eliminated_the_candidate_is_the_textbook_one() -> None:
+    start = random_residuals(1, 5)
+    residuals = torch.cat([0.9**k * start for k in range(6)])
+    gram = gram_of(residuals)
+    assert float(remaining_residual(mixing_weights(gram, regularization=0.0), gram)) < 1e-6
+    options = {"regularization": [0.0], **ALONG}
+    textbook = propose(gram, [True] * 6, **options).jumps @ residuals
+    ours = propose(gram, [True] * 6, lag_compensation=0.75, **options).jumps @ residuals
+    torch.testing.assert_close(ours, textbook, rtol=1e-4, atol=0)
 
 
 def test_the_cap_shortens_the_jump_and_reports_its_length() -> None:

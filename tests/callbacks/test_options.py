@@ -64,6 +64,12 @@ WRONG = [
     ("relaxation", 1.5, "relaxation must be in (0, 1], got 1.5"),
     ("relaxation", math.nan, "relaxation must be in (0, 1], got nan"),
     ("relaxation", "half", "relaxation must be a number, got 'half'"),
+    ("lag_compensation", -1, "lag_compensation must be finite and >= 0 (0 for none), got -1.0"),
+    (
+        "look_ahead_cycles",
+        math.inf,
+        "look_ahead_cycles must be finite and >= 0 (0 for none), got inf",
+    ),
     ("regularization", -1e-3, "regularization must be finite and >= 0, got -0.001"),
     ("regularization", math.inf, "regularization must be finite and >= 0, got inf"),
     ("regularization", [1e-3, math.nan], "regularization must be finite and >= 0, got nan"),
