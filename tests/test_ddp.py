@@ -93,9 +93,9 @@ def test_replicated_updates_send_a_few_numbers_whatever_n_is(ranks: Ranks) -> No
         small, large = rank["traffic"]["replicated 51"], rank["traffic"]["replicated 5001"]
         assert small == large
         assert small["between"] == []
-        # the residual norm, one loss before and five after, one for each lambda; the jump over four
-        # differences: of six points in a history of depth five an accepted candidate starts anew
-        assert small["updates"] == [(True, [("all_reduce", 7), ("broadcast", 4)])] * 3
+        # the residual norm, one loss before and six after, for each lambda and the look ahead; the
+        # jump over four differences: of six points an accepted candidate starts anew
+        assert small["updates"] == [(True, [("all_reduce", 8), ("broadcast", 4)])] * 3
 
 
 def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -> None:
@@ -103,7 +103,7 @@ def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -
         for n in (51, 5001):
             seen = rank["traffic"][f"sharded {n}"]
             gather = ("all_gather_into_tensor", n + 1)  # padded to two slices of equal size
-            judged = [("all_reduce", 4 * 4), *[gather] * 5, ("all_reduce", 7)]
+            judged = [("all_reduce", 4 * 4), *[gather] * 6, ("all_reduce", 8)]
             accepted = [("broadcast", 4), gather]
             assert seen["between"] == []
             assert seen["updates"] == [(True, judged + accepted)] * 3
