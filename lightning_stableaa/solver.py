@@ -100,10 +100,11 @@ def jump_weights(
         raise ValueError(f"alpha has {alpha.shape[-1]} weights for {len(columns)} residuals")
     # p_k + beta delta_k = p_q - (1 - beta) delta_k - sum_{i > k} delta_i
     unit_jumps = [[0.0] * k + [relaxation - 1.0] + [-1.0] * (len(linked) - k - 1) for k in columns]
-    jumps = alpha @ torch.tensor(unit_jumps, dtype=alpha.dtype).to(alpha.device, non_blocking=True)
-    if advance is not None:
-        jumps[..., columns] += advance[..., None] * alpha
-    return jumps
+    residuals = [[float(i == k) for i in range(len(linked))] for k in columns]
+    basis = torch.tensor([unit_jumps, residuals], dtype=alpha.dtype)
+    basis = basis.to(alpha.device, non_blocking=True)  # (2, m, q)
+    jumps = alpha @ basis[0]
+    return jumps if advance is None else jumps + (advance[..., None] * alpha) @ basis[1]
 
 
 def lag(alpha: Tensor) -> Tensor:  # (...)
