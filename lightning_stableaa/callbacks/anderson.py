@@ -7,12 +7,12 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.callbacks.base import LightningCallback, log_to_loggers
 from lightning_stableaa.callbacks.evaluation import EvaluationModel, restore
-from lightning_stableaa.callbacks.judge import BatchLoss, has_own_loss
+from lightning_stableaa.callbacks.judge import BatchLoss, has_own_loss, samples_in
 from lightning_stableaa.callbacks.smoothing import SmoothingMonitor, log_smoothing
 from lightning_stableaa.callbacks.summary import summary
 from lightning_stableaa.callbacks.support import check_manual_optimization, check_supported
@@ -48,6 +48,9 @@ class AndersonCallback(LightningCallback):
             of batch normalisation are computed anew before a validation that follows an
             acceptance; 0 leaves them as they are. Costs that many forward passes, and the memory
             of the batches.
+        judge_samples: samples of the batch, in each process, on which candidates are judged, its
+            first ones; ``None`` takes all. Fewer cost less and tell candidates apart less well.
+            Without effect on batches whose tensors differ in length.
 
     With ``apply_to="evaluation"`` or ``"both"``, validation inside fit, checkpoints and the module
     after fit hold the candidate; a resumed fit goes on with the weights of training.
@@ -88,8 +91,11 @@ class AndersonCallback(LightningCallback):
         history_device: str | None = Options.history_device,
         process_group: Any = None,
         recalibrate_batch_norm: int = 0,
+        judge_samples: int | None = None,
     ) -> None:
         check_integer("recalibrate_batch_norm", recalibrate_batch_norm, 0)
+        if judge_samples is not None:
+            check_integer("judge_samples", judge_samples, 1)
         self.options = Options(
             history_depth=history_depth,
             store_every_n_steps=store_every_n_steps,
@@ -113,7 +119,15 @@ class AndersonCallback(LightningCallback):
         self._optimizers: list[Any] = []
         self._loaded: dict[str, Any] = {}
         self._evaluation: EvaluationModel | None = None
+        self._judge_samples = judge_samples
+        self._judged_share = 1.0
+        self._told_judging = False
         self._told_placement = False
+
+    @property
+    def judged_share(self) -> float:
+        """Share of the last batch that candidates were judged on."""
+        return self._judged_share
 
     @property
     def accelerator(self) -> AndersonAccelerator | None:
@@ -153,8 +167,11 @@ class AndersonCallback(LightningCallback):
         if self.options.safeguard == "none":
             report = engine.step()
         else:
-            with BatchLoss(trainer, pl_module, batch, batch_idx) as loss_fn:
+            samples = self._judge_samples
+            with BatchLoss(trainer, pl_module, batch, batch_idx, samples=samples) as loss_fn:
                 report = engine.step(loss_fn)
+            if report.attempted and samples is not None:
+                self._note_judged_share(batch, samples)
         if not self._told_placement and engine.placement_reason is not None:
             self._told_placement = True
             if trainer.world_size > 1:
@@ -259,6 +276,16 @@ class AndersonCallback(LightningCallback):
         }
         self._engine.detach()
         self._engine = self._evaluation = None
+
+    def _note_judged_share(self, batch: Any, samples: int) -> None:
+        held = samples_in(batch)
+        if held is None and not self._told_judging:
+            self._told_judging = True
+            rank_zero_warn(
+                f"judge_samples={samples}: candidates are judged on whole batches, since their "
+                "tensors differ in length or there are none; define anderson_loss(batch) on a part"
+            )
+        self._judged_share = 1.0 if held is None else min(1.0, samples / max(held, 1))
 
     def _log(
         self, trainer: Any, pl_module: Any, engine: AndersonAccelerator, report: StepReport

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_stableaa.safeguard import undo_side_effects
@@ -25,13 +26,23 @@ class BatchLoss:
         module: the LightningModule.
         batch: as given to ``on_train_batch_end``.
         batch_idx: as given to ``on_train_batch_end``.
+        samples: of the batch that judge, its first ones; ``None`` takes all.
     """
 
-    def __init__(self, trainer: Any, module: nn.Module, batch: Any, batch_idx: int) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        module: nn.Module,
+        batch: Any,
+        batch_idx: int,
+        *,
+        samples: int | None = None,
+    ) -> None:
         self._trainer = trainer
         self._module = module
         self._batch = batch
         self._batch_idx = batch_idx
+        self._samples = samples
         self._undo = ExitStack()
         self._entered = False
 
@@ -46,7 +57,23 @@ class BatchLoss:
             self._entered = True
             self._undo.enter_context(undo_side_effects(self._module))
             self._undo.enter_context(silenced(self._module))
+            if self._samples is not None:
+                self._batch = first_samples(self._batch, self._samples)
         return loss_of_batch(self._trainer, self._module, self._batch, self._batch_idx)
+
+
+def samples_in(batch: Any) -> int | None:
+    """First dimension of the tensors in a batch; None where they differ or there are none."""
+    sizes: set[int] = set()
+    apply_to_collection(batch, Tensor, lambda one: sizes.add(len(one)) if one.ndim else None)
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """The first samples of a batch in which all tensors hold as many; any other as it is."""
+    if samples_in(batch) is None:
+        return batch
+    return apply_to_collection(batch, Tensor, lambda one: one[:count] if one.ndim else one)
 
 
 def loss_of_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Any:

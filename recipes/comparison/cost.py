@@ -25,7 +25,7 @@ class Curve:
     """
 
     gradients: list[int] = field(default_factory=list)
-    losses: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     processor_seconds: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
