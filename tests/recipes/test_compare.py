@@ -51,7 +51,7 @@ def test_every_variant_runs_and_pays_for_what_it_evaluates(plan: MakePlan) -> No
         *BURGERS,
         "callbacks.anderson.store_every_n_steps=5",
         "callbacks.anderson.accelerate_every_n_steps=10",
-        "callbacks.anderson.regularization=[1e-6,1e-3]",
+        "callbacks.anderson.regularization=1e-6",
         variants=f"lbfgs,anderson_smoothing,smoothing,lookahead,schedule_free,plain@3x{AVERAGES}",
     )
     runs = run_here(made)
@@ -60,7 +60,7 @@ def test_every_variant_runs_and_pays_for_what_it_evaluates(plan: MakePlan) -> No
     for name, run in runs.items():
         if name != "lbfgs":
             assert run.curve.gradients == steps
-            # the loss before and two candidates
+            # the loss before, one candidate and one that looks ahead
             assert run.curve.losses == [3 * attempted for attempted in run.curve.attempted]
     # the first of the attempts, every ten steps, has the two residuals it needs
     assert runs["anderson_smoothing"].curve.attempted == [0, 1, 1, 2, 2, 3, 3, 4]
