@@ -19,7 +19,7 @@ from lightning_stableaa.options import RsdKind, RsdOf
 HYSTERESIS = 0.8
 
 # Elements read from the parameters at a time: the work space beside the vectors kept.
-_CHUNK = 1 << 20
+_CHUNK = 1 << 18
 
 Read = Callable[[Tensor, int], object]
 """``read(out, start)`` copies the elements [start, start + len(out)) of the iterate to ``out``."""
