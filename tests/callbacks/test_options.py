@@ -33,7 +33,8 @@ def defaults(cls: type, *left_out: str) -> dict[str, tuple[Any, Any]]:
 def test_the_callback_takes_the_options_of_the_accelerator() -> None:
     options = defaults(Options)
     assert defaults(AndersonAccelerator, "optimizer", "process_group") == options
-    assert defaults(AndersonCallback, "process_group", "recalibrate_batch_norm") == options
+    own = ("process_group", "recalibrate_batch_norm", "judge_samples")
+    assert defaults(AndersonCallback, *own) == options
     assert set(options) == {one.name for one in dataclasses.fields(Options)}
 
 
