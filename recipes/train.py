@@ -77,8 +77,8 @@ def train(config: DictConfig) -> dict[str, float]:
                 callbacks=[_SaveConfiguration(settings, folder), *callbacks], logger=loggers
             )
         expect_kind(trainer, "Trainer", "trainer")
-        if isinstance(trainer.strategy, ModelParallelStrategy):
-            module.configure_model = module.shard_weights
+        if isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(module, RecipeModule):
+            module.configure_model = module.shard_weights  # a module of the user's own has its own
         with _late_refusals(config.resume_from):
             trainer.fit(module, data, ckpt_path=checkpoint)
     if config.pictures and isinstance(module, RecipeModule) and trainer.is_global_zero:

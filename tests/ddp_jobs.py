@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import socket
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import lightning.pytorch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import mse_loss
 
 from lightning_stableaa import AndersonAccelerator
@@ -47,8 +50,22 @@ def main(rank: int, port: int, folder: str) -> None:
         "local state": local_state,
         "spoiled": spoiled,
     }
+    run(jobs, rank, folder)
+
+
+def run(jobs: dict[str, Callable[[], Any]], rank: int, folder: str) -> None:
+    """What the jobs return, in the file of this rank; then leave the others."""
     torch.save({name: job() for name, job in jobs.items()}, Path(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
+
+
+def start(main: Callable[..., None], folder: Path, world: int) -> tuple[dict[str, Any], ...]:
+    """Run ``main(rank, port, folder)`` in so many processes; what each of them wrote."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    spawn(main, args=(port, str(folder)), nprocs=world, daemon=True)
+    return tuple(torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(world))
 
 
 def join(rank: int, port: int, world: int) -> None:

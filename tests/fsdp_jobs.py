@@ -29,7 +29,7 @@ from tests.callbacks.regression import (
     batches,
     network,
 )
-from tests.ddp_jobs import SaveAt, join
+from tests.ddp_jobs import SaveAt, join, run
 
 WORLD = 2
 
@@ -51,8 +51,7 @@ def main(rank: int, port: int, folder: str) -> None:
         "averages": lambda: {name: average(layout) for name, layout in LAYOUTS.items()},
         "refused": refusals,
     }
-    torch.save({name: job() for name, job in jobs.items()}, Path(folder, f"rank{rank}.pt"))
-    dist.destroy_process_group()
+    run(jobs, rank, folder)
 
 
 class Sharded(Regression):

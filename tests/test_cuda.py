@@ -47,26 +47,16 @@ def synchronisations(mode: str) -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_on_which_nothing_is_due_never_waits_for_the_device() -> None:
-    training = Training()
-    for _ in range(15):
-        training.step()
-        training.accelerator.step(training.loss)
-    training.step()
-    with synchronisations("error"):
-        report = training.accelerator.step(training.loss)
-    assert report.status is Status.CYCLE_OPEN
-
-
-def test_a_stored_point_never_waits_for_the_device() -> None:
+@pytest.mark.parametrize(("step", "status"), [(24, Status.CYCLE_OPEN), (25, Status.STORED)])
+def test_a_step_without_an_update_never_waits_for_the_device(step: int, status: Status) -> None:
     training = Training(store_every_n_steps=5, accelerate_every_n_steps=10)
-    for _ in range(24):
+    for _ in range(step - 1):
         training.step()
         training.accelerator.step(training.loss)
     training.step()
     with synchronisations("error"):
         report = training.accelerator.step(training.loss)
-    assert report.status is Status.STORED
+    assert report.status is status
 
 
 def test_an_update_waits_for_the_device_once_to_decide_and_once_to_accept(

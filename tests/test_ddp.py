@@ -1,12 +1,10 @@
 """Two real processes (gloo): ranks that stay equal, whatever one of them meets."""
 
 import re
-import socket
 from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from benchmarks.scaling import candidates_of, messages
 from lightning_stableaa.distributed import GATHERED_AT_ONCE
@@ -16,25 +14,13 @@ from tests.callbacks.regression import SETTING
 
 pytestmark = [pytest.mark.ddp, pytest.mark.timeout(240)]
 
-Ranks = tuple[dict[str, Any], dict[str, Any]]
+Ranks = tuple[dict[str, Any], ...]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What both ranks saw in all jobs, which share one pair of processes."""
-    folder = tmp_path_factory.mktemp("ddp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = spawn(
-        ddp_jobs.main, args=(port, str(folder)), nprocs=ddp_jobs.WORLD, join=False, daemon=True
-    )
-    assert processes is not None
-    while not processes.join():
-        pass  # one of them has ended; one that waits for the other fails, see ddp_jobs.main
-    return tuple(  # type: ignore[return-value]
-        torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ddp_jobs.WORLD)
-    )
+    return ddp_jobs.start(ddp_jobs.main, tmp_path_factory.mktemp("ddp"), ddp_jobs.WORLD)
 
 
 def test_ranks_stay_bitwise_equal_for_200_steps(ranks: Ranks) -> None:

@@ -1,31 +1,23 @@
 """Two real processes (gloo) that share the weights: FSDP2, and parts laid out in other ways."""
 
 import logging
-import socket
 from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from tests import fsdp_jobs
+from tests.ddp_jobs import start
 
 pytestmark = [pytest.mark.ddp, pytest.mark.timeout(240)]
 
-Ranks = tuple[dict[str, Any], dict[str, Any]]
+Ranks = tuple[dict[str, Any], ...]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     """What both ranks saw in all jobs, which share one pair of processes."""
-    folder = tmp_path_factory.mktemp("fsdp")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    spawn(fsdp_jobs.main, args=(port, str(folder)), nprocs=fsdp_jobs.WORLD, daemon=True)
-    return tuple(  # type: ignore[return-value]
-        torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(fsdp_jobs.WORLD)
-    )
+    return start(fsdp_jobs.main, tmp_path_factory.mktemp("fsdp"), fsdp_jobs.WORLD)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("", 1e-6), (" float64", 1e-12)])

@@ -1,19 +1,18 @@
 """Four real processes (gloo): what one process gives, in the memory that was promised."""
 
-import socket
 from typing import Any
 
 import pytest
 import torch
-from torch.multiprocessing.spawn import spawn
 
 from lightning_stableaa.distributed import GATHERED_AT_ONCE
 from tests import scale_jobs
+from tests.ddp_jobs import start
 from tests.scale_jobs import DEPTH, WORLD, N
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow, pytest.mark.timeout(300)]
 
-Ranks = list[dict[str, Any]]
+Ranks = tuple[dict[str, Any], ...]
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +21,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 
     What malloc takes back it returns to the system, so that resident memory is memory in use.
     """
-    folder = tmp_path_factory.mktemp("scale")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
-        spawn(scale_jobs.main, args=(port, str(folder)), nprocs=WORLD, daemon=True)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+        return start(scale_jobs.main, tmp_path_factory.mktemp("scale"), WORLD)
 
 
 @pytest.mark.parametrize(("history", "dtype"), scale_jobs.CASES)

@@ -120,14 +120,14 @@ class AndersonCallback(LightningCallback):
         self._loaded: dict[str, Any] = {}
         self._evaluation: EvaluationModel | None = None
         self._judge_samples = judge_samples
-        self._judged_share = 1.0
+        self._judged_batches = 0.0
         self._told_judging = False
         self._told_placement = False
 
     @property
-    def judged_share(self) -> float:
-        """Share of the last batch that candidates were judged on."""
-        return self._judged_share
+    def judged_batches(self) -> float:
+        """Losses that the safeguard has asked of this callback, in whole batches."""
+        return self._judged_batches
 
     @property
     def accelerator(self) -> AndersonAccelerator | None:
@@ -167,11 +167,12 @@ class AndersonCallback(LightningCallback):
         if self.options.safeguard == "none":
             report = engine.step()
         else:
-            samples = self._judge_samples
+            samples, asked_before = self._judge_samples, engine.loss_evaluations
             with BatchLoss(trainer, pl_module, batch, batch_idx, samples=samples) as loss_fn:
                 report = engine.step(loss_fn)
-            if report.attempted and samples is not None:
-                self._note_judged_share(batch, samples)
+            if report.attempted:
+                asked = engine.loss_evaluations - asked_before
+                self._judged_batches += asked * self._judged_share(batch)
         if not self._told_placement and engine.placement_reason is not None:
             self._told_placement = True
             if trainer.world_size > 1:
@@ -277,7 +278,10 @@ class AndersonCallback(LightningCallback):
         self._engine.detach()
         self._engine = self._evaluation = None
 
-    def _note_judged_share(self, batch: Any, samples: int) -> None:
+    def _judged_share(self, batch: Any) -> float:
+        samples = self._judge_samples
+        if samples is None:
+            return 1.0
         held = samples_in(batch)
         if held is None and not self._told_judging:
             self._told_judging = True
@@ -285,7 +289,7 @@ class AndersonCallback(LightningCallback):
                 f"judge_samples={samples}: candidates are judged on whole batches, since their "
                 "tensors differ in length or there are none; define anderson_loss(batch) on a part"
             )
-        self._judged_share = 1.0 if held is None else min(1.0, samples / max(held, 1))
+        return min(1.0, samples / held) if held else 1.0
 
     def _log(
         self, trainer: Any, pl_module: Any, engine: AndersonAccelerator, report: StepReport

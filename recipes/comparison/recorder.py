@@ -90,7 +90,7 @@ class CostRecorder(Callback):
         losses = attempted = accepted = 0
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # "callbacks" is set by a connector
             if isinstance(callback, AndersonCallback) and callback.accelerator is not None:
-                losses += callback.accelerator.loss_evaluations * callback.judged_share
+                losses += callback.judged_batches
                 attempted += callback.accelerator.attempted
                 accepted += callback.accelerator.accepted
         row: dict[str, Any] = {

@@ -53,7 +53,7 @@ def test_candidates_are_judged_on_so_many_samples() -> None:
     assert counts["attempted"] == 2
     assert module.judged_on.count(3) == counts["loss_evaluations"] > 0
     assert module.judged_on.count(8) == counts["optimizer_steps"] == 8
-    assert callback.judged_share == 3 / 8
+    assert callback.judged_batches == counts["loss_evaluations"] * 3 / 8
 
 
 def test_what_cannot_be_divided_is_judged_whole_with_a_warning() -> None:
@@ -71,8 +71,9 @@ def test_what_cannot_be_divided_is_judged_whole_with_a_warning() -> None:
         UserWarning, match=r"judge_samples=3: candidates are judged on whole batches"
     ):
         fit(Uneven(), loader, callback, max_epochs=2)
-    assert counters(callback)["attempted"] == 2
-    assert callback.judged_share == 1.0
+    counts = counters(callback)
+    assert counts["attempted"] == 2
+    assert callback.judged_batches == counts["loss_evaluations"]
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.5, "all"])
