@@ -12,7 +12,13 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.callbacks.base import LightningCallback, log_to_loggers
 from lightning_stableaa.callbacks.evaluation import EvaluationModel, restore
-from lightning_stableaa.callbacks.judge import BatchLoss, has_own_loss, samples_in
+from lightning_stableaa.callbacks.judge import (
+    BatchLoss,
+    JudgeSamples,
+    has_own_loss,
+    samples_in,
+    samples_that_judge,
+)
 from lightning_stableaa.callbacks.smoothing import SmoothingMonitor, log_smoothing
 from lightning_stableaa.callbacks.summary import summary
 from lightning_stableaa.callbacks.support import check_manual_optimization, check_supported
@@ -50,7 +56,9 @@ class AndersonCallback(LightningCallback):
             of the batches.
         judge_samples: samples of the batch, in each process, on which candidates are judged, its
             first ones; ``None`` takes all. Fewer cost less and tell candidates apart less well.
-            Without effect on batches whose tensors differ in length.
+            ``"auto"`` takes 16 in all processes together, and at least 4 in each, where the batch
+            ends in classes or tokens (int64), and all elsewhere. Without effect on batches whose
+            tensors differ in length.
 
     With ``apply_to="evaluation"`` or ``"both"``, validation inside fit, checkpoints and the module
     after fit hold the candidate; a resumed fit goes on with the weights of training.
@@ -91,10 +99,10 @@ class AndersonCallback(LightningCallback):
         history_device: str | None = Options.history_device,
         process_group: Any = None,
         recalibrate_batch_norm: int = 0,
-        judge_samples: int | None = None,
+        judge_samples: JudgeSamples = "auto",
     ) -> None:
         check_integer("recalibrate_batch_norm", recalibrate_batch_norm, 0)
-        if judge_samples is not None:
+        if judge_samples not in (None, "auto"):
             check_integer("judge_samples", judge_samples, 1)
         self.options = Options(
             history_depth=history_depth,
@@ -172,7 +180,7 @@ class AndersonCallback(LightningCallback):
                 report = engine.step(loss_fn)
             if report.attempted:
                 asked = engine.loss_evaluations - asked_before
-                self._judged_batches += asked * self._judged_share(batch)
+                self._judged_batches += asked * self._judged_share(trainer, pl_module, batch)
         if not self._told_placement and engine.placement_reason is not None:
             self._told_placement = True
             if trainer.world_size > 1:
@@ -278,12 +286,12 @@ class AndersonCallback(LightningCallback):
         self._engine.detach()
         self._engine = self._evaluation = None
 
-    def _judged_share(self, batch: Any) -> float:
-        samples = self._judge_samples
+    def _judged_share(self, trainer: Any, pl_module: Any, batch: Any) -> float:
+        samples = samples_that_judge(self._judge_samples, trainer, pl_module, batch)
         if samples is None:
             return 1.0
         held = samples_in(batch)
-        if held is None and not self._told_judging:
+        if held is None and self._judge_samples != "auto" and not self._told_judging:
             self._told_judging = True
             rank_zero_warn(
                 f"judge_samples={samples}: candidates are judged on whole batches, since their "

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_stableaa.safeguard import undo_side_effects
+
+# a number, all (None), or few of classes and tokens
+JudgeSamples = int | Literal["auto"] | None
+
+# Of classes or tokens: in all processes together, and at least in each of them.
+AUTO_SAMPLES = 16
+AUTO_SAMPLES_EACH = 4
 
 
 class BatchLoss:
@@ -26,7 +35,8 @@ class BatchLoss:
         module: the LightningModule.
         batch: as given to ``on_train_batch_end``.
         batch_idx: as given to ``on_train_batch_end``.
-        samples: of the batch that judge, its first ones; ``None`` takes all.
+        samples: of the batch that judge, its first ones; ``None`` takes all, ``"auto"`` what
+            ``samples_that_judge`` says.
     """
 
     def __init__(
@@ -36,7 +46,7 @@ class BatchLoss:
         batch: Any,
         batch_idx: int,
         *,
-        samples: int | None = None,
+        samples: JudgeSamples = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -57,9 +67,26 @@ class BatchLoss:
             self._entered = True
             self._undo.enter_context(undo_side_effects(self._module))
             self._undo.enter_context(silenced(self._module))
-            if self._samples is not None:
-                self._batch = first_samples(self._batch, self._samples)
+            samples = samples_that_judge(self._samples, self._trainer, self._module, self._batch)
+            if samples is not None:
+                self._batch = first_samples(self._batch, samples)
         return loss_of_batch(self._trainer, self._module, self._batch, self._batch_idx)
+
+
+def samples_that_judge(
+    chosen: JudgeSamples, trainer: Any, module: nn.Module, batch: Any
+) -> int | None:
+    """How many samples of a batch, in each process, judge candidates; ``None`` is all of them.
+
+    ``"auto"``: few where the batch ends in classes or tokens (int64), whose losses are of one size;
+    all where it does not, since the residuals of a regression may be those of a few samples, and
+    all where the module has a loss of its own for this.
+    """
+    if chosen != "auto":
+        return chosen
+    if has_own_loss(module) or not _ends_in_classes(batch):
+        return None
+    return max(AUTO_SAMPLES_EACH, math.ceil(AUTO_SAMPLES / trainer.world_size))
 
 
 def samples_in(batch: Any) -> int | None:
@@ -74,6 +101,12 @@ def first_samples(batch: Any, count: int) -> Any:
     if samples_in(batch) is None:
         return batch
     return apply_to_collection(batch, Tensor, lambda one: one[:count] if one.ndim else one)
+
+
+def _ends_in_classes(batch: Any) -> bool:
+    kinds: list[torch.dtype] = []
+    apply_to_collection(batch, Tensor, lambda one: kinds.append(one.dtype))
+    return len(kinds) > 0 and kinds[-1] is torch.int64
 
 
 def loss_of_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Any:

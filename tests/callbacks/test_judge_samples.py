@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stableaa.callbacks.judge import first_samples, samples_in
+from lightning_stableaa.callbacks.judge import first_samples, samples_in, samples_that_judge
 from tests.callbacks.regression import Regression, anderson, batches, counters, fit
 
 
@@ -74,6 +74,52 @@ def test_what_cannot_be_divided_is_judged_whole_with_a_warning() -> None:
     counts = counters(callback)
     assert counts["attempted"] == 2
     assert callback.judged_batches == counts["loss_evaluations"]
+
+
+class Classified(Judged):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, classes = batch
+        return super().training_step((x, classes[:, None].float()), batch_idx)
+
+
+def test_auto_takes_few_samples_of_classes_and_all_of_anything_else() -> None:
+    x, y = torch.randn(128, 4), torch.randint(2, (128,))
+    module, callback = Classified(), anderson()
+    module.judged_on = []
+    fit(module, DataLoader(TensorDataset(x, y), batch_size=32), callback, max_epochs=2)
+    counts = counters(callback)
+    assert module.judged_on.count(16) == counts["loss_evaluations"] > 0
+    assert callback.judged_batches == counts["loss_evaluations"] / 2
+
+    module, callback = Judged(), anderson()
+    module.judged_on = []
+    fit(module, batches(4), callback, max_epochs=2)
+    assert set(module.judged_on) == {8}
+    assert callback.judged_batches == counters(callback)["loss_evaluations"] > 0
+
+
+class Ranks(NamedTuple):
+    world_size: int
+
+
+@pytest.mark.parametrize(("ranks", "samples"), [(1, 16), (2, 8), (3, 6), (4, 4), (1536, 4)])
+def test_auto_divides_the_samples_over_the_processes(ranks: int, samples: int) -> None:
+    images, classes = torch.zeros(32, 3, dtype=torch.uint8), torch.zeros(32, dtype=torch.int64)
+    of = {"classes": (images, classes), "tokens": {"input": classes, "labels": classes}}
+    for batch in of.values():
+        assert samples_that_judge("auto", Ranks(ranks), Judged(), batch) == samples
+    for batch in ((images, images.float()), (classes, images.float()), "no tensor"):
+        assert samples_that_judge("auto", Ranks(ranks), Judged(), batch) is None
+
+
+def test_auto_leaves_a_loss_of_the_module_alone() -> None:
+    class OwnLoss(Judged):
+        def anderson_loss(self, batch: Any) -> Tensor:
+            return batch[0].sum()
+
+    batch = torch.zeros(32, 3), torch.zeros(32, dtype=torch.int64)
+    assert samples_that_judge("auto", Ranks(1), OwnLoss(), batch) is None
+    assert samples_that_judge(5, Ranks(1), OwnLoss(), batch) == 5
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.5, "all"])
