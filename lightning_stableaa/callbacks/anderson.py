@@ -127,7 +127,7 @@ class AndersonCallback(LightningCallback):
         self._optimizers: list[Any] = []
         self._loaded: dict[str, Any] = {}
         self._evaluation: EvaluationModel | None = None
-        self._judge_samples = judge_samples
+        self._judge_samples: JudgeSamples = judge_samples
         self._judged_batches = 0.0
         self._told_judging = False
         self._told_placement = False

@@ -52,7 +52,7 @@ class BatchLoss:
         self._module = module
         self._batch = batch
         self._batch_idx = batch_idx
-        self._samples = samples
+        self._samples: JudgeSamples = samples
         self._undo = ExitStack()
         self._entered = False
 
