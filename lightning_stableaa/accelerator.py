@@ -319,7 +319,8 @@ class AndersonAccelerator:
             self._give_back_memory(error)
 
     def _begin_cycle(self) -> None:
-        self._notice_changes()
+        if self._watch.seems_disturbed:
+            self._restart_cycle()
         assert self._points is not None
         if not self._points.history.chained and not self._averages_into_history():
             self._points.push_weights()

@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_stableaa.agreement import Agreement, same_everywhere
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.dtensors import arranged, is_split, share_of
 from lightning_stableaa.options import Smoothing
@@ -38,6 +40,7 @@ class WeightSmoother:
         self._position = 0  # steps taken in the open window
         self._weights: FlatTensors | None = None
         self._smoother: Smoother | None = None
+        self._agreement: Agreement | None = None
         self._split = False
         self._loaded: dict[str, Any] | None = None
 
@@ -45,15 +48,19 @@ class WeightSmoother:
         """Take note of the optimizer step just made; at the end of a window, report the RSD."""
         if not self._watch.take():
             return StepReport(status=Status.NO_OPTIMIZER_STEP)
-        weights, smoother = self._weights, self._smoother
-        if weights is None or smoother is None:
+        weights, smoother, agreement = self._weights, self._smoother, self._agreement
+        if weights is None or smoother is None or agreement is None:
             return StepReport(status=Status.NO_OPTIMIZER_STEP)
         self._position += 1
         smoother.observe(self._position)
         if self._position < self._window:
             return StepReport(status=Status.CYCLE_OPEN)
         self._position = 0
-        rsd = smoother.close()
+        disturbance, rsd = smoother.close()
+        if disturbance is not None:
+            if disturbance is not Status.WEIGHTS_CHANGED:
+                self._weights = None  # built anew at the next step
+            return StepReport(status=disturbance)
         if smoother.on and self.smoothing.apply_to == "weights":
             weights.write(smoother.average)
             self._watch.mark()
@@ -75,6 +82,7 @@ class WeightSmoother:
             return {}
         return {
             "position": self._position,
+            "disturbed": self._agreement is not None and self._agreement.disturbed,
             "smoothing": dataclasses.asdict(self.smoothing),
             "layout": None if self._weights is None else self._weights.signature(),
             "smoother": None if self._smoother is None else self._smoother.state_dict(),
@@ -90,16 +98,32 @@ class WeightSmoother:
 
     def _before_step(self) -> None:
         parameters = trainable_parameters(self._optimizers)
-        if self._weights is None or not self._weights.aliases(arranged(parameters)):
+        weights, smoother, agreement = self._weights, self._smoother, self._agreement
+        if weights is None or smoother is None or agreement is None:
             self._begin(parameters)
-            self._watch.follow(parameters)
-        elif self._watch.disturbed and self._smoother is not None:
-            self._smoother.restart()
-            self._position = 0
+        elif not weights.aliases(arranged(parameters)):
+            if agreement.alone:
+                self._begin(parameters)
+            else:
+                agreement.note(Status.PARAMETERS_CHANGED)
+        elif self._watch.disturbed:
+            if agreement.alone:
+                smoother.restart()
+                self._position = 0
+            else:
+                agreement.note(Status.WEIGHTS_CHANGED)
+            self._watch.mark()
 
     def _begin(self, parameters: Sequence[Tensor]) -> None:
+        """Watch these parameters; a collective call, without effect where ranks have others."""
         communicator = Communicator()
+        device = parameters[0].device if parameters else torch.device("cpu")
+        shapes = [(one.shape, one.stride(), one.dtype) for one in parameters]
+        if not all(same_everywhere(communicator, device, repr(shapes))):
+            return
+        self._watch.follow(parameters)
         share = share_of(parameters, communicator)
+        self._agreement = Agreement(communicator, device)
         self._weights = weights = FlatTensors(share.parameters)
         self._split = is_split(parameters)
         self._position = 0
@@ -110,7 +134,8 @@ class WeightSmoother:
             length=share.length,
             dtype=weights.dtype,
             device=weights.device,
-            communicator=communicator if self._split else None,
+            agreement=self._agreement,
+            sharded=self._split,
             skipped=share.skipped,
         )
         state, self._loaded = self._loaded, None
@@ -119,4 +144,6 @@ class WeightSmoother:
         same_options = state["smoothing"] == dataclasses.asdict(self.smoothing)
         if same_options and state["layout"] == weights.signature():
             self._position = int(state["position"])
+            if state.get("disturbed"):
+                self._agreement.note(Status.WEIGHTS_CHANGED)
             self._smoother.load_state_dict(state["smoother"])
