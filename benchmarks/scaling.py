@@ -80,14 +80,15 @@ def messages(
     sizes = [world * min(piece, part - low) for low in range(0, part, piece)]
     gather = [Message("all_gather_into_tensor", size, size * itemsize) for size in sizes]
     gram = Message("all_reduce", differences**2, 8 * differences**2)
-    # norm of the residuals, and with a judge the losses before and after
-    numbers = 2 + candidates if candidates else 1
+    # what a rank noted, norm of the residuals, and with a judge the losses before and after
+    numbers = 3 + candidates if candidates else 2
     decision = Message("all_reduce", numbers, 8 * numbers)
     jump = Message("broadcast", differences, 8 * differences)
+    finite = Message("all_reduce", 1, 4)
     if history == "replicated":
-        return [decision, jump] if accepted else [decision]
+        return [decision, jump, finite] if accepted else [decision]
     judged = [gram, *gather * candidates, decision]
-    return [*judged, jump, *gather] if accepted else judged
+    return [*judged, jump, *gather, finite] if accepted else judged
 
 
 def candidates_of(options: Options) -> int:

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stableaa import saved
+from lightning_stableaa.agreement import same_everywhere
+from lightning_stableaa.cycles import Cycles
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.dtensors import is_split
-from lightning_stableaa.extrapolation import extrapolate
-from lightning_stableaa.memory import out_of_memory
+from lightning_stableaa.extrapolation import Extrapolation
+from lightning_stableaa.memory import first_line, out_of_memory
 from lightning_stableaa.options import (
     ApplyTo,
     HistoryPlacement,
@@ -28,24 +30,19 @@ from lightning_stableaa.options import (
     Smoothing,
 )
 from lightning_stableaa.placement import check_placement
-from lightning_stableaa.points import PointStore
 from lightning_stableaa.report import StepReport
 from lightning_stableaa.safeguard import LossFunction
-from lightning_stableaa.smoother import Smoother
 from lightning_stableaa.status import Status
 from lightning_stableaa.watch import StepWatch, unwrap_optimizers
-from lightning_stableaa.weights import reset_momentum, trainable_parameters
+from lightning_stableaa.weights import trainable_parameters
 
 log = logging.getLogger(__name__)
-
-STATE_VERSION = 2
 
 _COUNTERS = (
     "optimizer_steps",
     "attempted",
     "accepted",
     "loss_evaluations",
-    "_cycle_steps",
     "_steps_since_attempt",
 )
 
@@ -147,17 +144,16 @@ class AndersonAccelerator:
         self.accepted = 0
         self.loss_evaluations = 0
         self.outcomes: Counter[Status] = Counter()
-        self._cycle_steps = 0
         self._steps_since_attempt = 0
-        self._has_evaluation_weights = False
-        self._evaluating = False  # parameters and candidate have changed places
-        self._points: PointStore | None = None
-        self._smoother: Smoother | None = None
+        self._cycles: Cycles | None = None
+        self._why_not: Status | None = None  # there are none
         self._loaded: dict[str, Any] | None = None
         self._watch = StepWatch(self._optimizers, self._before_optimizer_step)
 
     def step(self, loss_fn: LossFunction | None = None) -> StepReport:
         """Take note of the optimizer step that was just made; extrapolate when it is due.
+
+        Every rank has to call it after every step.
 
         Args:
             loss_fn: returns the scalar loss of the current batch, a tensor, at the current
@@ -179,52 +175,49 @@ class AndersonAccelerator:
         if not self._watch.take():
             return _NO_STEP
         self.optimizer_steps += 1
-        if self._points is None:  # no memory, or not yet again
-            return StepReport(status=Status.OUT_OF_MEMORY)
-        self._cycle_steps += 1
+        cycles = self._cycles
+        if cycles is None:
+            self._parameters = trainable_parameters(self._optimizers)
+            return StepReport(status=self._why_not or Status.OUT_OF_MEMORY)
         self._steps_since_attempt += 1
-        if self._smoother is not None:
-            self._smoother.observe(self._cycle_steps)
-        if self._cycle_steps < self.options.store_every_n_steps:
-            return _OPEN
         try:
-            return self._close_cycle(loss_fn)
-        except RuntimeError as error:
+            cycles.observe()
+            if cycles.steps < self.options.store_every_n_steps:
+                return _OPEN
+            return self._close_cycle(cycles, loss_fn)
+        except (RuntimeError, MemoryError) as error:
             self._give_back_memory(error)
             return StepReport(status=Status.OUT_OF_MEMORY)
 
     @property
     def evaluation_weights_ready(self) -> bool:
         """Whether ``evaluation_weights`` would show other weights than the optimizer's."""
-        return self._has_evaluation_weights
+        return self._cycles is not None and self._cycles.has_evaluation_weights
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
         """The parameters hold the accepted candidate inside (``apply_to`` evaluation or both)."""
-        if self._points is None or not self._has_evaluation_weights:
+        if self._cycles is None or not self._cycles.has_evaluation_weights:
             yield
             return
-        self._notice_changes()
-        self._evaluating = True
-        try:
-            with self._points.candidate_in_place():
-                yield
-        finally:
-            self._evaluating = False
-            self._watch.mark()
+        self._notice_changes(self._cycles)
+        with self._cycles.evaluation_weights():
+            yield
 
     def evaluation_tensors(self) -> dict[Tensor, Tensor]:
         """By parameter, copies of what ``evaluation_weights`` shows; empty without a candidate."""
-        return self._copies(of_candidate=not self._evaluating)
+        cycles = self._cycles
+        return {} if cycles is None else cycles.copies(of_candidate=not cycles.evaluating)
 
     def training_tensors(self) -> dict[Tensor, Tensor]:
         """By parameter, copies of what the optimizer works on; empty without a candidate."""
-        return self._copies(of_candidate=self._evaluating)
+        cycles = self._cycles
+        return {} if cycles is None else cycles.copies(of_candidate=cycles.evaluating)
 
     @property
     def placement_reason(self) -> str | None:
         """Where the history lives and why; None before the first optimizer step."""
-        return None if self._points is None else self._points.placement_reason
+        return None if self._cycles is None else self._cycles.points.placement_reason
 
     def detach(self) -> None:
         """Remove the hooks from the optimizers; the accelerator sees no further steps."""
@@ -237,14 +230,7 @@ class AndersonAccelerator:
         slice, which loads on the same rank of as many: save one file a rank, or use
         ``whole_state_dict``.
         """
-        if self._loaded is not None:  # loaded and not yet in use
-            return self._loaded
-        if self._evaluating:  # saved in the middle of a validation: the state is that of training
-            assert self._points is not None
-            with self._points.candidate_in_place():
-                return self._state()
-        self._notice_changes()  # a continuation could not know of them
-        return self._state()
+        return self._state(whole=False)
 
     def whole_state_dict(self) -> dict[str, Any]:
         """``state_dict`` of all ranks together, on the first one; loads on any number of ranks.
@@ -252,229 +238,187 @@ class AndersonAccelerator:
         A collective call where the history is sharded: every rank has to make it, and only the
         result on the first rank is of use. Vectors are gathered one at a time.
         """
-        state = self.state_dict()
-        return state if self._points is None else saved.make_whole(state, self._points)
-
-    def _state(self) -> dict[str, Any]:
-        points = self._points
-        vectors = (
-            saved.NOTHING
-            if points is None
-            else saved.save(
-                points, self._smoother, self.options, evaluation=self._has_evaluation_weights
-            )
-        )
-        return vectors | {
-            "version": STATE_VERSION,
-            "counters": {name: getattr(self, name) for name in _COUNTERS},
-            "outcomes": {status.value: count for status, count in self.outcomes.items()},
-        }
+        return self._state(whole=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from ``state_dict``. Tensors stay where they are until the next step.
+        """Continue from ``state_dict``, on all ranks. Tensors stay where they are until a step.
 
         A history of other weights, or stored under other options, is dropped with a warning.
 
         Raises:
             ValueError: the state was written by a newer version of this package.
         """
-        if state["version"] > STATE_VERSION:
-            raise ValueError(
-                f"the accelerator state has version {state['version']}, this package reads up to "
-                f"{STATE_VERSION}: update lightning-stableaa, or drop the state"
-            )
-        if state["version"] < STATE_VERSION:
-            log.warning(
-                "the Anderson history of the checkpoint was dropped and starts anew: "
-                "it was stored by an earlier version of lightning-stableaa"
-            )
-            state = state | saved.NOTHING
+        state = saved.checked(state)
         for name in _COUNTERS:
             setattr(self, name, int(state["counters"][name]))
         self.outcomes = Counter({Status(name): n for name, n in state["outcomes"].items()})
         self._loaded = state
-        self._points = self._smoother = None  # built anew at the next step, from the state
+        self._cycles = None  # built anew at the next step, from the state
 
-    def _copies(self, *, of_candidate: bool) -> dict[Tensor, Tensor]:
-        points = self._points
-        if points is None or not self._has_evaluation_weights:
-            return {}
-        parameters = points.parameters
-        copies = (
-            points.weights.unpack(points.candidate)
-            if of_candidate
-            else [one.detach().clone() for one in parameters]
-        )
-        return dict(zip(parameters, copies, strict=True))
+    def _state(self, *, whole: bool) -> dict[str, Any]:
+        if self._loaded is not None:  # loaded and not yet in use
+            return self._loaded
+        cycles = self._cycles
+        vectors = saved.NOTHING
+        if cycles is not None:
+            if not cycles.evaluating:
+                self._notice_changes(cycles)  # a continuation could not know of them
+            vectors = cycles.whole_state_dict() if whole else cycles.state_dict()
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return vectors | {
+            "version": saved.STATE_VERSION,
+            "counters": counters | {"_cycle_steps": 0 if cycles is None else cycles.steps},
+            "outcomes": {status.value: count for status, count in self.outcomes.items()},
+        }
+
+    def _notice_changes(self, cycles: Cycles) -> None:
+        if self._watch.disturbed and cycles.notice_changes():
+            self.outcomes[Status.WEIGHTS_CHANGED] += 1
 
     def _before_optimizer_step(self) -> None:
-        """Make sure that the cycle about to begin, or to go on, has a start in the history."""
+        """Make sure that there are cycles, and that this step belongs to one."""
         if self._has_no_memory:
             return
         try:
-            if self._points is None:
+            if self._cycles is None:
                 self._build()
-            self._begin_cycle()
-        except RuntimeError as error:
+            if self._cycles is None:
+                return
+            # at a cycle's end all weights are looked at
+            if self._watch.seems_disturbed and self._cycles.notice_changes():
+                self.outcomes[Status.WEIGHTS_CHANGED] += 1
+            self._cycles.begin()
+        except (RuntimeError, MemoryError) as error:
             self._give_back_memory(error)
 
-    def _begin_cycle(self) -> None:
-        if self._watch.seems_disturbed:
-            self._restart_cycle()
-        assert self._points is not None
-        if not self._points.history.chained and not self._averages_into_history():
-            self._points.push_weights()
-
     def _build(self) -> None:
-        """Set up the history for the parameters as they are now, and fill it from a checkpoint."""
-        parameters, options = self._parameters, self.options
+        """Set up cycles for the parameters as they are now, on all ranks or on none."""
+        parameters = self._parameters
+        device = parameters[0].device if parameters else torch.device("cpu")
         communicator = Communicator(self._process_group)
-        self._points = points = PointStore(
-            parameters,
-            depth=options.history_depth,
-            communicator=communicator,
-            placement=options.history,
-            device=self._history_device,
-            optimizers=self._optimizers if options.optimizer_state == "mix" else (),
-        )
-        if options.smoothing is not None:
-            self._smoother = Smoother(
-                options.smoothing,
-                cycle=options.store_every_n_steps,
-                read=points.read,
-                length=points.length,
-                dtype=points.weights.dtype,
-                device=points.device,
-                communicator=communicator if points.sharded else None,
-                skipped=points.skipped,
-            )
-        self._has_evaluation_weights = False
         state, self._loaded = self._loaded, None
-        if state is not None:
-            self._restore(state)
-        self._watch.follow(parameters)
-
-    def _give_back_memory(self, error: RuntimeError) -> None:
-        """Move the history to the host, or do without one: training goes on with its own weights.
-
-        Raises:
-            RuntimeError: not of memory, or one of several ranks that share the weights: the others
-                are in the middle of what this one would leave.
-        """
-        alone = Communicator(self._process_group).world_size == 1
-        if not out_of_memory(error) or not alone:
-            raise error
-        device = self._parameters[0].device
-        self._points = self._smoother = self._loaded = None
-        self._has_evaluation_weights = False
-        self._cycle_steps = 0
-        self.outcomes[Status.OUT_OF_MEMORY] += 1
-        self._has_no_memory = "cpu" in (device.type, getattr(self._history_device, "type", ""))
-        self._history_device = torch.device("cpu")
-        log.warning(
-            "out of memory (%s): %s",
-            str(error).splitlines()[0],
-            f"training goes on without acceleration; {Status.OUT_OF_MEMORY.remedy}"
-            if self._has_no_memory
-            else "the Anderson history starts anew in the memory of the host",
+        restores = state is not None and state["points"] is not None
+        shapes = [(one.shape, one.stride(), one.dtype) for one in parameters]
+        same_weights, same_state = same_everywhere(
+            communicator, device, repr(shapes), str(restores)
         )
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        points = self._points
-        assert points is not None
-        if state["points"] is None:
-            self._cycle_steps = 0
+        if not same_weights:
+            self._wait_for_the_same_weights()
             return
-        different = saved.load(state, points, self._smoother, self.options)
+        cycles = None
+        with communicator.in_step():
+            cycles = Cycles(
+                parameters,
+                self.options,
+                communicator=communicator,
+                device=self._history_device,
+                optimizers=self._optimizers,
+                watch=self._watch,
+            )
+        if communicator.any_shortage(device) or cycles is None:
+            self._move_to_host(communicator.shortage)
+            return
+        if state is not None and restores:
+            self._restore(cycles, state, together=same_state)
+            if communicator.any_shortage(device):
+                self._move_to_host(communicator.shortage)
+                return
+        self._cycles, self._why_not = cycles, None
+
+    def _restore(self, cycles: Cycles, state: dict[str, Any], *, together: bool) -> None:
+        """Continue from a state, or say why not; a collective call if all ranks are together."""
+        different = ["state on another rank"]
+        if together:
+            different = cycles.load_state_dict(state, steps=int(state["counters"]["_cycle_steps"]))
         if different:
             log.warning(
                 "the Anderson history of the checkpoint was dropped and starts anew: "
                 "it was stored with another %s",
                 ", ".join(different),
             )
-            self._cycle_steps = 0
-        elif state["evaluation"] is not None:
-            self._has_evaluation_weights = True
 
-    def _notice_changes(self) -> None:
-        if self._points is not None and self._watch.disturbed:
-            self._restart_cycle()
+    def _wait_for_the_same_weights(self) -> None:
+        if self._why_not is not Status.PARAMETERS_CHANGED:
+            log.warning(
+                "the parameters that are trained differ between processes: training goes on "
+                "without acceleration until they are the same"
+            )
+        self._why_not = Status.PARAMETERS_CHANGED
 
-    def _restart_cycle(self) -> None:
-        """Something else than the optimizer moved the weights: no residual across it."""
-        assert self._points is not None
-        self.outcomes[Status.WEIGHTS_CHANGED] += 1
-        self._points.break_chain()
-        self._cycle_steps = 0
-        if self._smoother is not None:
-            self._smoother.restart()
-        self._watch.mark()
+    def _give_back_memory(self, error: RuntimeError | MemoryError) -> None:
+        """Go on with the history on the host, or without one.
 
-    def _averages_into_history(self) -> bool:
-        return self._smoother is not None and self._smoother.averages_into_history
+        Raises:
+            RuntimeError: not of memory, or in one of several ranks where the others wait for it.
+        """
+        if not out_of_memory(error):
+            raise error
+        world = Communicator(self._process_group).world_size
+        if world > 1:
+            raise RuntimeError(
+                f"out of memory in one of {world} processes, in the middle of what they do "
+                f"together ({first_line(error)}): {Status.OUT_OF_MEMORY.remedy}"
+            ) from error
+        self._move_to_host(first_line(error))
 
-    def _close_cycle(self, loss_fn: LossFunction | None) -> StepReport:
-        self._cycle_steps = 0
-        points = self._points
-        assert points is not None
-        self._parameters = trainable_parameters(self._optimizers)
-        if not points.still_fits(self._parameters):
-            self._points = None  # built anew at the next step
-            return StepReport(status=Status.PARAMETERS_CHANGED)
-        if self._watch.disturbed:
-            self._restart_cycle()
-            return StepReport(status=Status.WEIGHTS_CHANGED)
-        rsd = self._store(points)
-        report = StepReport(
-            status=Status.STORED,
-            stored=True,
-            rsd=rsd,
-            smoothing_on=None if self._smoother is None else self._smoother.on,
+    def _move_to_host(self, shortage: str) -> None:
+        """Begin anew in the memory of the host, or do without a history, on all ranks.
+
+        Args:
+            shortage: what the error said; empty where it was another process's.
+        """
+        device = self._parameters[0].device
+        self._cycles = self._loaded = None
+        self._why_not = Status.OUT_OF_MEMORY
+        self.outcomes[Status.OUT_OF_MEMORY] += 1
+        self._has_no_memory = "cpu" in (device.type, getattr(self._history_device, "type", ""))
+        self._history_device = torch.device("cpu")
+        log.warning(
+            "out of memory (%s): %s",
+            shortage or "in another process",
+            f"training goes on without acceleration; {Status.OUT_OF_MEMORY.remedy}"
+            if self._has_no_memory
+            else "the Anderson history starts anew in the memory of the host",
         )
+
+    def _close_cycle(self, cycles: Cycles, loss_fn: LossFunction | None) -> StepReport:
+        self._parameters = trainable_parameters(self._optimizers)
+        waiting = self._waiting()
+        closing = cycles.close(self._parameters, loss_fn, due=waiting is None)
+        if closing.found is not None:
+            self.loss_evaluations += closing.found.loss_evaluations
+        if closing.disturbance is not None:
+            return self._begin_anew(closing.disturbance)
+        report = StepReport(
+            status=waiting or Status.HISTORY_TOO_SHORT,
+            stored=True,
+            rsd=closing.rsd,
+            smoothing_on=None if cycles.smoother is None else cycles.smoother.on,
+        )
+        return report if closing.found is None else self._decided(closing.found, report)
+
+    def _waiting(self) -> Status | None:
+        """Why no extrapolation is due; ``None`` where one is."""
         if self._steps_since_attempt < self.options.accelerate_every_n_steps:
-            return report
-        if self.optimizer_steps < self.options.warmup_steps:
-            return dataclasses.replace(report, status=Status.WARMUP)
-        if points.history.residual_count < 2:
-            return dataclasses.replace(report, status=Status.HISTORY_TOO_SHORT)
-        return self._extrapolate(points, loss_fn, report)
+            return Status.STORED
+        return Status.WARMUP if self.optimizer_steps < self.options.warmup_steps else None
 
-    def _store(self, points: PointStore) -> float | None:
-        """Append the end of the cycle to the history; return the RSD where it is watched."""
-        smoother = self._smoother
-        if smoother is None:
-            points.push_weights()
-            return None
-        averaged_before = smoother.averages_into_history
-        rsd = smoother.close()
-        if smoother.averages_into_history != averaged_before:
-            points.break_chain()  # the lag of an average is not a step of the optimizer
-        if smoother.averages_into_history:
-            points.push(smoother.average)
-            return rsd
-        if smoother.on:
-            points.load(smoother.average)
-            points.weights.write(points.candidate)
-            self._has_evaluation_weights = False
-            self._watch.mark()
-        points.push_weights()
-        return rsd
+    def _begin_anew(self, disturbance: Status) -> StepReport:
+        """What disturbed any of the ranks undoes as much on all of them."""
+        if disturbance is Status.WEIGHTS_CHANGED:
+            self.outcomes[disturbance] += 1
+        elif disturbance is Status.PARAMETERS_CHANGED:
+            self._cycles = None  # built anew at the next step
+        else:
+            assert self._cycles is not None
+            self._move_to_host(self._cycles.points.communicator.shortage)
+        return StepReport(status=disturbance)
 
-    def _extrapolate(
-        self, points: PointStore, loss_fn: LossFunction | None, report: StepReport
-    ) -> StepReport:
+    def _decided(self, found: Extrapolation, report: StepReport) -> StepReport:
         self._steps_since_attempt = 0
-        self._has_evaluation_weights = False
-        found = extrapolate(points, self.options, loss_fn)
-        self._watch.mark()  # candidates came and went: the weights are the optimizer's again
         self.attempted += 1
+        self.accepted += found.accepted
         self.outcomes[found.status] += 1
-        self.loss_evaluations += found.loss_evaluations
-        if found.status is Status.REJECTED_NON_FINITE_HISTORY:
-            points.clear()
-        if found.jump is not None:
-            self.accepted += 1
-            self._take(points, found.jump)
         return dataclasses.replace(
             report,
             status=found.status,
@@ -488,21 +432,3 @@ class AndersonAccelerator:
             loss_before=found.loss_before,
             loss_after=found.loss_after,
         )
-
-    def _take(self, points: PointStore, jump: Tensor) -> None:
-        """Put the accepted candidate where ``apply_to`` wants it."""
-        into_training = self.options.apply_to != "evaluation"
-        if into_training:
-            self._adapt_momentum(points, jump)
-        self._has_evaluation_weights = self.options.apply_to != "training"
-        if into_training:
-            points.weights.write(points.candidate)
-            points.break_chain()
-        self._watch.mark()
-
-    def _adapt_momentum(self, points: PointStore, jump: Tensor) -> None:
-        if self.options.optimizer_state == "mix":
-            points.mix_momentum(jump)
-            points.form(jump)  # the momentum was formed in its place
-        elif self.options.optimizer_state == "reset":
-            reset_momentum(self._optimizers, points.parameters)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from lightning_stableaa.memory import first_line, out_of_memory
 
 # Elements, of all ranks together, that ``gather`` has in flight where it cannot work in place.
 GATHERED_AT_ONCE = 1 << 19
@@ -25,6 +30,7 @@ class Communicator:
         self._first = dist.get_global_rank(process_group, 0) if running and process_group else 0
         nccl = running and dist.get_backend(process_group) == "nccl"  # sees GPUs only
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
+        self.shortage = ""  # what the error said, where this rank ran out of memory in step
 
     @classmethod
     def alone(cls) -> Communicator:
@@ -41,11 +47,31 @@ class Communicator:
         """Maximum over ranks, in place."""
         self._reduce(tensor, dist.ReduceOp.MAX)
 
-    def any(self, flag: bool, device: torch.device) -> bool:
+    def any(self, flag: bool | Tensor, device: torch.device) -> bool:
         """Whether the flag is set on any rank; the same answer on all of them."""
-        answer = torch.tensor(float(flag), device=device)
+        if self.world_size == 1:
+            return bool(flag)
+        answer = torch.as_tensor(flag, dtype=torch.float32, device=device)
         self.max(answer)
         return bool(answer)
+
+    @contextmanager
+    def in_step(self) -> Iterator[None]:
+        """Work of this rank inside; of several ranks, one that runs out of memory goes on.
+
+        The others will wait for it in the next collective. What it lacked is kept in ``shortage``,
+        and what the work should have given is undefined.
+        """
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if self.world_size == 1 or not out_of_memory(error):
+                raise
+            self.shortage = first_line(error)  # the error itself would hold on to what is taken
+
+    def any_shortage(self, device: torch.device) -> bool:
+        """Whether any rank ran out of memory; a collective call."""
+        return self.any(bool(self.shortage), device)
 
     def mean(self, tensor: Tensor) -> None:
         """Mean over ranks, in place; a NaN on one rank is a NaN on all."""

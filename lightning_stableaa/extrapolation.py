@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_stableaa.agreement import DISTURBANCES, Agreement
 from lightning_stableaa.options import Options
 from lightning_stableaa.points import PointStore
 from lightning_stableaa.safeguard import LossFunction, RandomState, loss_value
@@ -39,9 +40,14 @@ class Extrapolation:
     def accepted(self) -> bool:
         return self.jump is not None
 
+    @property
+    def disturbance(self) -> Status | None:
+        """What happened to one of several ranks, for which all reject."""
+        return self.status if self.status in DISTURBANCES else None
+
 
 def extrapolate(
-    points: PointStore, options: Options, loss_fn: LossFunction | None
+    points: PointStore, options: Options, loss_fn: LossFunction | None, agreement: Agreement
 ) -> Extrapolation:
     """Form the candidates, and choose the one of least loss if it is an advance.
 
@@ -54,6 +60,7 @@ def extrapolate(
         points: at least two residuals.
         options: those of the candidates.
         loss_fn: the judge; ``None`` accepts the first candidate, if it is finite.
+        agreement: what this rank noted since the last one, and with whom it decides.
     """
     grid = options.regularization_grid
     proposal = propose(
@@ -66,11 +73,14 @@ def extrapolate(
         look_ahead_cycles=0.0 if loss_fn is None else options.look_ahead_cycles,
     )
     losses = [] if loss_fn is None else _losses(points, proposal, loss_fn)
-    shared = _shared(points, proposal, losses)
-    residual_norm, norms, gram, loss_before, losses_after = _read_back(proposal, shared)
+    shared = _shared(points, proposal, losses, agreement)
+    noted, residual_norm, norms, gram, loss_before, losses_after = _read_back(proposal, shared)
+    disturbance = agreement.settle(noted * points.communicator.world_size)
 
     status, best = Status.ACCEPTED, 0
-    if not math.isfinite(residual_norm):
+    if disturbance is not None:
+        status = disturbance
+    elif not math.isfinite(residual_norm):
         status = Status.REJECTED_NON_FINITE_HISTORY
     elif residual_norm == 0:
         status = Status.REJECTED_STAGNATION
@@ -116,13 +126,17 @@ def _losses(points: PointStore, proposal: Proposal, loss_fn: LossFunction) -> li
     return losses
 
 
-def _shared(points: PointStore, proposal: Proposal, losses: list[Tensor]) -> Tensor:
-    """Residual norm and losses, (1,) or (2 + L,), means over ranks: all must decide alike.
+def _shared(
+    points: PointStore, proposal: Proposal, losses: list[Tensor], agreement: Agreement
+) -> Tensor:
+    """What was noted, residual norm and losses, (2,) or (3 + L,): all ranks must decide alike.
 
-    What is NaN on one rank is NaN on all: a rank that rejects alone would leave the others waiting.
+    Means over ranks. What is NaN on one rank is NaN on all: a rank that rejects alone would leave
+    the others waiting.
     """
     norm = proposal.residual_norm.to(points.weights.device)
-    shared = torch.stack([norm, *losses])
+    noted = torch.full_like(norm, agreement.number)
+    shared = torch.stack([noted, norm, *losses])
     points.communicator.mean(shared)
     return shared
 
@@ -140,12 +154,12 @@ def _nan_last(value: float) -> float:
 
 def _read_back(
     proposal: Proposal, shared: Tensor
-) -> tuple[float, list[float], Tensor, float | None, list[float]]:
-    """Residual norm, jump norms, K, loss before and losses after: one transfer to the host."""
+) -> tuple[float, float, list[float], Tensor, float | None, list[float]]:
+    """What ranks noted, residual norm, jump norms, K, loss before, losses after: one transfer."""
     gram = proposal.residual_gram
     parts = [shared.to(gram.device), proposal.norms, gram.flatten()]
     values = torch.cat(parts).cpu()
     together, norms, flat_gram = values.split([part.numel() for part in parts])
-    residual_norm, *losses = together.tolist()
+    noted, residual_norm, *losses = together.tolist()
     before, *after = losses or (None,)
-    return residual_norm, norms.tolist(), flat_gram.reshape(gram.shape), before, after
+    return noted, residual_norm, norms.tolist(), flat_gram.reshape(gram.shape), before, after

@@ -103,12 +103,12 @@ class History:
         if len(self) == self._rows.shape[0]:
             self._drop_oldest()
         self._links.append(self._chained)
+        self._chained = True  # also where ``write`` fails: all ranks keep the same links
         row = self._rows[self._row(len(self) - 1)]
         if self._copies is None:
             write(row)
         else:
             self._copies.start(write, row)
-        self._chained = True
 
     def break_chain(self) -> None:
         """Form no residual between the newest point and the next one."""
@@ -116,6 +116,10 @@ class History:
             self._links.pop()  # a start without an end belongs to no residual
             self._unform(len(self) - 1)
         self._chained = False
+
+    def unlink_newest(self) -> None:
+        """The newest point is where a cycle begins; none ended there after all."""
+        self._links[-1] = False
 
     def clear(self) -> None:
         """Forget all points."""

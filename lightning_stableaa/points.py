@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -93,21 +94,29 @@ class PointStore:
 
     def push_weights(self) -> None:
         """Append the current weights to the history."""
-        self.history.push(lambda row: self.read(row, 0))
         self._newest_is_whole = not self._gathers
-        self._push_momentum()
+        with self.communicator.in_step():
+            self.history.push(lambda row: self.read(row, 0))
+            self._push_momentum()
 
     def push(self, point: Tensor) -> None:
         """Append ``point``, (length,), this rank's slice, to the history."""
-        self.history.push(lambda row: row.copy_(point))
         self._newest_is_whole = False
-        self._push_momentum()
+        with self.communicator.in_step():
+            self.history.push(lambda row: row.copy_(point))
+            self._push_momentum()
 
     def break_chain(self) -> None:
         """The weights were moved by something else than the optimizer."""
         self.history.break_chain()
         if self._momentum is not None:
             self._momentum.break_chain()
+
+    def unlink_newest(self) -> None:
+        """The newest point is where a cycle begins; none ended there after all."""
+        self.history.unlink_newest()
+        if self._momentum is not None:
+            self._momentum.unlink_newest()
 
     def clear(self) -> None:
         """Forget all points."""
@@ -122,7 +131,12 @@ class PointStore:
 
     def gram(self) -> Tensor:  # (q, q) float64
         """Inner products of all consecutive differences, over all ranks' slices."""
-        gram = self.history.gram()
+        gram = None
+        with self.communicator.in_step():
+            gram = self.history.gram()
+        if gram is None:
+            size = (len(self.history) - 1,) * 2
+            gram = torch.full(size, math.nan, dtype=torch.float64, device=self.device)
         if self.sharded:
             gram = gram.to(self.weights.device)  # where the process group communicates
             self.communicator.sum(gram)
@@ -133,7 +147,10 @@ class PointStore:
         self._combine(self.history, jump)
 
     def candidate_is_finite(self) -> bool:
-        """Whether ``candidate``, as the weights hold it, has neither NaN nor inf on any rank."""
+        """Whether ``candidate``, as the weights hold it, has neither NaN nor inf on any rank.
+
+        Nor has any run out of memory where it was formed.
+        """
         return self._is_finite_in(self.weights)
 
     def load(self, point: Tensor) -> None:
@@ -148,17 +165,21 @@ class PointStore:
         Outside they hold what they held before, also after an error. To be entered after a push,
         before anything else moves the weights. Overwrites ``candidate``.
         """
-        if self._newest_is_whole:  # the history keeps what they held
+        if self._newest_is_whole and not self.communicator.shortage:  # it keeps what they held
             try:
                 yield self._form_and_write
             finally:
                 self.weights.write(self.history.newest)
             return
-        work_space = self.weights.work_space()  # before anything moves: it may not fit
+        work_space = None
+        with self.communicator.in_step():
+            work_space = self.weights.work_space()  # before anything moves: it may not fit
         swapped = False
 
         def swap() -> None:
             nonlocal swapped
+            if work_space is None:
+                return
             self.weights.swap(self.candidate, work_space)
             swapped = not swapped
 
@@ -198,10 +219,12 @@ class PointStore:
             flat.write(self.candidate)
 
     def _is_finite_in(self, tensors: FlatTensors) -> bool:
-        finite = tensors.can_hold(self.candidate)
-        if not self.split:  # the same on all ranks
-            return finite
-        return not self.communicator.any(not finite, self.weights.device)
+        unfit: Tensor | bool = True
+        with self.communicator.in_step():
+            unfit = tensors.cannot_hold(self.candidate)
+        if self.communicator.shortage:
+            unfit = True
+        return not self.communicator.any(unfit, self.weights.device)
 
     def state_dict(self) -> dict[str, Any]:
         """The points of this rank, on the CPU."""
@@ -251,7 +274,8 @@ class PointStore:
         self.weights.write(self.candidate)
 
     def _combine(self, history: History, jump: Tensor) -> None:
-        history.combine(jump, out=self._own_slice)
+        with self.communicator.in_step():
+            history.combine(jump, out=self._own_slice)
         self._gather()
 
     def _gather(self) -> None:

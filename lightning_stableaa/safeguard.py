@@ -38,14 +38,21 @@ def loss_value(
 
     Raises:
         ValueError: the result is neither None nor a single number.
+        RuntimeError: memory ran out where ``loss_fn`` communicates.
     """
     try:
         # enabled: the loss of a PINN differentiates the network itself
         with torch.enable_grad():
             loss = loss_fn()
-    except RuntimeError as error:
-        if collective or not out_of_memory(error):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
+        if collective:
+            raise RuntimeError(
+                "judging a candidate ran out of memory within a forward pass of split weights, in "
+                "which the other processes wait for this one: use smaller batches, define "
+                "anderson_loss(batch) on a part of the batch, or choose safeguard='none'"
+            ) from error
         log.warning(
             "judging a candidate ran out of memory, and it was rejected: use smaller batches, or "
             "define anderson_loss(batch) on a part of the batch"

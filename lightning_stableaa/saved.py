@@ -1,8 +1,9 @@
-"""The vectors of a saved engine: what is written, on which ranks it can be read, and reading it."""
+"""A saved engine: what is written, by which versions and on which ranks it can be read."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from lightning_stableaa.points import PointStore
 from lightning_stableaa.sharding import cut, gather
 from lightning_stableaa.smoother import Smoother
 
+log = logging.getLogger(__name__)
+
+STATE_VERSION = 2
+
 _DIVISION = "division of the weights among processes"
 
 WHOLE = "whole"  # vectors are complete, whatever the number of ranks was
@@ -24,7 +29,28 @@ NOTHING: dict[str, Any] = {
     "points": None,
     "smoother": None,
     "evaluation": None,
+    "disturbed": False,
 }
+
+
+def checked(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without vectors that an earlier version stored otherwise, and a warning then.
+
+    Raises:
+        ValueError: the state was written by a newer version of this package.
+    """
+    if state["version"] > STATE_VERSION:
+        raise ValueError(
+            f"the accelerator state has version {state['version']}, this package reads up to "
+            f"{STATE_VERSION}: update lightning-stableaa, or drop the state"
+        )
+    if state["version"] < STATE_VERSION:
+        log.warning(
+            "the Anderson history of the checkpoint was dropped and starts anew: "
+            "it was stored by an earlier version of lightning-stableaa"
+        )
+        return state | NOTHING
+    return state
 
 
 def save(
@@ -74,6 +100,18 @@ def load(
     Returns:
         What stands against it; empty where the vectors were loaded. A collective call.
     """
+    communicator = points.communicator
+    different = ["state on another rank"]
+    with communicator.in_step():
+        different = _differences(saved, points, options)
+    if communicator.any(bool(different), points.weights.device):
+        return different or ["state on another rank"]
+    with communicator.in_step():
+        _fill(points, smoother, saved)
+    return []
+
+
+def _differences(saved: dict[str, Any], points: PointStore, options: Options) -> list[str]:
     expected, found = _fingerprint(points, options), saved["fingerprint"] or {}
     if points.split and saved["shard"] == WHOLE and found.get(_DIVISION) == expected[_DIVISION]:
         parts = found["set of weights"]
@@ -81,8 +119,10 @@ def load(
     different = [name for name in expected if found.get(name) != expected[name]]
     if saved["shard"] not in (WHOLE, _shard(points)):
         different.append("rank or number of ranks")
-    if points.communicator.any(bool(different), points.weights.device):
-        return different or ["state on another rank"]
+    return different
+
+
+def _fill(points: PointStore, smoother: Smoother | None, saved: dict[str, Any]) -> None:
     vectors = {name: saved[name] for name in _vectors(points)}
     if saved["shard"] == WHOLE:
         vectors = cut(
@@ -97,7 +137,6 @@ def load(
     candidate = vectors.get("evaluation", saved["evaluation"])
     if candidate is not None:
         points.candidate[: len(candidate)].copy_(candidate)
-    return []
 
 
 def _vectors(points: PointStore) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.agreement import Agreement
 from lightning_stableaa.options import Smoothing
 from lightning_stableaa.statistics import (
     Read,
@@ -15,6 +15,7 @@ from lightning_stableaa.statistics import (
     Switch,
     relative_standard_deviation,
 )
+from lightning_stableaa.status import Status
 
 # Iterates of a window where there is no cycle to take it from.
 DEFAULT_WINDOW = 10
@@ -30,7 +31,8 @@ class Smoother:
         length: elements of an iterate (of this rank's slice).
         dtype: precision of an iterate.
         device: where the average lives.
-        communicator: ranks to sum over where iterates are sharded; ``None`` otherwise.
+        agreement: the ranks, which turn the switch together.
+        sharded: whether each of them has but a slice of the iterates.
         skipped: leading elements that another rank counts.
     """
 
@@ -43,13 +45,15 @@ class Smoother:
         length: int,
         dtype: torch.dtype,
         device: torch.device,
-        communicator: Communicator | None = None,
+        agreement: Agreement,
+        sharded: bool = False,
         skipped: int = 0,
     ) -> None:
         self._smoothing = smoothing
         self._skipped = cycle - (smoothing.average_window or cycle)  # steps before the window
         self._read = read
-        self._communicator = communicator
+        self._agreement = agreement
+        self._sharded = sharded
         self._statistics = RunningStatistics(
             length=length,
             dtype=dtype,
@@ -78,20 +82,32 @@ class Smoother:
     def observe(self, position: int) -> None:
         """Take in the iterate after step ``position`` of the cycle, counted from 1."""
         if position > self._skipped:
-            self._statistics.observe(self._read)
+            with self._agreement.communicator.in_step():
+                self._statistics.observe(self._read)
 
-    def close(self) -> float:
-        """End the window: turn the switch and return the RSD, dimensionless."""
-        moments = self._statistics.moments()
-        if self._communicator is not None:
-            if self._smoothing.rsd == "norm":
-                self._communicator.sum(moments)
-            else:
-                self._communicator.max(moments)
-        rsd = relative_standard_deviation(moments, rsd=self._smoothing.rsd)
-        self._switch.update(rsd)
+    def close(self) -> tuple[Status | None, float]:
+        """End the window and turn the switch; a collective call.
+
+        Returns:
+            What disturbed any of the ranks, and the RSD, dimensionless. After a disturbance the
+            RSD says nothing, and the switch stays as it is.
+        """
+        communicator = self._agreement.communicator
+        moments = torch.zeros(2, dtype=torch.float64, device=self.average.device)
+        with communicator.in_step():
+            moments = self._statistics.moments()
+        shared = torch.cat([moments, moments.new_full((1,), self._agreement.number)])
+        if self._sharded and self._smoothing.rsd == "norm":
+            communicator.sum(shared)
+        else:  # equal vectors have equal moments: no sum, so that they are those of one process
+            communicator.max(shared)
+        shared = shared.cpu()
+        disturbance = self._agreement.settle(float(shared[2]))
+        rsd = relative_standard_deviation(shared[:2], rsd=self._smoothing.rsd)
+        if disturbance is None:
+            self._switch.update(rsd)
         self._statistics.reset()  # the mean stays readable until the next iterate
-        return rsd
+        return disturbance, rsd
 
     def restart(self) -> None:
         """Forget the iterates of the open window: the weights were moved by something else."""

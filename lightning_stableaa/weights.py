@@ -116,20 +116,20 @@ class FlatTensors:
         if self._is_split:
             drop_gathered()
 
-    def can_hold(self, vector: Tensor) -> bool:
-        """Whether ``vector`` is finite in the dtypes of all tensors; waits for the device.
+    def cannot_hold(self, vector: Tensor) -> Tensor:  # () bool
+        """Whether ``vector`` is not finite in the dtype of any tensor.
 
         What float32 holds may be beyond float16, or beyond bfloat16.
         """
         pieces, dtypes = vector[: self.length].split(self._sizes), [s.dtype for s in self._segments]
         if set(dtypes) == {self.dtype}:  # one pass for all
             pieces, dtypes = (vector[: self.length],), [self.dtype]
-        within = [
-            torch.linalg.vector_norm(piece, ord=math.inf).to(dtype).isfinite()
+        beyond = [
+            ~torch.linalg.vector_norm(piece, ord=math.inf).to(dtype).isfinite()
             for piece, dtype in zip(pieces, dtypes, strict=True)
             if piece.numel()
         ]
-        return not within or bool(torch.stack(within).all())
+        return torch.stack(beyond).any() if beyond else torch.zeros((), dtype=torch.bool)
 
     def unpack(self, vector: Tensor) -> list[Tensor]:
         """The tensors that would hold ``vector``, of the same shapes and strides."""

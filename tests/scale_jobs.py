@@ -91,8 +91,8 @@ def memory(history: Any) -> dict[str, Any]:
         optimizer.step()
         accelerator.step(lambda: torch.dot(x.detach(), x.detach()))
     accelerator.detach()
-    store = accelerator._points
-    assert store is not None
+    assert accelerator._cycles is not None
+    store = accelerator._cycles.points
     tensors = (store.candidate, store.history._rows)
     return {
         "peak": highest_resident() - before,

@@ -102,7 +102,7 @@ def test_a_history_on_the_host_gives_the_weights_of_one_on_the_gpu(options: dict
     expected, found = there.run(26), here.run(26)
     assert here.accelerator.accepted == there.accelerator.accepted >= 2
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-    store = here.accelerator._points
-    assert store is not None
+    assert here.accelerator._cycles is not None
+    store = here.accelerator._cycles.points
     assert store.history.newest.is_pinned()
     assert store.candidate.is_pinned()

@@ -395,8 +395,9 @@ class Drive:
 
     def _check_average(self, window: list[Vector]) -> Vector:
         """The engine's own average, once it is known to be right."""
-        assert self.engine._smoother is not None
-        found = self.engine._smoother.average.double().numpy().copy()
+        assert self.engine._cycles is not None
+        assert self.engine._cycles.smoother is not None
+        found = self.engine._cycles.smoother.average.double().numpy().copy()
         expected = np.mean(window, axis=0)
         if np.isfinite(expected).all():
             bound = 4 * self._roundoff() * len(window) * np.abs(window).max()
@@ -407,8 +408,8 @@ class Drive:
 
     def _check_history(self) -> None:
         """As many residuals as the reference; what they are, candidates tell."""
-        assert self.engine._points is not None
-        assert self.engine._points.history.residual_count == len(self.points.pairs())
+        assert self.engine._cycles is not None
+        assert self.engine._cycles.points.history.residual_count == len(self.points.pairs())
 
     # The reference
 
