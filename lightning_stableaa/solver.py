@@ -15,7 +15,8 @@ Symbols, as in arXiv:2110.14813:
     w         jump weights, (q,): x_new = p_q + sum_k w_k delta_k
 
 Everything runs on the device of ``gram`` and never waits for it: whether a result is usable is
-in the result itself (NaN), which the caller reads back once, with everything else.
+in the result itself (NaN), which the caller reads back once, with everything else. On the host
+``propose`` takes the shorter way of ``host_solver``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from lightning_stableaa.host_solver import propose_on_host
 
 # lambda of the candidate that looks ahead
 LOOK_AHEAD_LAMBDA = 1e-2
@@ -161,16 +165,39 @@ def propose(
             goes on by up to so many cycles: by all of them where the remaining residual of the
             first lambda is 2 or more (a drift), by none where it is 1 or less.
     """
+    grid = [*regularization, LOOK_AHEAD_LAMBDA] if look_ahead_cycles > 0 else regularization
+    options = {
+        "relaxation": relaxation,
+        "max_extrapolation": max_extrapolation,
+        "lag_compensation": lag_compensation,
+        "look_ahead_cycles": look_ahead_cycles,
+    }
+    if gram.device.type == "cpu":
+        return Proposal(
+            *map(torch.from_numpy, propose_on_host(gram.numpy(), linked, grid, **options))
+        )
+    return propose_on_device(gram, linked, grid, **options)
+
+
+def propose_on_device(
+    gram: Tensor,  # (q, q)
+    linked: Sequence[bool],
+    grid: Sequence[float],
+    *,
+    relaxation: float,
+    max_extrapolation: float,
+    lag_compensation: float,
+    look_ahead_cycles: float,
+) -> Proposal:
+    """``propose`` without waiting for the device; the last lambda is that of the look ahead."""
     k = gram
     if not all(linked):
         columns = torch.tensor(_residual_columns(linked), device=gram.device)
         k = gram[columns][:, columns]
-    looks_ahead = look_ahead_cycles > 0
-    grid = [*regularization, LOOK_AHEAD_LAMBDA] if looks_ahead else regularization
     alpha = mixing_weights(k, regularization=grid)
     remaining = remaining_residual(alpha[0], k)
     advance = (lag_compensation * remaining).clamp_max(1.0) * lag(alpha)
-    if looks_ahead:
+    if look_ahead_cycles > 0:
         advance[-1] += look_ahead_cycles * (remaining - 1.0).clamp(0.0, 1.0)
     jumps = jump_weights(alpha, linked, relaxation=relaxation, advance=advance)
     residual_norm = k.diagonal().mean().sqrt()
@@ -182,9 +209,10 @@ def propose(
 
 def condition_number(gram: Tensor) -> float:
     """Ratio of the extreme eigenvalues of ``gram`` (m, m); inf when singular, NaN if not finite."""
-    if not bool(torch.isfinite(gram).all()):
+    on_host = gram.to(device="cpu", dtype=torch.float64).numpy()
+    if not np.isfinite(on_host).all():
         return math.nan
-    eigenvalues = torch.linalg.eigvalsh(gram.to(device="cpu", dtype=torch.float64))
+    eigenvalues = np.linalg.eigvalsh(on_host)
     smallest, largest = float(eigenvalues[0]), float(eigenvalues[-1])
     return largest / smallest if smallest > 0 else math.inf
 

@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from lightning_stableaa.solver import (
+    LOOK_AHEAD_LAMBDA,
     condition_number,
     jump_weights,
     lag,
     mixing_weights,
     propose,
+    propose_on_device,
     remaining_residual,
 )
 from tests import reference
@@ -201,3 +203,54 @@ def test_condition_number() -> None:
     assert condition_number(torch.diag(torch.tensor([4.0, 1.0, 2.0]))) == pytest.approx(4.0)
     assert condition_number(torch.zeros(2, 2)) == float("inf")
     assert np.isnan(condition_number(torch.full((2, 2), float("nan"))))
+
+
+GRAMS = {
+    "noise": random_residuals(8, 40),
+    "drift": random_residuals(1, 9).expand(8, -1),
+    "eliminated": torch.cat([0.9**k * random_residuals(1, 5) for k in range(8)]),
+    "one of zero": random_residuals(8, 40) * torch.tensor([[1.0]] * 3 + [[0.0]] + [[1.0]] * 4),
+    "all zero": torch.zeros(8, 5, dtype=torch.float64),
+    "tiny": 1e-150 * random_residuals(8, 40),
+    "not a number": random_residuals(8, 40) * torch.tensor([[1.0]] * 7 + [[math.nan]]),
+    "infinite": random_residuals(8, 40) * torch.tensor([[1.0]] * 7 + [[math.inf]]),
+}
+
+
+@pytest.mark.parametrize("differences", GRAMS.values(), ids=GRAMS)
+@pytest.mark.parametrize("unlinked", [(), (1, 5), (0, 2, 3, 4, 5, 6, 7)], ids=len)
+@pytest.mark.parametrize(
+    ("relaxation", "cap", "compensation", "look_ahead"),
+    [(1.0, math.inf, 0.0, 0.0), (0.7, 2.0, 0.75, 0.0), (1.0, 10.0, 1.0, 5.0)],
+)
+def test_host_and_device_propose_the_same(
+    differences: torch.Tensor,
+    unlinked: tuple[int, ...],
+    relaxation: float,
+    cap: float,
+    compensation: float,
+    look_ahead: float,
+) -> None:
+    gram = gram_of(differences)
+    linked = [k not in unlinked for k in range(8)]
+    grid = [1e-4, 1e-2, 1.0]
+    options = {
+        "relaxation": relaxation,
+        "max_extrapolation": cap,
+        "lag_compensation": compensation,
+        "look_ahead_cycles": look_ahead,
+    }
+    on_host = propose(gram, linked, regularization=grid, **options)
+    again = propose(gram.clone(), linked, regularization=grid, **options)
+    if look_ahead:
+        grid.append(LOOK_AHEAD_LAMBDA)
+    on_device = propose_on_device(gram, linked, grid, **options)
+    scale = on_device.jumps.nan_to_num(0.0).abs().max().clamp_min(1.0)
+    torch.testing.assert_close(
+        on_host.jumps / scale, on_device.jumps / scale, rtol=0, atol=1e-10, equal_nan=True
+    )
+    # the sum of jumps that cancel, as on a drift, is rounding
+    rounding = 1e-9 * float(on_device.residual_norm.nan_to_num(0.0))
+    torch.testing.assert_close(on_host[1:], on_device[1:], rtol=1e-6, atol=rounding, equal_nan=True)
+    for one, other in zip(on_host, again, strict=True):  # to the bit
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
