@@ -59,6 +59,7 @@ def messages(
     candidates: int,
     itemsize: int = 4,
     accepted: bool = True,
+    judged_last: bool = False,
     at_once: int | None = None,
 ) -> list[Message]:
     """What an update sends, in its order; every rank calls the same.
@@ -71,6 +72,7 @@ def messages(
         candidates: that are judged; 0 without a safeguard.
         itemsize: bytes of a weight.
         accepted: whether the best candidate is an advance.
+        judged_last: whether it was judged last, as the one that looks ahead is: then it is there.
         at_once: elements that one all-gather may have; ``None``: any, as on a GPU.
     """
     if world == 1:
@@ -88,7 +90,8 @@ def messages(
     if history == "replicated":
         return [decision, jump, finite] if accepted else [decision]
     judged = [gram, *gather * candidates, decision]
-    return [*judged, jump, *gather, finite] if accepted else judged
+    again = [] if judged_last else gather
+    return [*judged, jump, *again, finite] if accepted else judged
 
 
 def candidates_of(options: Options) -> int:

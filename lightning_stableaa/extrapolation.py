@@ -91,7 +91,8 @@ def extrapolate(
     jump = None
     if status is Status.ACCEPTED:
         jump = points.agree(proposal.jumps[best])
-        points.form(jump)
+        if not points.keeps_gathered or best + 2 < len(losses):
+            points.form(jump)  # another candidate was judged after it, or none at all
         # finite in float64 may be beyond the precision of the weights; the judge need not tell
         if not points.candidate_is_finite():
             status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None

@@ -142,6 +142,11 @@ class PointStore:
             self.communicator.sum(gram)
         return gram
 
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether the last trial is left in ``candidate``, bitwise the same on every rank."""
+        return self._gathers
+
     def form(self, jump: Tensor) -> None:
         """Write the newest point plus the jump, (q,), to ``candidate``, on every rank."""
         self._combine(self.history, jump)

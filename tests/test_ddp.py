@@ -1,5 +1,6 @@
 """Two real processes (gloo): ranks that stay equal, whatever one of them meets."""
 
+import itertools
 import re
 from typing import Any
 
@@ -80,37 +81,47 @@ def test_a_sharded_history_gives_the_replicated_candidate(ranks: Ranks) -> None:
 
 def test_replicated_updates_send_a_few_numbers_whatever_n_is(ranks: Ranks) -> None:
     for rank in ranks:
-        small, large = rank["traffic"]["replicated 51"], rank["traffic"]["replicated 5001"]
+        small, large = (rank["traffic"]["replicated", n, False] for n in (51, 5001))
         assert small == large
         assert small["between"] == BETWEEN
         # what was noted, the residual norm, one loss before and six after, for each lambda and the
         # look ahead; the jump over four differences: of six points an accepted candidate starts
         # anew; whether it is finite
         update = [("all_reduce", 9), ("broadcast", 4), ("all_reduce", 1)]
-        assert small["updates"] == [(True, update)] * 3
+        assert small["updates"] == [(True, False, update)] * 3
 
 
 def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -> None:
+    """And the accepted one once more, unless it was judged last: the one that looks ahead."""
     for rank in ranks:
-        for n in (51, 5001):
-            seen = rank["traffic"][f"sharded {n}"]
+        for n, ahead in itertools.product((51, 5001), (False, True)):
+            seen = rank["traffic"]["sharded", n, ahead]
             gather = ("all_gather_into_tensor", n + 1)  # padded to two slices of equal size
             judged = [("all_reduce", 4 * 4), *[gather] * 6, ("all_reduce", 9)]
-            accepted = [("broadcast", 4), gather, ("all_reduce", 1)]
+            accepted = [("broadcast", 4), *[gather] * (not ahead), ("all_reduce", 1)]
             assert seen["between"] == BETWEEN
-            assert seen["updates"] == [(True, judged + accepted)] * 3
+            assert seen["updates"] == [(True, ahead, judged + accepted)] * 3
 
 
 @pytest.mark.parametrize("history", ["replicated", "sharded"])
 @pytest.mark.parametrize("n", [51, 5001])
-def test_the_cost_model_counts_every_message(ranks: Ranks, history: str, n: int) -> None:
-    candidates = candidates_of(Options(**SETTING))
+@pytest.mark.parametrize("ahead", [False, True])
+def test_the_cost_model_counts_every_message(
+    ranks: Ranks, history: str, n: int, ahead: bool
+) -> None:
     expected = messages(
-        history, n=n, differences=4, world=2, candidates=candidates, at_once=GATHERED_AT_ONCE
+        history,
+        n=n,
+        differences=4,
+        world=2,
+        candidates=candidates_of(Options(**SETTING)),
+        judged_last=ahead,
+        at_once=GATHERED_AT_ONCE,
     )
+    sent = [(one.name, one.elements) for one in expected]
     for rank in ranks:
-        seen = rank["traffic"][f"{history} {n}"]
-        assert seen["updates"] == [(True, [(one.name, one.elements) for one in expected])] * 3
+        seen = rank["traffic"][history, n, ahead]
+        assert seen["updates"] == [(True, ahead, sent)] * 3
         assert seen["bytes"] == {sum(one.bytes for one in expected)}
 
 
