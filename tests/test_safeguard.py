@@ -67,6 +67,16 @@ def test_buffers_and_metrics_are_restored_also_after_an_error() -> None:
     assert (values.compute().tolist(), values.update_count) == (1.0, 1)
 
 
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory"), MemoryError()])
+def test_a_loss_without_room_is_nan_unless_others_wait_within_it(error: Exception) -> None:
+    def loss() -> torch.Tensor:
+        raise error
+
+    assert loss_value(loss, CPU).isnan()
+    with pytest.raises(RuntimeError, match="ran out of memory within a forward pass of split"):
+        loss_value(loss, CPU, collective=True)
+
+
 def test_a_cached_metric_value_is_not_the_candidates() -> None:
     metric = MeanMetric()
     module = nn.ModuleDict({"mean": metric})
