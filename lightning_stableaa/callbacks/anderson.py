@@ -178,8 +178,8 @@ class AndersonCallback(LightningCallback):
             samples, asked_before = self._judge_samples, engine.loss_evaluations
             with BatchLoss(trainer, pl_module, batch, batch_idx, samples=samples) as loss_fn:
                 report = engine.step(loss_fn)
-            if report.attempted:
-                asked = engine.loss_evaluations - asked_before
+            asked = engine.loss_evaluations - asked_before
+            if asked:  # also where all ranks rejected for what happened to one
                 self._judged_batches += asked * self._judged_share(trainer, pl_module, batch)
         if not self._told_placement and engine.placement_reason is not None:
             self._told_placement = True
