@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_stableaa import SmoothingMonitor
-from lightning_stableaa.accelerator import STATE_VERSION
+from lightning_stableaa.saved import STATE_VERSION
 from tests.callbacks.regression import counters, fit, weights
 from tests.callbacks.test_resume import SaveAt, Stepwise, loader, thirds
 
