@@ -22,15 +22,17 @@ from lightning_stableaa.offload import HostCopies
 
 # Elements of one vector per chunk. Smaller ones would stay in the cache of a core, but where other
 # processes keep all cores busy every parallel kernel waits for a thread: few chunks, few waits.
-_CPU_CHUNK = 1 << 17
+_CPU_CHUNK = 1 << 18
 _GPU_CHUNK = 1 << 22
 _SMALLEST_CHUNK = 1 << 14  # where memory is short
 
 # Long float32 vectors on a CPU: products are summed in single precision over short runs, and the
-# sums in float64. Errors of many runs average out: below 1e-8 of |r_i||r_j| from this length on
-# (tested), about what the rounding of the points leaves. Shorter vectors cost little in float64.
-_SINGLE_PRECISION_RUN = 1 << 9
-_SINGLE_PRECISION_FROM = 1 << 20
+# sums in float64. Errors of many runs average out: below 1e-8 of |r_i||r_j| from these lengths on
+# (tested), about what the rounding of the points leaves; twice the run from four times the length.
+# Shorter vectors cost little in float64.
+_RUN = 1 << 9
+_RUN_FROM = 1 << 20
+_LONG_RUN_FROM = 1 << 22
 
 
 class History:
@@ -70,6 +72,8 @@ class History:
         self._links: list[bool] = []  # per point: is it the end of a cycle begun at the previous?
         self._chained = False  # will the next point be linked to the newest?
         self._formed = 0  # the oldest so many rows hold differences, the others still points
+        self._laid_out = (-1, -1)  # first row and number of the differences seen in ``_views``
+        self._views: list[tuple[Tensor, slice]] = []
         self._products = torch.zeros(  # of formed differences, by physical row
             depth + 1, depth + 1, dtype=torch.float64, device=device
         )
@@ -146,12 +150,14 @@ class History:
         """
         self._form_differences()
         weights = jump.to(self._rows.device, self._rows.dtype)
-        runs, chunk = self._runs(), self._chunk
-        for low in range(0, len(out), chunk):  # so that ``out`` is written to memory once
-            part = out[low : low + chunk]
-            part.copy_(self.newest[low : low + chunk])
-            for rows, positions in runs:
-                part.addmv_(self._rows[rows, low : low + chunk].T, weights[positions])
+        newest, terms = self.newest, [(rows, weights[which]) for rows, which in self._runs()]
+        if len(out) <= self._chunk:  # most of the time of a short one is that of its views
+            _add_up(newest, terms, out)
+            return
+        for low in range(0, len(out), self._chunk):  # so that ``out`` is written to memory once
+            where = slice(low, low + self._chunk)
+            parts = [(rows[where], factors) for rows, factors in terms]
+            _add_up(newest[where], parts, out[where])
 
     def state_dict(self) -> dict[str, Any]:
         """Rows on the CPU, oldest first, the links between points, and their place in the ring.
@@ -202,14 +208,17 @@ class History:
         """Physical row of the point at ``position``, 0 = oldest."""
         return (self._first + position) % self._rows.shape[0]
 
-    def _runs(self) -> list[tuple[slice, slice]]:
-        """Physical rows of the differences, and their positions: one run, or two round the end."""
+    def _runs(self) -> list[tuple[Tensor, slice]]:
+        """The differences as columns, and their positions: one run, or two round the end."""
         count, capacity = len(self) - 1, self._rows.shape[0]
-        before = min(count, capacity - self._first)
-        runs = [(slice(self._first, self._first + before), slice(0, before))]
-        if count > before:
-            runs.append((slice(0, count - before), slice(before, count)))
-        return runs
+        if self._laid_out != (self._first, count):
+            self._laid_out = (self._first, count)
+            before = min(count, capacity - self._first)
+            rows = self._rows[self._first : self._first + before]
+            self._views = [(rows.T, slice(0, before))]
+            if count > before:
+                self._views.append((self._rows[: count - before].T, slice(before, count)))
+        return self._views
 
     def _settle(self) -> None:
         """Wait for points that are on their way from a GPU."""
@@ -235,24 +244,23 @@ class History:
         self._settle()
         if not new:
             return
-        capacity, length = self._rows.shape
-        run = _SINGLE_PRECISION_RUN if _single_precision_will_do(self._rows) else 0
-        columns = torch.zeros(capacity, len(new), dtype=torch.float64, device=self._rows.device)
+        length, run = self._rows.shape[1], _single_precision_run(self._rows)
+        columns: list[Tensor] = []
         for low in range(0, length, self._chunk):
-            chunk = self._rows[:, low : low + self._chunk]
+            chunk = self._rows if length <= self._chunk else self._rows[:, low : low + self._chunk]
             for position in positions:
                 point = chunk[self._row(position)]
                 torch.sub(chunk[self._row(position + 1)], point, out=point)
-            counted = chunk[:, max(0, self._skipped - low) :]
-            columns += _products_in_memory(counted, new, run)
-        self._products[:, new] = columns  # what rows without a difference get is never read
-        self._products[new] = columns.T
+            counted = chunk if low >= self._skipped else chunk[:, self._skipped - low :]
+            columns = _sums(columns, _products_in_memory(counted, new, run))
+        for row, column in zip(new, columns, strict=True):
+            self._products[:, row] = column  # what rows without a difference get is never read
+            self._products[row] = column
         self._formed = len(self) - 1
 
     def _products_of_formed(self) -> Tensor:  # (formed, formed) float64, oldest first
-        order = [self._row(position) for position in range(self._formed)]
-        index = torch.tensor(order, dtype=torch.long, device=self._rows.device)
-        return self._products[index][:, index]
+        by_age = self._products.roll((-self._first, -self._first), (0, 1))
+        return by_age[: self._formed, : self._formed].contiguous()
 
     def _unform(self, position: int) -> None:
         """Make the newest row a point again, where its successor was taken away."""
@@ -264,41 +272,61 @@ class History:
         self._formed = position
 
 
-def _products_in_memory(rows: Tensor, new: list[int], run: int) -> Tensor:
+def _add_up(newest: Tensor, terms: list[tuple[Tensor, Tensor]], out: Tensor) -> None:
+    """Write newest + sum_k w_k delta_k to ``out``; the terms are (n, k) and (k,)."""
+    for differences, weights in terms:
+        torch.addmv(newest, differences, weights, out=out)
+        newest = out
+
+
+def _sums(before: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+    return [one + other for one, other in zip(before, more, strict=True)] if before else more
+
+
+def _products_in_memory(rows: Tensor, new: list[int], run: int) -> list[Tensor]:
     """``_products`` by halves where the work space for the whole does not fit."""
     try:
         return _products(rows, new, run)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         length = rows.shape[1]
         if not out_of_memory(error) or length <= _SMALLEST_CHUNK:
             raise
-        low, high = rows[:, : length // 2], rows[:, length // 2 :]
-        return _products_in_memory(low, new, run) + _products_in_memory(high, new, run)
+    low = _products_in_memory(rows[:, : length // 2], new, run)
+    high = _products_in_memory(rows[:, length // 2 :], new, run)
+    return _sums(low, high)
 
 
-def _products(rows: Tensor, new: list[int], run: int) -> Tensor:  # (rows, len(new)) float64
-    """Inner products of all rows, (rows, length), with those at ``new``.
+def _products(rows: Tensor, new: list[int], run: int) -> list[Tensor]:  # len(new) of (rows,)
+    """Inner products, float64, of all rows, (rows, length), with each of those at ``new``.
 
     In float64, but for runs of ``run`` elements, within which the precision is that of the rows.
     """
-    count, length = rows.shape
-    whole = length - length % run if run else 0
-    total = torch.zeros(count, len(new), dtype=torch.float64, device=rows.device)
+    whole = rows.shape[1] - rows.shape[1] % run if run else 0
+    if whole < rows.shape[1]:
+        rest = (rows[:, whole:] if whole else rows).to(torch.float64)
+        columns = [torch.mv(rest, rest[row]) for row in new]
+    else:
+        columns = [torch.zeros(len(rows), dtype=torch.float64, device=rows.device) for _ in new]
     if whole:
         runs = rows[:, :whole].unflatten(1, (-1, run))
-        # a row times a tall matrix takes half the time of a wide matrix times a column
-        of_runs = torch.bmm(runs[new].transpose(0, 1), runs.permute(1, 2, 0))
-        total += of_runs.sum(dim=0, dtype=torch.float64).T
-    if whole < length:
-        rest = rows[:, whole:].to(torch.float64)
-        total += rest @ rest[new].T
-    return total
+        for column, row in zip(columns, new, strict=True):
+            # a row times a tall matrix takes half the time of a wide matrix times a column
+            of_runs = torch.bmm(runs[row, :, None], runs.permute(1, 2, 0))
+            column += of_runs.sum(dim=(0, 1), dtype=torch.float64)
+    return columns
+
+
+def _single_precision_run(rows: Tensor) -> int:
+    """Elements whose products may be summed in the precision of the rows; 0 for none."""
+    length = rows.shape[1]
+    if length < _RUN_FROM or not _single_precision_will_do(rows):
+        return 0
+    return _RUN if length < _LONG_RUN_FROM else 2 * _RUN
 
 
 def _single_precision_will_do(rows: Tensor) -> bool:
     """Not where the user lets matrix products in float32 round to bfloat16 or TF32."""
-    long = rows.shape[1] >= _SINGLE_PRECISION_FROM
-    if not long or rows.dtype != torch.float32 or rows.device.type != "cpu":
+    if rows.dtype != torch.float32 or rows.device.type != "cpu":
         return False
     backend = getattr(torch.backends.mkldnn, "matmul", None)  # torch >= 2.9
     if backend is None:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+_EPS = np.finfo(np.float64).eps
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -64,14 +66,13 @@ def propose_on_host(
 
 
 def _mixing_weights(k: Array, squares: Array, grid: Sequence[float]) -> Array:  # (L, m)
-    moved = squares > 0
-    scaled = k / (squares.sum() / moved.sum())
-    eye = np.eye(len(k))
-    floor = len(k) * np.finfo(np.float64).eps
-    ridged = np.stack([scaled + max(value, floor) * eye for value in grid])
-    right = np.stack([moved.astype(np.float64)] * len(grid))[:, :, None]
+    m = len(k)
+    moved = (squares > 0).astype(np.float64)
+    ridged = np.empty((len(grid), m, m))
+    ridged[:] = k / (squares.sum() / moved.sum())
+    ridged.reshape(len(grid), -1)[:, :: m + 1] += np.maximum(grid, m * _EPS)[:, None]
     try:
-        z = np.linalg.solve(ridged, right)[:, :, 0]
+        z = np.linalg.solve(ridged, moved[None, :, None])[:, :, 0]
     except np.linalg.LinAlgError:  # singular
-        return np.full((len(grid), len(k)), math.nan)
+        return np.full((len(grid), m), math.nan)
     return z / z.sum(axis=1, keepdims=True)

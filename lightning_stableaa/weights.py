@@ -6,7 +6,6 @@ every parameter stay, so nothing recompiles and channels_last survives.
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -106,12 +105,14 @@ class FlatTensors:
         if targets:
             _copy_all(targets, sources)
         covered = max(0, min(self.length - start, out.numel()))
-        out[covered:].zero_()
+        if covered < out.numel():
+            out[covered:].zero_()
 
     @torch.no_grad()
     def write(self, vector: Tensor) -> None:
         """Copy ``vector``, (length,) or longer, into the tensors."""
-        targets, sources = self._pieces(vector[: self.length], 0)
+        whole = vector if vector.numel() == self.length else vector[: self.length]
+        targets, sources = self._pieces(whole, 0)
         _copy_all(targets, sources)
         if self._is_split:
             drop_gathered()
@@ -121,15 +122,17 @@ class FlatTensors:
 
         What float32 holds may be beyond float16, or beyond bfloat16.
         """
-        pieces, dtypes = vector[: self.length].split(self._sizes), [s.dtype for s in self._segments]
-        if set(dtypes) == {self.dtype}:  # one pass for all
-            pieces, dtypes = (vector[: self.length],), [self.dtype]
+        vector, dtypes = vector[: self.length], [one.dtype for one in self._segments]
+        one_pass = set(dtypes) == {self.dtype}
+        pieces = [vector] if one_pass else vector.split(self._sizes)
         beyond = [
-            ~torch.linalg.vector_norm(piece, ord=math.inf).to(dtype).isfinite()
-            for piece, dtype in zip(pieces, dtypes, strict=True)
-            if piece.numel()
+            _not_finite(*torch.aminmax(one), dtype)
+            for one, dtype in zip(pieces, dtypes, strict=not one_pass)
+            if one.numel()
         ]
-        return torch.stack(beyond).any() if beyond else torch.zeros((), dtype=torch.bool)
+        if not beyond:
+            return torch.zeros((), dtype=torch.bool)
+        return beyond[0] if one_pass else torch.stack(beyond).any()
 
     def unpack(self, vector: Tensor) -> list[Tensor]:
         """The tensors that would hold ``vector``, of the same shapes and strides."""
@@ -202,6 +205,11 @@ def _momentum(parameter: Tensor, states: Iterable[Mapping[Tensor, Any]]) -> Tens
             if isinstance(buffer, Tensor):
                 return buffer
     return None
+
+
+def _not_finite(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
+    low, high = low.to(dtype), high.to(dtype)
+    return low - low != high - high  # 0 where finite, else NaN, which equals nothing
 
 
 def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:

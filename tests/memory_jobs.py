@@ -98,14 +98,14 @@ def judge() -> dict[str, Any]:
 def work_space() -> dict[str, Any]:
     """The Gram works in smaller pieces where the larger do not fit."""
     rows = torch.randn(6, 8 * MIB, generator=torch.Generator().manual_seed(0))  # 192 MiB
-    exact = _products(rows, [1, 4], 0)
+    exact = torch.stack(_products(rows, [1, 4], 0))
     with limited(150 * MIB):  # a copy in float64 takes 384
         failed = False
         try:
             _products(rows, [1, 4], 0)
         except RuntimeError:
             failed = True
-        found = _products_in_memory(rows, [1, 4], 0)
+        found = torch.stack(_products_in_memory(rows, [1, 4], 0))
     return {"failed": failed, "error": ((found - exact).abs().max() / exact.max()).item()}
 
 

@@ -134,7 +134,7 @@ def test_a_start_that_is_forgotten_after_a_gram_leaves_its_predecessor_whole() -
     assert history.linked == [True, True, False, True]
 
 
-@pytest.mark.parametrize("length", [1 << 20, (1 << 20) + 1000])
+@pytest.mark.parametrize("length", [1 << 20, (1 << 20) + 1000, 1 << 22])
 def test_products_of_float32_are_good_to_1e8(length: int) -> None:
     """Summed in single precision over short runs only, also where all products have one sign."""
     generator = torch.Generator().manual_seed(0)
