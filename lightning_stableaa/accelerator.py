@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +14,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stableaa import saved
-from lightning_stableaa.agreement import same_everywhere
+from lightning_stableaa.building import Builder
 from lightning_stableaa.cycles import Cycles
-from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.dtensors import is_split
 from lightning_stableaa.extrapolation import Extrapolation
-from lightning_stableaa.memory import first_line, out_of_memory
 from lightning_stableaa.options import (
     ApplyTo,
     HistoryPlacement,
@@ -35,8 +32,6 @@ from lightning_stableaa.safeguard import LossFunction
 from lightning_stableaa.status import Status
 from lightning_stableaa.watch import StepWatch, unwrap_optimizers
 from lightning_stableaa.weights import trainable_parameters
-
-log = logging.getLogger(__name__)
 
 _COUNTERS = (
     "optimizer_steps",
@@ -136,9 +131,6 @@ class AndersonAccelerator:
         # now, and later after a step: between, toggle_optimizer may hide those of the others
         self._parameters = trainable_parameters(self._optimizers)
         check_placement(history, split=is_split(self._parameters))
-        self._process_group = process_group
-        self._history_device = torch.device(history_device) if history_device else None
-        self._has_no_memory = False
         self.optimizer_steps = 0
         self.attempted = 0
         self.accepted = 0
@@ -146,9 +138,9 @@ class AndersonAccelerator:
         self.outcomes: Counter[Status] = Counter()
         self._steps_since_attempt = 0
         self._cycles: Cycles | None = None
-        self._why_not: Status | None = None  # there are none
         self._loaded: dict[str, Any] | None = None
         self._watch = StepWatch(self._optimizers, self._before_optimizer_step)
+        self._builder = Builder(self.options, self._optimizers, self._watch, process_group)
 
     def step(self, loss_fn: LossFunction | None = None) -> StepReport:
         """Take note of the optimizer step that was just made; extrapolate when it is due.
@@ -178,7 +170,7 @@ class AndersonAccelerator:
         cycles = self._cycles
         if cycles is None:
             self._parameters = trainable_parameters(self._optimizers)
-            return StepReport(status=self._why_not or Status.OUT_OF_MEMORY)
+            return StepReport(status=self._builder.why_not or Status.OUT_OF_MEMORY)
         self._steps_since_attempt += 1
         try:
             cycles.observe()
@@ -277,12 +269,15 @@ class AndersonAccelerator:
 
     def _before_optimizer_step(self) -> None:
         """Make sure that there are cycles, and that this step belongs to one."""
-        if self._has_no_memory:
+        if self._builder.has_no_memory:
             return
         try:
             if self._cycles is None:
-                self._build()
+                state, self._loaded = self._loaded, None
+                self._cycles = self._builder.build(self._parameters, state)
             if self._cycles is None:
+                if self._builder.why_not is Status.OUT_OF_MEMORY:
+                    self._drop_history()
                 return
             # at a cycle's end all weights are looked at
             if self._watch.seems_disturbed and self._cycles.notice_changes():
@@ -291,95 +286,18 @@ class AndersonAccelerator:
         except (RuntimeError, MemoryError) as error:
             self._give_back_memory(error)
 
-    def _build(self) -> None:
-        """Set up cycles for the parameters as they are now, on all ranks or on none."""
-        parameters = self._parameters
-        device = parameters[0].device if parameters else torch.device("cpu")
-        communicator = Communicator(self._process_group)
-        state, self._loaded = self._loaded, None
-        restores = state is not None and state["points"] is not None
-        shapes = [(one.shape, one.stride(), one.dtype) for one in parameters]
-        same_weights, same_state = same_everywhere(
-            communicator, device, repr(shapes), str(restores)
-        )
-        if not same_weights:
-            self._wait_for_the_same_weights()
-            return
-        cycles = None
-        with communicator.in_step():
-            cycles = Cycles(
-                parameters,
-                self.options,
-                communicator=communicator,
-                device=self._history_device,
-                optimizers=self._optimizers,
-                watch=self._watch,
-            )
-        if communicator.any_shortage(device) or cycles is None:
-            self._move_to_host(communicator.shortage)
-            return
-        if state is not None and restores:
-            self._restore(cycles, state, together=same_state)
-            if communicator.any_shortage(device):
-                self._move_to_host(communicator.shortage)
-                return
-        self._cycles, self._why_not = cycles, None
-
-    def _restore(self, cycles: Cycles, state: dict[str, Any], *, together: bool) -> None:
-        """Continue from a state, or say why not; a collective call if all ranks are together."""
-        different = ["state on another rank"]
-        if together:
-            different = cycles.load_state_dict(state, steps=int(state["counters"]["_cycle_steps"]))
-        if different:
-            log.warning(
-                "the Anderson history of the checkpoint was dropped and starts anew: "
-                "it was stored with another %s",
-                ", ".join(different),
-            )
-
-    def _wait_for_the_same_weights(self) -> None:
-        if self._why_not is not Status.PARAMETERS_CHANGED:
-            log.warning(
-                "the parameters that are trained differ between processes: training goes on "
-                "without acceleration until they are the same"
-            )
-        self._why_not = Status.PARAMETERS_CHANGED
-
     def _give_back_memory(self, error: RuntimeError | MemoryError) -> None:
-        """Go on with the history on the host, or without one.
+        """Go on without the history; an error where other ranks wait for this one."""
+        self._builder.out_of_memory(error, self._device)
+        self._drop_history()
 
-        Raises:
-            RuntimeError: not of memory, or in one of several ranks where the others wait for it.
-        """
-        if not out_of_memory(error):
-            raise error
-        world = Communicator(self._process_group).world_size
-        if world > 1:
-            raise RuntimeError(
-                f"out of memory in one of {world} processes, in the middle of what they do "
-                f"together ({first_line(error)}): {Status.OUT_OF_MEMORY.remedy}"
-            ) from error
-        self._move_to_host(first_line(error))
-
-    def _move_to_host(self, shortage: str) -> None:
-        """Begin anew in the memory of the host, or do without a history, on all ranks.
-
-        Args:
-            shortage: what the error said; empty where it was another process's.
-        """
-        device = self._parameters[0].device
+    def _drop_history(self) -> None:
         self._cycles = self._loaded = None
-        self._why_not = Status.OUT_OF_MEMORY
         self.outcomes[Status.OUT_OF_MEMORY] += 1
-        self._has_no_memory = "cpu" in (device.type, getattr(self._history_device, "type", ""))
-        self._history_device = torch.device("cpu")
-        log.warning(
-            "out of memory (%s): %s",
-            shortage or "in another process",
-            f"training goes on without acceleration; {Status.OUT_OF_MEMORY.remedy}"
-            if self._has_no_memory
-            else "the Anderson history starts anew in the memory of the host",
-        )
+
+    @property
+    def _device(self) -> torch.device:
+        return self._parameters[0].device if self._parameters else torch.device("cpu")
 
     def _close_cycle(self, cycles: Cycles, loss_fn: LossFunction | None) -> StepReport:
         self._parameters = trainable_parameters(self._optimizers)
@@ -411,7 +329,8 @@ class AndersonAccelerator:
             self._cycles = None  # built anew at the next step
         else:
             assert self._cycles is not None
-            self._move_to_host(self._cycles.points.communicator.shortage)
+            self._builder.move_to_host(self._cycles.points.communicator.shortage, self._device)
+            self._drop_history()
         return StepReport(status=disturbance)
 
     def _decided(self, found: Extrapolation, report: StepReport) -> StepReport:

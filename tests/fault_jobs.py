@@ -72,6 +72,7 @@ def main(rank: int, port: int, folder: str) -> None:
         "frozen": lambda: {name: frozen(name) for name in ("replicated", "sharded")},
         "no room": lambda: {name: no_room(name) for name in PLACEMENTS},
         "short": lambda: each(short_of_memory),
+        "moved to the host": lambda: {name: moved_to_host(name) for name in PLACEMENTS},
         "smoothed": lambda: {name: smoothed(name) for name in ("plain", "mixed")},
         "ddp": lambda: [
             ddp_jobs.train(anderson(history=one), WritesOnOneRank(), epochs=4)
@@ -274,6 +275,19 @@ def short_of_memory(placement: str, options: dict[str, Any]) -> dict[str, Any]:
             training.train(12)
         seen[name] = training.seen()
     return seen
+
+
+def moved_to_host(placement: str) -> dict[str, Any]:
+    """One rank runs out of memory on a device that is not the host, or would be."""
+    training = Training(placement)
+    with short_on_one_rank(History, "gram", RuntimeError):
+        training.train(7)
+    training.engine._builder.has_no_memory = False
+    training.train(9)
+    other = training.resumed(placement=placement)
+    training.train(8)
+    other.train(8)
+    return training.seen() | {"resumed": flat(other.problem.parameters)}
 
 
 def smoothed(layout: str) -> dict[str, Any]:

@@ -130,6 +130,17 @@ def test_one_rank_without_memory_leaves_no_other_waiting(
     assert met >= {"push", "gram", "first candidate", late}
 
 
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_all_ranks_accelerate_again_with_the_history_on_the_host(
+    ranks: Ranks, placement: str
+) -> None:
+    seen = agreed(*(rank["moved to the host"][placement] for rank in ranks))
+    assert seen["statuses"][5:7] == ["out_of_memory"] * 2
+    assert seen["outcomes"]["out_of_memory"] == 1
+    assert seen["statuses"][7:].count("accepted") >= 2
+    assert torch.equal(seen["resumed"], seen["weights"])
+
+
 @pytest.mark.parametrize("layout", ["plain", "mixed"])
 def test_averages_without_a_history_begin_anew_on_all_ranks(ranks: Ranks, layout: str) -> None:
     seen = agreed(*(rank["smoothed"][layout] for rank in ranks))
