@@ -27,6 +27,8 @@ class WeightSmoother:
     With ``apply_to="weights"`` the average of each window replaces the weights while smoothing is
     on; with ``apply_to="history"`` there is no history here, and nothing is changed.
 
+    Processes that train together all have one: where a window ends they turn the switch together.
+
     Args:
         optimizer: one optimizer, or several whose parameters move together.
         smoothing: the options; a window of ``None`` is 10 steps.
