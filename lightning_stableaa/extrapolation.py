@@ -123,7 +123,7 @@ def _losses(points: PointStore, proposal: Proposal, loss_fn: LossFunction) -> li
             random.restore()
             put(jump)
             losses.append(loss_value(loss_fn, device, collective=points.split))
-    random.restore()
+    random.restore(last=True)
     return losses
 
 

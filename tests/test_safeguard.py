@@ -1,4 +1,5 @@
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,8 +41,27 @@ def test_every_generator_is_restored() -> None:
 
     state = RandomState(CPU)
     first = draw()
-    state.restore()
+    for _ in range(3):
+        state.restore()
+        assert draw() == first
+    state.restore(last=True)
     assert draw() == first
+
+
+@pytest.mark.parametrize("draw", [np.random.rand, np.random.randn, lambda: np.random.rand(624)])
+@pytest.mark.parametrize("loss_before_draws", [True, False])
+def test_the_generator_of_numpy_ends_where_it_began(draw: Any, loss_before_draws: bool) -> None:
+    state = RandomState(CPU)
+    _, expected_words, *expected_places = np.random.get_state()
+    if loss_before_draws:
+        draw()
+    state.restore()
+    drawn = [draw() for _ in range(2) if not state.restore()]
+    assert np.all(drawn[0] == drawn[1]) == loss_before_draws
+    state.restore(last=True)
+    _, words, *places = np.random.get_state()
+    assert np.array_equal(words, expected_words)
+    assert places == expected_places
 
 
 def test_buffers_and_metrics_are_restored_also_after_an_error() -> None:

@@ -316,14 +316,15 @@ class AndersonCallback(LightningCallback):
         log_to_loggers(
             trainer, {f"anderson/{name}": float(value) for name, value in values.items()}
         )
-        pl_module.log(
-            "anderson_accepted",
-            float(engine.accepted),
-            prog_bar=True,
-            logger=False,
-            on_step=True,
-            on_epoch=False,
-        )
+        if trainer.progress_bar_callback is not None:  # takes longer than a step of a small model
+            pl_module.log(
+                "anderson_accepted",
+                float(engine.accepted),
+                prog_bar=True,
+                logger=False,
+                on_step=True,
+                on_epoch=False,
+            )
 
 
 def _effective_options(options: Options, trainer: Any) -> Options:

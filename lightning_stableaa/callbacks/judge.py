@@ -53,24 +53,25 @@ class BatchLoss:
         self._batch = batch
         self._batch_idx = batch_idx
         self._samples: JudgeSamples = samples
-        self._undo = ExitStack()
-        self._entered = False
+        self._undo: ExitStack | None = None  # from the first call on
+        self._arguments: tuple[Any, ...] = ()
 
     def __enter__(self) -> BatchLoss:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._undo.close()
+        if self._undo is not None:
+            self._undo.close()
 
     def __call__(self) -> Tensor:
-        if not self._entered:
-            self._entered = True
+        if self._undo is None:
+            self._undo = ExitStack()
             self._undo.enter_context(undo_side_effects(self._module))
             self._undo.enter_context(silenced(self._module))
             samples = samples_that_judge(self._samples, self._trainer, self._module, self._batch)
-            if samples is not None:
-                self._batch = first_samples(self._batch, samples)
-        return loss_of_batch(self._trainer, self._module, self._batch, self._batch_idx)
+            batch = self._batch if samples is None else first_samples(self._batch, samples)
+            self._arguments = loss_arguments(self._module, batch, self._batch_idx)
+        return loss_of_arguments(self._trainer, self._module, self._arguments)
 
 
 def samples_that_judge(
@@ -111,13 +112,25 @@ def _ends_in_classes(batch: Any) -> bool:
 
 def loss_of_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Any:
     """The module's own loss where it has one, else that of its training step."""
+    return loss_of_arguments(trainer, module, loss_arguments(module, batch, batch_idx))
+
+
+def loss_arguments(module: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
+    """What the loss of the module takes of these."""
+    if has_own_loss(module):
+        return (batch,)
+    # like Lightning, by position: the second parameter need not be called batch_idx
+    parameters = inspect.signature(module.training_step).parameters.values()
+    both = len(parameters) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
+    return (batch, batch_idx) if both else (batch,)
+
+
+def loss_of_arguments(trainer: Any, module: Any, arguments: tuple[Any, ...]) -> Any:
+    """``loss_of_batch`` of what it takes."""
     with trainer.precision_plugin.train_step_context():
         if has_own_loss(module):
-            return module.anderson_loss(batch)
-        # like Lightning, by position: the second parameter need not be called batch_idx
-        parameters = inspect.signature(module.training_step).parameters.values()
-        both = len(parameters) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
-        output = module.training_step(*[batch, batch_idx][: 1 + both])
+            return module.anderson_loss(*arguments)
+        output = module.training_step(*arguments)
         return output["loss"] if isinstance(output, Mapping) else output
 
 

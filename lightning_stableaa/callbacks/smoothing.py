@@ -111,4 +111,5 @@ class SmoothingMonitor(LightningCallback):
 def log_smoothing(trainer: Any, pl_module: Any, rsd: float, *, on: bool) -> None:
     """RSD and switch to the loggers, RSD to the progress bar."""
     log_to_loggers(trainer, {"smoothing/rsd": rsd, "smoothing/on": float(on)})
-    pl_module.log("rsd", rsd, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+    if trainer.progress_bar_callback is not None:
+        pl_module.log("rsd", rsd, prog_bar=True, logger=False, on_step=True, on_epoch=False)

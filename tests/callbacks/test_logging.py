@@ -165,6 +165,21 @@ def test_the_progress_bar_shows_the_count_and_the_rsd() -> None:
     assert shown[-1]["anderson_accepted"] == counters(callback)["accepted"]
 
 
+def test_without_a_progress_bar_nothing_is_logged_for_it() -> None:
+    names: list[str] = []
+
+    class Listens(Regression):
+        def log(self, name: str, *arguments: Any, **options: Any) -> None:
+            names.append(name)
+            super().log(name, *arguments, **options)
+
+    callback = anderson()
+    fit(Listens(), batches(8), SmoothingMonitor(rsd_threshold=1e9), callback, max_epochs=1)
+
+    assert counters(callback)["attempted"] > 0
+    assert not {"anderson_accepted", "rsd"} & set(names)
+
+
 def summary_of(caplog: pytest.LogCaptureFixture, *callbacks: Any, module: Any, epochs: int) -> Any:
     with caplog.at_level(logging.INFO):
         fit(module, batches(1), *callbacks, max_epochs=epochs)
