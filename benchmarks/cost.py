@@ -2,20 +2,23 @@
 
     python benchmarks/cost.py                 # tables
     python benchmarks/cost.py --json FILE     # the same, for machines
-    python benchmarks/cost.py --plot FILE     # an update against n and m, with the floor
+    python benchmarks/cost.py --plot FILE     # update and push against n and m, with their floors
 
 The floor of an update reads the window twice (Gram, combination) and writes the weights once:
-2 (m + 1) n reads and n writes, at the copy bandwidth measured in the same run. Figures are medians,
-ratios are taken within one run. On a CPU with one thread, the default, times are processor time, so
-that other programs on the same cores do not count.
+2 (m + 1) n reads and n writes, at the copy bandwidth measured in the same run; that of a push is a
+copy. The floor of the safeguard is as many bare forward passes as it asks for losses. Figures are
+medians, ratios are taken within one run. On a CPU with one thread, the default, times are processor
+time, so that other programs on the same cores do not count.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import itertools
 import json
+import math
 import platform
 import statistics
 import time
@@ -29,15 +32,19 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_stableaa import AndersonAccelerator
 from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.options import Options
 from lightning_stableaa.points import PointStore
 from lightning_stableaa.recipes.files import write_atomically
 from lightning_stableaa.solver import propose
 
 DEPTH = 10
+PAIRS = 1001  # of ten steps with and without
 TENSORS = 160  # as many as ResNet-50 has
 SIZES = (5_000_000, 25_600_000)
 LARGE_MODEL = "small ResNet, 128 images of 32 x 32"
+STEPS = Options.accelerate_every_n_steps
 PLOTTED_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+PLOTTED_SIZE = 2_000_000
 PLOTTED_DEPTHS = (2, 5, 10, 20, 50)
 
 Row = dict[str, float | str]
@@ -147,6 +154,7 @@ def measure_update(n: int, depth: int, device: torch.device) -> Row:
         "floor_ms": 1e3 * floor,
         "update_ms": 1e3 * updating,
         "gram_ms": 1e3 * gram,
+        "push_ms": 1e3 * pushing,
         "update_over_floor": updating / floor,
         "push_over_copy": pushing / copying,
     }
@@ -192,7 +200,7 @@ def measure_idle_step(device: torch.device) -> Row:
             accelerator.step()
 
     # short pairs: what else runs on the machine changes slowly
-    added = [clock.once(ten_watched) - clock.once(ten_plain) for _ in range(1001)]
+    added = [clock.once(ten_watched) - clock.once(ten_plain) for _ in range(PAIRS)]
     return {"tensors": TENSORS, "added_us": 1e5 * statistics.median(added[5:])}
 
 
@@ -214,19 +222,19 @@ def models() -> dict[str, tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]], 
             mlp(7, 64, 64, 64, 1),
             lambda: (torch.randn(40, 7), torch.randn(40, 1)),
             mse_loss,
-            200,
+            300,
         ),
         "MLP 2-20x8-1, 4400 points": (
             mlp(2, *[20] * 8, 1),
             lambda: (torch.randn(4400, 2), torch.randn(4400, 1)),
             mse_loss,
-            30,
+            40,
         ),
         LARGE_MODEL: (
             resnet_small(num_classes=10, width=16, small_images=True),
             images(128, 32),
             cross_entropy,
-            2,
+            3,
         ),
     }
 
@@ -242,38 +250,54 @@ def measure_model(
 ) -> Row:
     """The default schedule, safeguard included, beside the same steps without it.
 
+    Cycles with and without it take turns, so that both see the same machine.
+
     Args:
+        cycles: measured, after three that fill the history.
         judged: samples of the batch that candidates are judged on; ``None`` takes all.
     """
     clock = Clock(torch.device("cpu"))
     inputs, targets = batch()
-    parameters = list(model.parameters())
-    optimizer = torch.optim.SGD(parameters, lr=1e-6)
-    steps = 10 * cycles
+    accelerated = copy.deepcopy(model)
+    plain_optimizer, optimizer = (
+        torch.optim.SGD(one.parameters(), lr=1e-6) for one in (model, accelerated)
+    )
 
-    def step() -> None:
-        optimizer.zero_grad()
-        loss(model(inputs), targets).backward()
-        optimizer.step()
+    def loss_of(network: nn.Module, count: int | None = None) -> Tensor:
+        return loss(network(inputs[:count]), targets[:count])
 
-    def plain() -> None:
-        for _ in range(steps):
-            step()
+    def plain_cycle() -> None:
+        for _ in range(STEPS):
+            plain_optimizer.zero_grad()
+            loss_of(model).backward()
+            plain_optimizer.step()
 
-    def accelerated() -> None:
-        for _ in range(steps):
-            step()
-            accelerator.step(lambda: loss(model(inputs[:judged]), targets[:judged]))
+    def accelerated_cycle() -> None:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss_of(accelerated).backward()
+            optimizer.step()
+            accelerator.step(lambda: loss_of(accelerated, judged))
 
-    step()
-    before = clock.median(plain, repeats=3)
+    def four_losses() -> None:
+        for _ in range(4):
+            loss_of(model, judged)
+
+    plain_cycle()
     accelerator = AndersonAccelerator(optimizer)
-    after = clock.median(accelerated, repeats=3)
+    for _ in range(3):
+        accelerated_cycle()
+    turns = [
+        [clock.once(one) for one in (plain_cycle, accelerated_cycle, four_losses)]
+        for _ in range(cycles)
+    ]
+    before, after, losses = (statistics.median(times) for times in zip(*turns, strict=True))
     return {
         "model": name if judged is None else f"{name}, judged on {judged}",
-        "parameters": sum(one.numel() for one in parameters),
-        "step_ms": 1e3 * before / steps,
+        "parameters": sum(one.numel() for one in model.parameters()),
+        "step_ms": 1e3 * before / STEPS,
         "overhead": after / before - 1,
+        "floor": losses / before,
         "losses": accelerator.loss_evaluations / accelerator.optimizer_steps,
     }
 
@@ -295,21 +319,44 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
+def sizes_that_fit(sizes: Sequence[int], depth: int, device: torch.device) -> list[int]:
+    """Those whose window, weights and copies take at most half of the memory that is free."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable"))
+        free = 1024 * int(available.split()[1])
+    return [n for n in sizes if 4 * n * (depth + 6) <= free / 2]
+
+
+def exponent(rows: list[Row], name: str) -> float:
+    """p of the power law n^p between the last two rows, of n and of the quantity."""
+    (n0, y0), (n1, y1) = ((float(row["n"]), float(row[name])) for row in rows[-2:])
+    return math.log(y1 / y0) / math.log(n1 / n0)
+
+
 def draw(path: Path, against_n: list[Row], against_m: list[Row]) -> None:
-    """Time of an update and its floor, against n and against m."""
+    """Times of an update and of a push, and their floors, against n and against m."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    lines = {
+        "update_ms": ("update", "o-", "#D55E00"),
+        "floor_ms": ("floor of an update", "--", "#D55E00"),
+        "push_ms": ("push", "s-", "#0072B2"),
+        "copy_ms": ("a copy", "--", "#0072B2"),
+    }
     for axes, rows, key in ((left, against_n, "n"), (right, against_m, "m")):
         x = [row[key] for row in rows]
-        axes.loglog(x, [row["update_ms"] for row in rows], "o-", color="#D55E00", label="update")
-        axes.loglog(x, [row["floor_ms"] for row in rows], "--", color="#555555", label="floor")
+        for name, (label, style, color) in lines.items():
+            axes.loglog(x, [row[name] for row in rows], style, color=color, label=label)
         axes.set(xlabel=f"{key}, {'weights' if key == 'n' else 'residuals'}", ylabel="ms")
-        axes.legend()
-    left.set_title(f"m = {against_n[0]['m']}")
+        axes.legend(fontsize="small")
+    left.set_title(f"m = {against_n[0]['m']}; at the end n^{exponent(against_n, 'update_ms'):.2f}")
     right.set_title(f"n = {against_m[0]['n']:,}")
     picture = io.BytesIO()
     figure.savefig(picture, dpi=150, format=path.suffix[1:])
@@ -329,13 +376,13 @@ def _print(title: str, rows: list[Row]) -> None:
         )
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Measure everything, print it, and write it where asked to."""
     parser = argparse.ArgumentParser(description="cost of stable Anderson acceleration")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw an update against n and m to this file")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results: dict[str, list[Row]] = {
@@ -349,8 +396,9 @@ def main() -> None:
         ],
     }
     if arguments.plot:
-        results["against n"] = [measure_update(n, DEPTH, device) for n in PLOTTED_SIZES]
-        results["against m"] = [measure_update(2_000_000, m, device) for m in PLOTTED_DEPTHS]
+        sizes = sizes_that_fit(PLOTTED_SIZES, DEPTH, device)
+        results["against n"] = [measure_update(n, DEPTH, device) for n in sizes]
+        results["against m"] = [measure_update(PLOTTED_SIZE, m, device) for m in PLOTTED_DEPTHS]
         draw(arguments.plot, results["against n"], results["against m"])
     print(json.dumps(machine(device)))
     for title, rows in results.items():
