@@ -27,12 +27,10 @@ _GPU_CHUNK = 1 << 22
 _SMALLEST_CHUNK = 1 << 14  # where memory is short
 
 # Long float32 vectors on a CPU: products are summed in single precision over short runs, and the
-# sums in float64. Errors of many runs average out: below 1e-8 of |r_i||r_j| from these lengths on
-# (tested), about what the rounding of the points leaves; twice the run from four times the length.
-# Shorter vectors cost little in float64.
-_RUN = 1 << 9
-_RUN_FROM = 1 << 20
-_LONG_RUN_FROM = 1 << 22
+# sums in float64. The error grows with a run and falls as the root of their number; with runs in
+# proportion to the root of the length it stays below 1e-8 of |r_i||r_j| from this length on
+# (tested), about what the rounding of the points leaves. Shorter vectors cost little in float64.
+_SINGLE_PRECISION_FROM = 1 << 18
 
 
 class History:
@@ -317,11 +315,14 @@ def _products(rows: Tensor, new: list[int], run: int) -> list[Tensor]:  # len(ne
 
 
 def _single_precision_run(rows: Tensor) -> int:
-    """Elements whose products may be summed in the precision of the rows; 0 for none."""
+    """Elements whose products are summed in the precision of the rows; 0 for none.
+
+    256 of 2^18, 512 of 2^20, 1024 of 2^22 elements, and so on.
+    """
     length = rows.shape[1]
-    if length < _RUN_FROM or not _single_precision_will_do(rows):
+    if length < _SINGLE_PRECISION_FROM or not _single_precision_will_do(rows):
         return 0
-    return _RUN if length < _LONG_RUN_FROM else 2 * _RUN
+    return 1 << ((length.bit_length() - 1) // 2 - 1)
 
 
 def _single_precision_will_do(rows: Tensor) -> bool:
