@@ -356,6 +356,8 @@ def draw(path: Path, against_n: list[Row], against_m: list[Row]) -> None:
             axes.loglog(x, [row[name] for row in rows], style, color=color, label=label)
         axes.set(xlabel=f"{key}, {'weights' if key == 'n' else 'residuals'}", ylabel="ms")
         axes.legend(fontsize="small")
+    right.set_xticks(PLOTTED_DEPTHS, [str(m) for m in PLOTTED_DEPTHS])
+    right.minorticks_off()
     left.set_title(f"m = {against_n[0]['m']}; at the end n^{exponent(against_n, 'update_ms'):.2f}")
     right.set_title(f"n = {against_m[0]['n']:,}")
     picture = io.BytesIO()
