@@ -38,7 +38,7 @@ from lightning_stableaa.recipes.files import write_atomically
 from lightning_stableaa.solver import propose
 
 DEPTH = 10
-PAIRS = 1001  # of ten steps with and without
+IDLE_STEPS = 5000
 TENSORS = 160  # as many as ResNet-50 has
 SIZES = (5_000_000, 25_600_000)
 LARGE_MODEL = "small ResNet, 128 images of 32 x 32"
@@ -176,32 +176,40 @@ def measure_textbook(n: int, depth: int, device: torch.device) -> Row:
 
 
 def measure_idle_step(device: torch.device) -> Row:
-    """What the accelerator adds to a step on which nothing is due, hooks included."""
-    clock = Clock(device)
+    """What the accelerator does in a step on which nothing is due: its two hooks and ``step``.
 
-    def optimizer() -> torch.optim.Optimizer:
-        parameters = [nn.Parameter(torch.ones(4, device=device)) for _ in range(TENSORS)]
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
-        return torch.optim.SGD(parameters, lr=0.0, foreach=True)
+    Clocks stand before and after each of them, and their own time is taken off: a difference
+    of steps with and without it varies by more from run to run.
+    """
+    parameters = [nn.Parameter(torch.ones(4, device=device)) for _ in range(TENSORS)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = torch.optim.SGD(parameters, lr=0.0, foreach=True)
+    times: list[float] = []
 
-    plain, watched = optimizer(), optimizer()
+    def look(*_: object) -> None:
+        times.append(time.thread_time())
+
+    optimizer.register_step_pre_hook(look)
+    optimizer.register_step_post_hook(look)
     accelerator = AndersonAccelerator(
-        watched, store_every_n_steps=10**6, accelerate_every_n_steps=10**6, safeguard="none"
+        optimizer, store_every_n_steps=10**6, accelerate_every_n_steps=10**6, safeguard="none"
     )
+    optimizer.register_step_pre_hook(look)
+    optimizer.register_step_post_hook(look)
 
-    def ten_plain() -> None:
-        for _ in range(10):
-            plain.step()
+    def step() -> float:
+        times.clear()
+        optimizer.step()
+        look()
+        accelerator.step()
+        look()
+        look()
+        spent = sum(times[1:6:2]) - sum(times[0:6:2])
+        return spent - 3 * (times[6] - times[5])
 
-    def ten_watched() -> None:
-        for _ in range(10):
-            watched.step()
-            accelerator.step()
-
-    # short pairs: what else runs on the machine changes slowly
-    added = [clock.once(ten_watched) - clock.once(ten_plain) for _ in range(PAIRS)]
-    return {"tensors": TENSORS, "added_us": 1e5 * statistics.median(added[5:])}
+    added = [step() for _ in range(IDLE_STEPS)]
+    return {"tensors": TENSORS, "added_us": 1e6 * statistics.median(added[IDLE_STEPS // 10 :])}
 
 
 def models() -> dict[str, tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]], Any, int]]:

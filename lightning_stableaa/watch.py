@@ -16,7 +16,7 @@ from lightning_stableaa.dtensors import is_dtensor, local_part
 _LEARNED_AFTER = 10
 
 # Weights looked at before every step once habits are known: all of a small model.
-_GLANCES = 16
+_GLANCES = 8
 
 _version_of = attrgetter("_version")
 
@@ -73,6 +73,7 @@ class StepWatch:
         self._glanced_at: Sequence[Tensor] = ()
         self._versions: list[int] = []  # at the last mark
         self._glance: list[int] = []  # expected of those glanced at
+        self._glance_writes: dict[Optimizer, list[int]] = {}  # to them, in one step
         self._steps: Counter[Optimizer] = Counter()  # since the last mark, while habits are known
         self._habits = _Habits(optimizers)
         self._hooks = [
@@ -149,13 +150,13 @@ class StepWatch:
         if self._habits.known:
             if moved:  # also by nothing, where a fused optimizer found an overflow
                 self._steps[optimizer] += 1
-                writes = self._habits.of[optimizer][self._few]
-                self._glance = list(map(add, self._glance, writes))
+                self._glance = list(map(add, self._glance, self._glance_writes[optimizer]))
             return
         before = self._versions
         self.mark()
         if moved:
             self._habits.learn(optimizer, self._parameters, before, self._versions)
+            self._glance_writes[optimizer] = self._habits.of.get(optimizer, [])[self._few]
 
     def _expected(self) -> list[int]:
         """Versions, if nobody but the optimizers wrote."""
@@ -219,11 +220,11 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _has_gradient(optimizer: Optimizer) -> bool:
-    return any(
-        parameter.grad is not None
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                return True
+    return False
 
 
 def _overflowed(optimizer: Optimizer) -> bool:

@@ -29,7 +29,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cost, "models", lambda: settings)
     monkeypatch.setattr(cost, "SIZES", (2_000,))
     monkeypatch.setattr(cost, "TENSORS", 3)
-    monkeypatch.setattr(cost, "PAIRS", 11)
+    monkeypatch.setattr(cost, "IDLE_STEPS", 30)
     monkeypatch.setattr(cost, "PLOTTED_SIZES", (1_000, 4_000))
     monkeypatch.setattr(cost, "PLOTTED_SIZE", 500)
     monkeypatch.setattr(cost, "PLOTTED_DEPTHS", (2, 4))
@@ -53,9 +53,10 @@ def test_figures_and_picture_are_written(
         assert row["update_over_floor"] == pytest.approx(row["update_ms"] / row["floor_ms"])
         assert row["update_ms"] > row["gram_ms"] > 0 < row["push_ms"]
     (model,) = written["models"]
-    assert (model["parameters"], model["losses"]) == (4, pytest.approx(5 / 15))
+    assert (model["parameters"], model["losses"]) == (4, pytest.approx(4 * 5 / (6 * cost.STEPS)))
     assert model["floor"] > 0
-    assert written["idle step"][0]["tensors"] == 3
+    (idle,) = written["idle step"]
+    assert (idle["tensors"], idle["added_us"] > 0) == (3, True)
     assert "update_over_floor" in capsys.readouterr().out
 
 
