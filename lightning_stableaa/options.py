@@ -105,8 +105,8 @@ class Options:
     """
 
     history_depth: int = 10
-    store_every_n_steps: int = 20
-    accelerate_every_n_steps: int = 20
+    store_every_n_steps: int = 10
+    accelerate_every_n_steps: int = 10
     warmup_steps: int = 0
     relaxation: float = 1.0
     lag_compensation: float = 0.75
