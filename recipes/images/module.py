@@ -63,14 +63,10 @@ class ImageClassifier(RecipeModule):
         """Weights, and the rest without weight decay."""
         return decay_groups(self)
 
-    def anderson_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """The training loss; batch normalisation updates its statistics in training mode."""
-        images, labels = batch
-        return readable_cross_entropy(self.network(images), labels, self.label_smoothing)
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Smoothed cross-entropy of one batch."""
-        loss = self.anderson_loss(batch)
+        images, labels = batch
+        loss = readable_cross_entropy(self.network(images), labels, self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
