@@ -9,22 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 _EPS = np.finfo(np.float64).eps
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-
-
-class HostProposal(NamedTuple):
-    """The fields of ``solver.Proposal``."""
-
-    jumps: Array  # (L, q)
-    norms: Array  # (L,)
-    residual_norm: Array  # ()
-    residual_gram: Array  # (m, m)
 
 
 def propose_on_host(
@@ -36,8 +27,8 @@ def propose_on_host(
     max_extrapolation: float,
     lag_compensation: float,
     look_ahead_cycles: float,
-) -> HostProposal:
-    """One candidate for each of the L values of lambda in ``grid``; see ``solver.propose``.
+) -> tuple[Array, Array, Array, Array]:
+    """The fields of ``solver.Proposal``, one candidate for each of the L lambdas in ``grid``.
 
     Args:
         look_ahead_cycles: by which the candidate of the last lambda goes on; 0 for none that does.
@@ -62,7 +53,7 @@ def propose_on_host(
         norms = np.sqrt(np.maximum((jumps @ gram * jumps).sum(axis=1), 0.0))
         # a zero jump divides to inf, or to NaN where the residuals are zero as well
         shrink = np.minimum(max_extrapolation * residual_norm / norms, 1.0)
-        return HostProposal(jumps * shrink[:, None], norms * shrink, np.asarray(residual_norm), k)
+        return jumps * shrink[:, None], norms * shrink, np.asarray(residual_norm), k
 
 
 def _mixing_weights(k: Array, squares: Array, grid: Sequence[float]) -> Array:  # (L, m)
