@@ -5,10 +5,10 @@
     python benchmarks/cost.py --plot FILE     # update and push against n and m, with their floors
 
 The floor of an update reads the window twice (Gram, combination) and writes the weights once:
-2 (m + 1) n reads and n writes, at the copy bandwidth measured in the same run; that of a push is a
-copy. The floor of the safeguard is as many bare forward passes as it asks for losses. Figures are
-medians, ratios are taken within one run. On a CPU with one thread, the default, times are processor
-time, so that other programs on the same cores do not count.
+2 (m + 1) n reads and n writes, at the bandwidth at which the same run copies a block as large as
+the window; that of a push is a copy. The floor of the safeguard is as many bare forward passes as
+it asks for losses. Figures are medians, ratios are taken within one run. On a CPU with one thread,
+the default, times are processor time, so that other programs on the same cores do not count.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from lightning_stableaa.solver import propose
 
 DEPTH = 10
 IDLE_STEPS = 5000
+LARGEST_COPY = 1 << 26  # elements, 256 MiB: beyond any cache
 TENSORS = 160  # as many as ResNet-50 has
 SIZES = (5_000_000, 25_600_000)
 LARGE_MODEL = "small ResNet, 128 images of 32 x 32"
@@ -127,22 +128,27 @@ def textbook(iterates: Sequence[Tensor]) -> Tensor:
     return x[:, -1] - ((x[:, 2:] - x[:, 1:-1]) @ gamma)[:, 0]
 
 
+def measure_copy(n: int, depth: int, clock: Clock, device: torch.device, *, repeats: int) -> float:
+    """Seconds to copy n elements, at the bandwidth of a block as large as the window.
+
+    Source and target of n elements alone may stay in a cache that the window does not fit into.
+    """
+    size = max(n, min((depth + 1) * n, LARGEST_COPY))
+    source, target = torch.randn(size, device=device), torch.empty(size, device=device)
+    return clock.median(lambda: target.copy_(source), repeats=repeats) * n / size
+
+
 def measure_update(n: int, depth: int, device: torch.device) -> Row:
     """An update after one new point, and a push, beside the floor and a copy."""
     clock = Clock(device)
-    source, target = torch.randn(n, device=device), torch.empty(n, device=device)
     repeats = 9 if n <= 30_000_000 else 3
-
-    def copy() -> None:
-        target.copy_(source)
-
+    copying = measure_copy(n, depth, clock, device, repeats=4 * repeats)
     store = filled_store(n, depth, device)
 
     def step_and_push() -> None:
         move(store)
         store.push_weights()
 
-    copying = clock.median(copy, repeats=4 * repeats)
     updating = clock.median(lambda: update(store), before=step_and_push, repeats=repeats)
     gram = clock.median(store.gram, before=step_and_push, repeats=repeats)
     pushing = clock.median(store.push_weights, before=lambda: move(store), repeats=repeats)
