@@ -50,12 +50,12 @@ def loss_value(
         if collective:
             raise RuntimeError(
                 "judging a candidate ran out of memory within a forward pass of split weights, in "
-                "which the other processes wait for this one: use smaller batches, define "
-                "anderson_loss(batch) on a part of the batch, or choose safeguard='none'"
+                "which the other processes wait for this one: use smaller batches, judge on a part "
+                "of them (judge_samples of AndersonCallback), or choose safeguard='none'"
             ) from error
         log.warning(
             "judging a candidate ran out of memory, and it was rejected: use smaller batches, or "
-            "define anderson_loss(batch) on a part of the batch"
+            "judge on a part of them (judge_samples of AndersonCallback)"
         )
         loss = None
     if loss is None:
