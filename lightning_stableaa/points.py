@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.dtensors import arranged, is_split, share_of
+from lightning_stableaa.groups import RankGroups
 from lightning_stableaa.history import History
 from lightning_stableaa.offload import host_copies
 from lightning_stableaa.options import HistoryPlacement
@@ -25,8 +26,9 @@ class PointStore:
 
     Replicated: every rank keeps (m + 2) n elements and sends nothing. Sharded: every rank keeps
     its slice of every point, (m + 1) n / P, and the n elements of the gathered candidate; to gather
-    them takes no more memory on a GPU, and a few MiB elsewhere. Where the weights themselves are
-    split (DTensors), every rank keeps (m + 2) points of its own part.
+    them takes no more memory on a GPU, and a few MiB elsewhere. Another candidate for each of L
+    groups of ranks takes L n / P elements more meanwhile, at most n / 16. Where the weights
+    themselves are split (DTensors), every rank keeps (m + 2) points of its own part.
 
     Args:
         parameters: the weights, see :func:`~lightning_stableaa.weights.trainable_parameters`.
@@ -76,13 +78,16 @@ class PointStore:
         self._momentum: History | None = None
         self._gathers = self.sharded and not self.split
         self._newest_is_whole = False  # does the newest point hold all of the current weights?
+        self._groups: RankGroups | None = None
         size = self.length * communicator.world_size if self._gathers else self.length
-        self.candidate = torch.zeros(
-            size,
+        padding = communicator.world_size if self._gathers else 0  # of what a group gathers
+        self._gathered = torch.zeros(
+            size + padding,
             dtype=self.weights.dtype,
             device=self.device,
             pin_memory=self.device.type == "cpu" and self.weights.device.type == "cuda",
         )
+        self.candidate = self._gathered[:size]
 
     def still_fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the parameters are those of construction, in the same memory."""
@@ -147,9 +152,23 @@ class PointStore:
         """Whether the last trial is left in ``candidate``, bitwise the same on every rank."""
         return self._gathers
 
+    def groups(self, count: int) -> RankGroups:
+        """The ranks in so many groups, the same number whenever it is asked for."""
+        if self._groups is None:
+            self._groups = RankGroups(self.communicator, count)
+        return self._groups
+
     def form(self, jump: Tensor) -> None:
-        """Write the newest point plus the jump, (q,), to ``candidate``, on every rank."""
-        self._combine(self.history, jump)
+        """Write the newest point plus the jump, (q,), to ``candidate``, on every rank.
+
+        Of jumps (L, q), one for each of L groups of ranks, that of this rank's group.
+        """
+        if jump.ndim == 1:
+            self._combine(self.history, jump)
+        elif self._gathers:
+            self._form_for_groups(jump)
+        else:
+            self._combine(self.history, jump[self.groups(len(jump)).own])
 
     def candidate_is_finite(self) -> bool:
         """Whether ``candidate``, as the weights hold it, has neither NaN nor inf on any rank.
@@ -165,7 +184,7 @@ class PointStore:
 
     @contextmanager
     def trials(self) -> Iterator[Callable[[Tensor], None]]:
-        """Inside, a function puts the candidate of a jump, (q,), into the weights.
+        """Inside, a function puts the candidate that ``form`` makes of a jump into the weights.
 
         Outside they hold what they held before, also after an error. To be entered after a push,
         before anything else moves the weights. Overwrites ``candidate``.
@@ -282,6 +301,15 @@ class PointStore:
         with self.communicator.in_step():
             history.combine(jump, out=self._own_slice)
         self._gather()
+
+    def _form_for_groups(self, jumps: Tensor) -> None:
+        slices = self._gathered[: len(jumps) * self.length]  # to be sent also where memory is short
+        with self.communicator.in_step():
+            slices = torch.empty_like(slices)
+            for jump, out in zip(jumps, slices.view(len(jumps), -1), strict=True):
+                self.history.combine(jump, out=out)
+        groups = self.groups(len(jumps))
+        groups.gather(slices.view(len(jumps), -1), self._gathered, self.weights.device)
 
     def _gather(self) -> None:
         if self._gathers:
