@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_stableaa.agreement import DISTURBANCES, Agreement
+from lightning_stableaa.judging import Judgement, judge
 from lightning_stableaa.options import Options
 from lightning_stableaa.points import PointStore
-from lightning_stableaa.safeguard import LossFunction, RandomState, loss_value
+from lightning_stableaa.safeguard import LossFunction
 from lightning_stableaa.solver import (
     LOOK_AHEAD_LAMBDA,
     Proposal,
@@ -54,7 +55,8 @@ def extrapolate(
     There is one for each lambda and, with a judge, one that looks ahead.
 
     The accepted candidate is left in ``points.candidate``. The device is waited for once, when
-    everything that decides is read back together, and once more for an accepted candidate.
+    everything that decides is read back together, once more for an accepted candidate, and once
+    more where groups of ranks judge, to know that the loss does not communicate.
 
     Args:
         points: at least two residuals.
@@ -72,8 +74,10 @@ def extrapolate(
         lag_compensation=options.lag_compensation,
         look_ahead_cycles=0.0 if loss_fn is None else options.look_ahead_cycles,
     )
-    losses = [] if loss_fn is None else _losses(points, proposal, loss_fn)
-    shared = _shared(points, proposal, losses, agreement)
+    judged = Judgement([], 0, None)
+    if loss_fn is not None:
+        judged = judge(points, proposal.jumps, loss_fn)
+    shared = _shared(points, proposal, judged.losses, agreement)
     noted, residual_norm, norms, gram, loss_before, losses_after = _read_back(proposal, shared)
     disturbance = agreement.settle(noted * points.communicator.world_size)
 
@@ -91,8 +95,8 @@ def extrapolate(
     jump = None
     if status is Status.ACCEPTED:
         jump = points.agree(proposal.jumps[best])
-        if not points.keeps_gathered or best + 2 < len(losses):
-            points.form(jump)  # another candidate was judged after it, or none at all
+        if best != judged.kept:
+            points.form(jump)
         # finite in float64 may be beyond the precision of the weights; the judge need not tell
         if not points.candidate_is_finite():
             status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None
@@ -108,23 +112,8 @@ def extrapolate(
         looked_ahead=looked_ahead,
         loss_before=loss_before,
         loss_after=min(losses_after, key=_nan_last) if losses_after else None,
-        loss_evaluations=len(losses),
+        loss_evaluations=judged.evaluations,
     )
-
-
-def _losses(points: PointStore, proposal: Proposal, loss_fn: LossFunction) -> list[Tensor]:
-    """Loss before, then that of each of L candidates, on this rank: one random state for all."""
-    device = points.weights.device
-    random = RandomState(device)
-    losses = [loss_value(loss_fn, device, collective=points.split)]
-    with points.trials() as put:
-        # where no jump is defined, none: the loss may raise on weights that are NaN
-        for jump in proposal.jumps.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0):
-            random.restore()
-            put(jump)
-            losses.append(loss_value(loss_fn, device, collective=points.split))
-    random.restore(last=True)
-    return losses
 
 
 def _shared(
