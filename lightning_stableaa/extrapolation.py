@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,8 +56,8 @@ def extrapolate(
     There is one for each lambda and, with a judge, one that looks ahead.
 
     The accepted candidate is left in ``points.candidate``. The device is waited for once, when
-    everything that decides is read back together, once more for an accepted candidate, and once
-    more where groups of ranks judge, to know that the loss does not communicate.
+    everything that decides is read back together; of several ranks, once more for an accepted
+    candidate, and where groups of them judge, to know that the loss does not communicate.
 
     Args:
         points: at least two residuals.
@@ -78,19 +79,19 @@ def extrapolate(
     if loss_fn is not None:
         judged = judge(points, proposal.jumps, loss_fn)
     shared = _shared(points, proposal, judged.losses, agreement)
-    noted, residual_norm, norms, gram, loss_before, losses_after = _read_back(proposal, shared)
-    disturbance = agreement.settle(noted * points.communicator.world_size)
+    read = _read_back(proposal, shared)
+    disturbance = agreement.settle(read.noted * points.communicator.world_size)
 
     status, best = Status.ACCEPTED, 0
     if disturbance is not None:
         status = disturbance
-    elif not math.isfinite(residual_norm):
+    elif not math.isfinite(read.residual_norm):
         status = Status.REJECTED_NON_FINITE_HISTORY
-    elif residual_norm == 0:
+    elif read.residual_norm == 0:
         status = Status.REJECTED_STAGNATION
-    elif loss_before is not None:
-        status, best = _choose(loss_before, losses_after)
-    elif not math.isfinite(norms[0]):
+    elif read.loss_before is not None:
+        status, best = _choose(read.loss_before, read.losses_after)
+    elif not math.isfinite(read.norms[0]):
         status = Status.REJECTED_NON_FINITE_CANDIDATE
     jump = None
     if status is Status.ACCEPTED:
@@ -98,20 +99,20 @@ def extrapolate(
         if best != judged.kept:
             points.form(jump)
         # finite in float64 may be beyond the precision of the weights; the judge need not tell
-        if not points.candidate_is_finite():
+        if not points.candidate_is_finite(read.reaches[best]):
             status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None
     accepted = jump is not None
     looked_ahead = accepted and best == len(grid)
     return Extrapolation(
         status=status,
         jump=jump,
-        residual_norm=residual_norm,
-        jump_norm=norms[best] if accepted else max(norms),
-        condition=condition_number(gram),
+        residual_norm=read.residual_norm,
+        jump_norm=read.norms[best] if accepted else max(read.norms),
+        condition=condition_number(read.gram),
         regularization=(*grid, LOOK_AHEAD_LAMBDA)[best] if accepted else None,
         looked_ahead=looked_ahead,
-        loss_before=loss_before,
-        loss_after=min(losses_after, key=_nan_last) if losses_after else None,
+        loss_before=read.loss_before,
+        loss_after=min(read.losses_after, key=_nan_last) if read.losses_after else None,
         loss_evaluations=judged.evaluations,
     )
 
@@ -142,14 +143,32 @@ def _nan_last(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _read_back(
-    proposal: Proposal, shared: Tensor
-) -> tuple[float, float, list[float], Tensor, float | None, list[float]]:
-    """What ranks noted, residual norm, jump norms, K, loss before, losses after: one transfer."""
+class _Read(NamedTuple):
+    """Everything that decides, on the host."""
+
+    noted: float
+    residual_norm: float
+    loss_before: float | None
+    losses_after: list[float]
+    norms: list[float]
+    reaches: list[float]
+    gram: Tensor
+
+
+def _read_back(proposal: Proposal, shared: Tensor) -> _Read:
+    """In one transfer."""
     gram = proposal.residual_gram
-    parts = [shared.to(gram.device), proposal.norms, gram.flatten()]
+    parts = [shared.to(gram.device), proposal.norms, proposal.reaches, gram.flatten()]
     values = torch.cat(parts).cpu()
-    together, norms, flat_gram = values.split([part.numel() for part in parts])
+    together, norms, reaches, flat_gram = values.split([part.numel() for part in parts])
     noted, residual_norm, *losses = together.tolist()
     before, *after = losses or (None,)
-    return noted, residual_norm, norms.tolist(), flat_gram.reshape(gram.shape), before, after
+    return _Read(
+        noted,
+        residual_norm,
+        before,
+        after,
+        norms.tolist(),
+        reaches.tolist(),
+        flat_gram.reshape(gram.shape),
+    )

@@ -27,7 +27,7 @@ def propose_on_host(
     max_extrapolation: float,
     lag_compensation: float,
     look_ahead_cycles: float,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, Array, Array, Array, Array]:
     """The fields of ``solver.Proposal``, one candidate for each of the L lambdas in ``grid``.
 
     Args:
@@ -53,7 +53,9 @@ def propose_on_host(
         norms = np.sqrt(np.maximum((jumps @ gram * jumps).sum(axis=1), 0.0))
         # a zero jump divides to inf, or to NaN where the residuals are zero as well
         shrink = np.minimum(max_extrapolation * residual_norm / norms, 1.0)
-        return jumps * shrink[:, None], norms * shrink, np.asarray(residual_norm), k
+        jumps *= shrink[:, None]
+        reaches = np.abs(jumps) @ np.sqrt(gram.diagonal())
+        return jumps, norms * shrink, reaches, np.asarray(residual_norm), k
 
 
 def _mixing_weights(k: Array, squares: Array, grid: Sequence[float]) -> Array:  # (L, m)

@@ -170,11 +170,14 @@ class PointStore:
         else:
             self._combine(self.history, jump[self.groups(len(jump)).own])
 
-    def candidate_is_finite(self) -> bool:
+    def candidate_is_finite(self, reach: float) -> bool:
         """Whether ``candidate``, as the weights hold it, has neither NaN nor inf on any rank.
 
-        Nor has any run out of memory where it was formed.
+        Nor has any run out of memory where it was formed. Of one rank, it is looked at only where
+        ``reach``, the longest that any sum of the terms of its jump can be, leaves a doubt.
         """
+        if self.communicator.world_size == 1 and reach < self.weights.largest_safe_change:
+            return True
         return self._is_finite_in(self.weights)
 
     def load(self, point: Tensor) -> None:

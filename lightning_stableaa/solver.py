@@ -137,6 +137,7 @@ class Proposal(NamedTuple):
     jumps: Tensor  # (L, q), weights of the consecutive differences, one row for each lambda;
     # (L + 1, q) with a look ahead, the last row
     norms: Tensor  # (L,) or (L + 1,), lengths of the jumps, after the cap
+    reaches: Tensor  # the same shape, lengths of their terms together: no partial sum is longer
     residual_norm: Tensor  # (), sqrt(tr(K)/m), root of the mean squared residual norm
     residual_gram: Tensor  # (m, m), K
 
@@ -204,7 +205,9 @@ def propose_on_device(
     norms = ((jumps @ gram) * jumps).sum(dim=-1).clamp_min(0.0).sqrt()
     # a zero jump divides to inf, which the clamp turns into 1
     shrink = (max_extrapolation * residual_norm / norms).clamp_max(1.0)
-    return Proposal(jumps * shrink[:, None], norms * shrink, residual_norm, k)
+    jumps = jumps * shrink[:, None]
+    reaches = jumps.abs() @ gram.diagonal().sqrt()
+    return Proposal(jumps, norms * shrink, reaches, residual_norm, k)
 
 
 def condition_number(gram: Tensor) -> float:

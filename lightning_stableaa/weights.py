@@ -85,6 +85,12 @@ class FlatTensors:
         for one in parts:
             self.dtype = torch.promote_types(self.dtype, one.dtype)
 
+        # added to the largest number of a dtype, less than a quarter of its last place is rounded
+        # away: no finite weight becomes infinite by it
+        self.largest_safe_change = min(
+            torch.finfo(one.dtype).max * torch.finfo(one.dtype).eps / 16 for one in parts
+        )
+
     def aliases(self, tensors: Sequence[Tensor]) -> bool:
         """Whether this is (still) the flat view of exactly these tensors."""
         return self._layout == _layout(tensors)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
+from lightning_stableaa.weights import FlatTensors
 from tests.histories import points_of
 from tests.reference import ReferenceAccelerator, Vector
 
@@ -703,6 +704,22 @@ def test_a_candidate_beyond_the_precision_of_the_weights_is_rejected(
     assert report.status is Status.REJECTED_NON_FINITE_CANDIDATE
     assert "lower max_extrapolation" in report.status.remedy
     assert bool(x.isfinite().all())
+
+
+@pytest.mark.parametrize("safeguard", ["loss", "none"])
+def test_a_candidate_that_cannot_be_infinite_is_not_looked_at(
+    safeguard: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take a pass over the weights, and wait for the device."""
+    monkeypatch.delattr(FlatTensors, "cannot_hold")
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=2, safeguard=safeguard
+    )
+    for _ in range(4):
+        problem.train_step()
+        accelerator.step(problem.loss)
+    assert accelerator.accepted == 2
 
 
 @pytest.mark.parametrize(("dtype", "edge"), [(torch.float32, 3e38), (torch.float16, 6e4)])

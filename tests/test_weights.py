@@ -44,6 +44,22 @@ def test_read_and_write_keep_identity_strides_and_dtype() -> None:
     assert torch.equal(transposed.detach().T.reshape(-1), ramp(flat.length)[52:62])
 
 
+@pytest.mark.parametrize("other", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_safe_change_never_makes_a_weight_infinite(other: torch.dtype) -> None:
+    weights = [nn.Parameter(torch.full((3,), torch.finfo(d).max, dtype=d)) for d in (other,) * 2]
+    weights.append(nn.Parameter(torch.zeros(2, dtype=torch.float32)))
+    flat = FlatTensors(weights)
+    change = flat.largest_safe_change
+    assert change > 0
+    for terms in (1, 7):  # at once, or as a sum
+        vector = read(flat)
+        for _ in range(terms):
+            vector += change / terms
+        assert not bool(flat.cannot_hold(vector))
+    if other is torch.float16:
+        assert bool(flat.cannot_hold(read(flat) + 8 * change))
+
+
 def test_writing_is_seen_by_autograd_version_counters() -> None:
     weight = nn.Parameter(torch.zeros(3))
     version = weight._version
