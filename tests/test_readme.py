@@ -1,4 +1,4 @@
-"""The README's tables state the options as they are."""
+"""What the documents state as tables is what the code is."""
 
 import inspect
 import re
@@ -9,7 +9,8 @@ import pytest
 
 from lightning_stableaa import AndersonAccelerator, Smoothing
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def table(name: str) -> dict[str, str]:
@@ -29,3 +30,11 @@ def signature(function: Any) -> dict[str, str]:
 )
 def test_tables_equal_the_signatures(name: str, function: Any) -> None:
     assert table(name) == signature(function)
+
+
+def test_contributors_find_every_module_once() -> None:
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    text = contributing.split("<!-- modules:")[1].split("\n\n")[0]
+    columns = [line.split("|")[2] for line in text.splitlines() if line.startswith("|")]
+    modules = [one.stem for one in (ROOT / "lightning_stableaa").glob("[!_]*.py")]
+    assert sorted(re.findall(r"`(\w+)`", "".join(columns))) == sorted(modules)
