@@ -73,6 +73,8 @@ class AndersonAccelerator:
         max_extrapolation: longest jump, in units of the residual norm sqrt(tr(K)/m).
         safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current
             batch; ``"none"`` accepts every finite one.
+        sufficient_decrease: in [0, 1), share of the magnitude of the loss by which a candidate has
+            to lower it; 0 takes every decrease.
         optimizer_state: momentum on acceptance: ``"keep"``, ``"mix"`` (with the mixing weights of
             the candidate; doubles the memory of the history) or ``"reset"``.
         smoothing: ``None``, or the adaptive moving average of the iterates.
@@ -103,6 +105,7 @@ class AndersonAccelerator:
         regularization: float | Sequence[float] | None = Options.regularization,
         max_extrapolation: float = Options.max_extrapolation,
         safeguard: Safeguard = Options.safeguard,
+        sufficient_decrease: float = Options.sufficient_decrease,
         optimizer_state: OptimizerState = Options.optimizer_state,
         smoothing: Smoothing | None = Options.smoothing,
         apply_to: ApplyTo = Options.apply_to,
@@ -121,6 +124,7 @@ class AndersonAccelerator:
             regularization=regularization,
             max_extrapolation=max_extrapolation,
             safeguard=safeguard,
+            sufficient_decrease=sufficient_decrease,
             optimizer_state=optimizer_state,
             smoothing=smoothing,
             apply_to=apply_to,

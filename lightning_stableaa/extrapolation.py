@@ -90,7 +90,7 @@ def extrapolate(
     elif read.residual_norm == 0:
         status = Status.REJECTED_STAGNATION
     elif read.loss_before is not None:
-        status, best = _choose(read.loss_before, read.losses_after)
+        status, best = _choose(read.loss_before, read.losses_after, options.sufficient_decrease)
     elif not math.isfinite(read.norms[0]):
         status = Status.REJECTED_NON_FINITE_CANDIDATE
     jump = None
@@ -132,11 +132,12 @@ def _shared(
     return shared
 
 
-def _choose(before: float, after: list[float]) -> tuple[Status, int]:
+def _choose(before: float, after: list[float], decrease: float) -> tuple[Status, int]:
     best = min(range(len(after)), key=lambda index: _nan_last(after[index]))
     if not math.isfinite(before) or not math.isfinite(after[best]):
         return Status.REJECTED_NON_FINITE_LOSS, best
-    return (Status.ACCEPTED if after[best] < before else Status.REJECTED_LOSS), best
+    enough = after[best] < before - decrease * abs(before)
+    return (Status.ACCEPTED if enough else Status.REJECTED_LOSS), best
 
 
 def _nan_last(value: float) -> float:

@@ -114,6 +114,7 @@ class Options:
     regularization: float | Sequence[float] | None = None
     max_extrapolation: float = 1000.0
     safeguard: Safeguard = "loss"
+    sufficient_decrease: float = 0.03
     optimizer_state: OptimizerState = "keep"
     smoothing: Smoothing | None = None
     apply_to: ApplyTo = "training"
@@ -148,6 +149,9 @@ class Options:
         if not cap > 0:
             raise ValueError(f"max_extrapolation must be > 0 (inf for no cap), got {cap}")
         _check_choice("safeguard", self.safeguard, Safeguard)
+        decrease = _check_real("sufficient_decrease", self.sufficient_decrease)
+        if not 0 <= decrease < 1:
+            raise ValueError(f"sufficient_decrease must be in [0, 1), got {decrease}")
         _check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         _check_choice("apply_to", self.apply_to, ApplyTo)
         _check_choice("history", self.history, HistoryPlacement)

@@ -72,6 +72,7 @@ class ReferenceAccelerator:
     max_extrapolation: float = math.inf
     lag_compensation: float = 0.75
     look_ahead_cycles: float = 10.0
+    sufficient_decrease: float = 0.03
     points: list[Vector] = field(default_factory=list)
     linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
     decisions: list[bool] = field(default_factory=list)
@@ -112,7 +113,7 @@ class ReferenceAccelerator:
             new = candidate(pairs, alpha, self.relaxation, advance)
             candidates.append(shorten(new, x, residuals, self.max_extrapolation))
         best = candidates[0] if loss is None else min(candidates, key=loss)
-        accepted = loss is None or loss(best) < loss(x)
+        accepted = loss is None or loss(best) < loss(x) - self.sufficient_decrease * abs(loss(x))
         self.decisions.append(accepted)
         if not accepted:
             return x

@@ -233,7 +233,8 @@ class Episode:
         if report.accepted and self.options["safeguard"] == "loss":
             before, after = report.loss_before, report.loss_after
             self._expect(before is not None and after is not None, "a judged candidate has losses")
-            self._expect(after < before, "an accepted candidate lowers the loss")  # type: ignore[operator]
+            enough = before - self.options["sufficient_decrease"] * abs(before)  # type: ignore[operator,arg-type]
+            self._expect(after < enough, "an accepted candidate lowers the loss")  # type: ignore[operator]
             if trains_on:
                 self._expect(self._judge().item() == after, "its loss is the one reported")
         self._expect(moved or report.status is Status.NO_OPTIMIZER_STEP, "no gradient, no step")
@@ -304,6 +305,7 @@ class Episode:
             "regularization": choose(grids),
             "max_extrapolation": choose([1.0, 1000.0]),
             "safeguard": safeguard,
+            "sufficient_decrease": choose([0.0, 0.03]),
             "optimizer_state": choose(["keep", "mix", "reset"]),
             "smoothing": smoothing,
             "apply_to": choose(["training", "both"] + ([] if follows else ["evaluation"])),

@@ -327,7 +327,7 @@ class Drive:
         best = min(range(len(after)), key=lambda k: (math.isnan(after[k]), after[k]))
         if not (math.isfinite(before) and math.isfinite(after[best])):
             return Status.REJECTED_NON_FINITE_LOSS, best
-        if not after[best] < before:
+        if not after[best] < before - self.options.sufficient_decrease * abs(before):
             return Status.REJECTED_LOSS, best
         finite = np.isfinite(self.seen[1 + best]).all()
         return (Status.ACCEPTED if finite else Status.REJECTED_NON_FINITE_CANDIDATE), best
