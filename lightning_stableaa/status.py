@@ -36,9 +36,9 @@ class Status(Enum):
 
 _REMEDIES = {
     Status.REJECTED_LOSS: (
-        "no candidate lowered the loss of the current batch by sufficient_decrease: lower that "
-        "option, add larger values to regularization, raise store_every_n_steps so that residuals "
-        "stand out of the gradient noise, or use SmoothingMonitor"
+        "no candidate lowered the loss of the current batch: add larger values to "
+        "regularization, raise store_every_n_steps so that residuals stand out of the gradient "
+        "noise, or use SmoothingMonitor"
     ),
     Status.REJECTED_NON_FINITE_LOSS: (
         "the loss was not finite, with or without the candidate: lower the learning rate, clip "

@@ -72,7 +72,7 @@ class ReferenceAccelerator:
     max_extrapolation: float = math.inf
     lag_compensation: float = 0.75
     look_ahead_cycles: float = 10.0
-    sufficient_decrease: float = 0.03
+    sufficient_decrease: float = 0.0
     points: list[Vector] = field(default_factory=list)
     linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
     decisions: list[bool] = field(default_factory=list)

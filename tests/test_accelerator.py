@@ -706,6 +706,37 @@ def test_a_candidate_beyond_the_precision_of_the_weights_is_rejected(
     assert bool(x.isfinite().all())
 
 
+@pytest.mark.parametrize(
+    ("share", "before", "after", "accepted"),
+    [
+        (0.0, 1.0, 0.999, True),
+        (0.03, 1.0, 0.98, False),
+        (0.03, 1.0, 0.96, True),
+        (0.03, -1.0, -1.02, False),
+        (0.03, -1.0, -1.04, True),
+        (0.5, 0.0, -1e-9, True),
+        (0.0, 1.0, 1.0, False),
+    ],
+)
+def test_a_candidate_has_to_lower_the_loss_by_a_share_of_it(
+    share: float, before: float, after: float, accepted: bool
+) -> None:
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=2,
+        sufficient_decrease=share,
+    )
+    losses = iter([before])
+    report = NOTHING
+    for _ in range(2):
+        problem.train_step()
+        report = accelerator.step(lambda: torch.tensor(next(losses, after), dtype=torch.float64))
+    assert report.accepted is accepted
+    assert accepted or report.status is Status.REJECTED_LOSS
+
+
 @pytest.mark.parametrize("safeguard", ["loss", "none"])
 def test_a_candidate_that_cannot_be_infinite_is_not_looked_at(
     safeguard: Any, monkeypatch: pytest.MonkeyPatch

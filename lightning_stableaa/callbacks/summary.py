@@ -7,12 +7,9 @@ import logging
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.status import Status
 
-# The safeguard is after few large advances; where hardly one is found, that deserves a word.
-SHARE_ACCEPTED = 0.1
-
 
 def summary(engine: AndersonAccelerator) -> tuple[int, str]:
-    """Log level and text: a warning that names an option when hardly a candidate was accepted."""
+    """Log level and text: a warning that names an option when most candidates were rejected."""
     attempted, accepted = engine.attempted, engine.accepted
     head = (
         f"Anderson acceleration: {accepted} of {attempted} extrapolations accepted in "
@@ -27,9 +24,8 @@ def summary(engine: AndersonAccelerator) -> tuple[int, str]:
             f"({engine.options.accelerate_every_n_steps}) or warmup_steps "
             f"({engine.options.warmup_steps})."
         )
-    rejected = {status: count for status, count in engine.outcomes.items() if status.rejected}
-    why = max(rejected, key=lambda status: rejected[status], default=Status.REJECTED_LOSS)
-    enough = SHARE_ACCEPTED if why is Status.REJECTED_LOSS else 0.5
-    if accepted >= enough * attempted:
+    if 2 * accepted >= attempted:
         return logging.INFO, f"{head}."
+    rejected = {status: count for status, count in engine.outcomes.items() if status.rejected}
+    why = max(rejected, key=lambda status: rejected[status])
     return logging.WARNING, f"{head}. Most often ({rejected[why]} times) {why.remedy}."

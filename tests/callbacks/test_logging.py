@@ -195,9 +195,9 @@ def test_the_summary_names_the_option_when_most_were_rejected(
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
         "Anderson acceleration: 0 of 5 extrapolations accepted in 20 optimizer steps. Most often "
-        "(5 times) no candidate lowered the loss of the current batch by sufficient_decrease: "
-        "lower that option, add larger values to regularization, raise store_every_n_steps so that "
-        "residuals stand out of the gradient noise, or use SmoothingMonitor."
+        "(5 times) no candidate lowered the loss of the current batch: add larger values to "
+        "regularization, raise store_every_n_steps so that residuals stand out of the gradient "
+        "noise, or use SmoothingMonitor."
     )
 
 
