@@ -447,8 +447,10 @@ class Drive:
         The bound is None where the problem is too ill-conditioned for one.
         """
         newest, current = self.points.points[-1], points.points[-1]
-        # where float64 loses digits of the squares, no candidate is defined
-        if not 1e-280 < self.squares.sum() < 1e300:
+        # where float64 loses digits of the squares, or the newest point, which need not end a
+        # residual, is infinite, no candidate is defined
+        finite = np.isfinite(newest).all() and np.isfinite(current).all()
+        if not (finite and 1e-280 < self.squares.sum() < 1e300):
             return np.full_like(current, math.nan), None
         pairs, mixed = self.points.pairs(), points.pairs()
         residuals = [g - x for x, g in pairs]
