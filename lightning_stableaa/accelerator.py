@@ -73,8 +73,8 @@ class AndersonAccelerator:
         max_extrapolation: longest jump, in units of the residual norm sqrt(tr(K)/m).
         safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current
             batch; ``"none"`` accepts every finite one.
-        sufficient_decrease: in [0, 1), share of the magnitude of the loss by which a candidate has
-            to lower it; 0 takes every decrease.
+        sufficient_decrease: with a safeguard, in [0, 1), share of the magnitude of the loss by
+            which a candidate has to lower it; 0 takes every decrease.
         optimizer_state: momentum on acceptance: ``"keep"``, ``"mix"`` (with the mixing weights of
             the candidate; doubles the memory of the history) or ``"reset"``.
         smoothing: ``None``, or the adaptive moving average of the iterates.

@@ -32,10 +32,13 @@ def judge(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> Judgement
     """
     device = points.weights.device
     random = RandomState(device)
-    known = collectives_so_far()
+    enough = _enough_ranks(points, len(jumps))
+    known = collectives_so_far() if enough else None
     before = loss_value(loss_fn, device, collective=points.split)
-    communicates = known is None or known != collectives_so_far()
-    groups = _groups(points, len(jumps), communicates=communicates)
+    groups = None
+    if enough:
+        communicates = known is None or known != collectives_so_far()
+        groups = _groups(points, len(jumps), communicates=communicates)
     # where no jump is defined, none: the loss may raise on weights that are NaN
     jumps = jumps.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     after = []
@@ -51,17 +54,19 @@ def judge(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> Judgement
     return Judgement([before, *after], 1 + len(after), kept)
 
 
-def _groups(points: PointStore, candidates: int, *, communicates: bool) -> RankGroups | None:
-    """Those that judge a candidate each; ``None`` where all ranks judge all.
+def _enough_ranks(points: PointStore, candidates: int) -> bool:
+    """Whether groups may judge: not where the forward pass of split weights needs all ranks."""
+    enough = points.communicator.world_size >= RANKS_A_CANDIDATE * candidates
+    return enough and candidates > 1 and not points.split
 
-    They do so as well where the loss communicates (split weights, SyncBatchNorm, losses that
-    compare samples of several ranks): between groups it would mix their candidates.
+
+def _groups(points: PointStore, candidates: int, *, communicates: bool) -> RankGroups | None:
+    """Those that judge a candidate each; ``None`` where the loss communicates on any rank.
+
+    As that of SyncBatchNorm does, or one that compares samples of several ranks: between groups it
+    would mix their candidates. A collective call.
     """
-    communicator = points.communicator
-    enough = communicator.world_size >= RANKS_A_CANDIDATE * candidates
-    if points.split or candidates == 1 or not enough:
-        return None
-    if communicator.any(communicates, points.weights.device):
+    if points.communicator.any(communicates, points.weights.device):
         return None
     return points.groups(candidates)
 

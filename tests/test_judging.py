@@ -95,10 +95,10 @@ def test_groups_judge_where_there_are_sixteen_ranks_a_candidate(
         weights=SimpleNamespace(device=CPU),
         groups=lambda count: count,
     )
-    found = judging._groups(points, candidates, communicates=False)
-    assert found == (candidates if grouped else None)
-    assert asked == [False] * grouped
+    assert judging._enough_ranks(points, candidates) == grouped
+    assert judging._groups(points, candidates, communicates=False) == candidates
     assert judging._groups(points, candidates, communicates=True) is None
+    assert asked == [False, True]
     if not split:
         assert in_groups(world, candidates) == grouped
 
