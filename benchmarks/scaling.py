@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import math
 import os
@@ -31,10 +30,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from lightning_stableaa import AndersonAccelerator, judging
+from lightning_stableaa import AndersonAccelerator
 from lightning_stableaa.distributed import GATHERED_AT_ONCE
 from lightning_stableaa.options import Options
 
@@ -44,12 +43,11 @@ HISTORIES = ("replicated", "sharded")
 
 
 class Message(NamedTuple):
-    """One call of torch.distributed: its name, and the size of its (whole) result on this rank."""
+    """One collective: its name in torch.distributed, and the size of its (whole) result."""
 
     name: str
     elements: int
     bytes: int
-    ranks: int  # that call it together; of an exchange, those from which this rank receives
 
 
 def messages(
@@ -61,9 +59,7 @@ def messages(
     candidates: int,
     itemsize: int = 4,
     accepted: bool = True,
-    judged_last: bool = False,
     at_once: int | None = None,
-    rank: int = 0,
 ) -> list[Message]:
     """What an update sends, in its order; every rank calls the same.
 
@@ -74,76 +70,31 @@ def messages(
         world: P, ranks.
         candidates: that are judged; 0 without a safeguard.
         itemsize: bytes of a weight.
-        accepted: whether the best candidate is an advance.
-        judged_last: whether it was judged last, as the one that looks ahead is: then it is there.
+        accepted: whether the best candidate is an advance; of several, not the one judged last.
         at_once: elements that one all-gather may have; ``None``: any, as on a GPU.
-        rank: whose messages; those of groups differ a little in size.
     """
     if world == 1:
         return []
     part = -(-n // world)
-    gather = gathers(part, world, itemsize=itemsize, at_once=at_once)
-    gram = Message("all_reduce", differences**2, 8 * differences**2, world)
+    piece = part if at_once is None else max(1, at_once // world)
+    sizes = [world * min(piece, part - low) for low in range(0, part, piece)]
+    gather = [Message("all_gather_into_tensor", size, size * itemsize) for size in sizes]
+    gram = Message("all_reduce", differences**2, 8 * differences**2)
     # what a rank noted, norm of the residuals, and with a judge the losses before and after
     numbers = 3 + candidates if candidates else 2
-    decision = Message("all_reduce", numbers, 8 * numbers, world)
-    jump = Message("broadcast", differences, 8 * differences, world)
-    flag = Message("all_reduce", 1, 4, world)  # finite? does the loss communicate?
-    judged = gather * candidates
-    grouped = in_groups(world, candidates)
-    if grouped:
-        judged = for_groups(part, world, candidates, itemsize=itemsize, at_once=at_once, rank=rank)
-    again = [] if judged_last and not grouped else gather
+    decision = Message("all_reduce", numbers, 8 * numbers)
+    jump = Message("broadcast", differences, 8 * differences)
+    finite = Message("all_reduce", 1, 4)
     if history == "replicated":
-        judged, again = [], []
-    before = [gram] if history == "sharded" else []
-    update = [*before, *[flag] * grouped, *judged, decision]
-    return [*update, jump, *again, flag] if accepted else update
-
-
-def in_groups(world: int, candidates: int) -> bool:
-    """Whether each of several candidates is judged by a group of ranks of its own."""
-    return candidates > 1 and world >= judging.RANKS_A_CANDIDATE * candidates
-
-
-def gathers(part: int, ranks: int, *, itemsize: int, at_once: int | None) -> list[Message]:
-    """The pieces in which a vector is gathered, of which every rank has a part."""
-    piece = part if at_once is None else max(1, at_once // ranks)
-    sizes = [ranks * min(piece, part - low) for low in range(0, part, piece)]
-    if ranks == 1:
-        return []
-    return [Message("all_gather_into_tensor", size, size * itemsize, ranks) for size in sizes]
-
-
-def for_groups(
-    part: int, world: int, candidates: int, *, itemsize: int, at_once: int | None, rank: int
-) -> list[Message]:
-    """Each of so many groups of ranks makes another candidate whole, of which all have slices.
-
-    The size of an exchange is what a rank receives from others.
-    """
-    first, last = next(
-        (low, high)
-        for low, high in itertools.pairwise(
-            world * one // candidates for one in range(candidates + 1)
-        )
-        if low <= rank < high
-    )
-    width = -(-part * world // (last - first))
-    low = min((rank - first) * width, part * world)
-    high = min(low + width, part * world)
-    peers = [
-        max(0, min(high, (peer + 1) * part) - max(low, peer * part)) * (peer != rank)
-        for peer in range(world)
-    ]
-    senders = sum(size > 0 for size in peers)
-    exchange = Message("batch_isend_irecv", sum(peers), sum(peers) * itemsize, senders)
-    return [exchange, *gathers(width, last - first, itemsize=itemsize, at_once=at_once)]
+        return [decision, jump, finite] if accepted else [decision]
+    judged = [gram, *gather * candidates, decision]
+    again = [] if candidates == 1 else gather  # what was judged last is there
+    return [*judged, jump, *again, finite] if accepted else judged
 
 
 def candidates_of(options: Options) -> int:
-    """How many candidates the safeguard judges: one for each lambda, and one that looks ahead."""
-    return len(options.regularization_grid) + (options.look_ahead_cycles > 0)
+    """How many candidates the safeguard judges: one for each lambda."""
+    return len(options.regularization_grid)
 
 
 def vectors(history: str, *, depth: int, world: int) -> float:
@@ -155,8 +106,7 @@ def vectors(history: str, *, depth: int, world: int) -> float:
 class Cluster:
     """GPUs in nodes, and how long a collective takes: NCCL's own model of itself.
 
-    Rings for all-gathers (protocol Simple), trees for the small rest (protocol LL). An exchange is
-    taken to go through the network, one message after the other, from all GPUs of a node at once.
+    Rings for all-gathers (protocol Simple), trees for the small rest (protocol LL).
     Source of the latencies and of both formulas: NVIDIA/nccl, src/graph/tuning.cc, commit 01afd20.
     """
 
@@ -176,16 +126,11 @@ class Cluster:
         return self.nodes * self.gpus_per_node
 
     def seconds(self, message: Message) -> float:
-        """Of one collective, on all GPUs or in all groups of them at once."""
-        if message.name == "batch_isend_irecv":
-            steps = message.ranks * self.ring_between
-            return self.ring_start + steps + self.gpus_per_node * message.bytes / self.network
+        """Of one collective, on all GPUs."""
         if message.name == "all_gather_into_tensor":
-            between = -(-message.ranks // self.gpus_per_node) - 1
-            steps = between * self.ring_between + (message.ranks - 1 - between) * self.ring_in_node
-            # a node with GPUs of two groups sends for both
-            rings = 2 if message.ranks % self.gpus_per_node else 1
-            share = rings * (message.ranks - 1) / message.ranks
+            between = self.nodes - 1
+            steps = between * self.ring_between + (self.ranks - 1 - between) * self.ring_in_node
+            share = (self.ranks - 1) / self.ranks
             return self.ring_start + steps + share * message.bytes / self.network
         levels = math.log2(self.nodes)
         path = (self.gpus_per_node - 1) * self.tree_in_node + levels * self.tree_between
@@ -238,19 +183,18 @@ def predict(
         world=cluster.ranks,
         candidates=candidates if judged else 0,
     )
-    grouped = bool(judged) and in_groups(cluster.ranks, candidates)
-    tried = (1 if grouped else candidates) if judged else 0  # by one rank
-    # of a sharded history every rank forms its slices of all candidates
-    formed = candidates if grouped and history == "sharded" else tried
+    formed = candidates if judged else 0
+    # the accepted one anew, unless it was judged last and gathered
+    formed += not (history == "sharded" and formed == 1)
     pushes = options.accelerate_every_n_steps // options.store_every_n_steps
     window = 4 * (depth + 1) * n / share
     vector = 4 * n
     parts = {
         "communication": sum(map(cluster.seconds, sent)),
         # the window for the Gram and for every candidate; candidates are written and copied
-        "memory": ((2 + formed) * window + (tried + 1) * 3 * vector + pushes * 2 * vector / share)
+        "memory": ((1 + formed) * window + formed * 3 * vector + pushes * 2 * vector / share)
         / cluster.memory,
-        "judging": judged * (1 + tried) * training.forward_share * training.step,
+        "judging": judged * (1 + candidates) * training.forward_share * training.step,
     }
     between = options.accelerate_every_n_steps * training.step
     return {
@@ -280,9 +224,9 @@ def predictions() -> list[dict[str, Any]]:
 
 
 class Recorder:
-    """Counts what is handed to torch.distributed while it is entered, by its results."""
+    """Counts what is handed to torch.distributed while it is entered."""
 
-    NAMES = ("all_reduce", "broadcast", "all_gather_into_tensor", "batch_isend_irecv")
+    NAMES = ("all_reduce", "broadcast", "all_gather_into_tensor")
 
     def __init__(self) -> None:
         self.sent: list[Message] = []
@@ -297,15 +241,9 @@ class Recorder:
         for name, original in self._originals.items():
             setattr(dist, name, original)
 
-    def _record(self, name: str, first: Any, *rest: Any, **options: Any) -> Any:
-        """``first`` is the result, or the list of what is sent and received."""
-        received, ranks = [first], dist.get_world_size(options.get("group"))
-        if name == "batch_isend_irecv":
-            received = [one.tensor for one in first if one.op is dist.irecv]
-            ranks = len(received)
-        elements, size = sum(one.numel() for one in received), sum(one.nbytes for one in received)
-        self.sent.append(Message(name, elements, size, ranks))
-        return self._originals[name](first, *rest, **options)
+    def _record(self, name: str, tensor: Tensor, *rest: Any, **options: Any) -> Any:
+        self.sent.append(Message(name, tensor.numel(), tensor.nbytes))
+        return self._originals[name](tensor, *rest, **options)
 
 
 def measure(history: str, n: int, updates: int = 5) -> dict[str, Any]:

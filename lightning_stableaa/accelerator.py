@@ -50,8 +50,8 @@ class AndersonAccelerator:
     """Stable Anderson acceleration of an optimizer, for any training loop.
 
     Call ``step`` after ``optimizer.step()``. Every ``store_every_n_steps`` real optimizer steps
-    the weights enter the history; every ``accelerate_every_n_steps`` candidates are formed from
-    it, and the best one replaces the weights if it lowers the loss.
+    the weights enter the history; every ``accelerate_every_n_steps`` a candidate is formed from
+    it, and replaces the weights if it lowers the loss.
 
     Args:
         optimizer: one optimizer, or several whose parameters move together. A step counts when
@@ -65,11 +65,11 @@ class AndersonAccelerator:
         lag_compensation: c >= 0. A mixture of points lags behind the newest one; it makes up
             this share of the lag, times what it leaves of the residuals and at most 1, along its
             mixed residual. 0 is textbook Anderson acceleration; see ``docs/method.md``.
-        look_ahead_cycles: with a safeguard, one candidate more that goes on by so many cycles
-            where residuals are a steady drift, by less where they are not; 0 for no such one.
+        look_ahead_cycles: with a safeguard, the candidate of the last lambda goes on by so many
+            cycles where residuals are a steady drift, by less or not at all where they are not.
         regularization: lambda >= 0, relative to the mean squared residual norm; one value, or a
-            grid from which the safeguard takes the best candidate. ``None`` is
-            ``options.GUARDED_GRID`` with a safeguard and ``options.UNGUARDED_GRID`` without.
+            grid from which the safeguard takes the best candidate, at a loss more for each.
+            ``None``: one value by the noise of the residuals, 1e-2 where they have some.
         max_extrapolation: longest jump, in units of the residual norm sqrt(tr(K)/m).
         safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current
             batch; ``"none"`` accepts every finite one.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,7 @@ class Communicator:
         running = dist.is_available() and dist.is_initialized()
         self.world_size = dist.get_world_size(process_group) if running else 1
         self.rank = dist.get_rank(process_group) if running else 0
-        self._first = self._global(0) if running else 0
+        self._first = dist.get_global_rank(process_group, 0) if running and process_group else 0
         nccl = running and dist.get_backend(process_group) == "nccl"  # sees GPUs only
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
         self.shortage = ""  # what the error said, where this rank ran out of memory in step
@@ -107,44 +106,6 @@ class Communicator:
             dist.all_gather_into_tensor(gathered.view(-1), own, group=self._group)
             piece.copy_(gathered)
 
-    def exchange(
-        self, sent: Mapping[int, Tensor], received: Mapping[int, Tensor], device: torch.device
-    ) -> None:
-        """Send a tensor to each of a few ranks, and fill one from each of a few.
-
-        Args:
-            sent: by rank, of the size that the other rank expects.
-            received: by rank, to be filled.
-            device: where the process group communicates; elsewhere it takes copies of both.
-        """
-        arriving = {
-            peer: one if one.device == device else torch.empty_like(one, device=device)
-            for peer, one in received.items()
-        }
-        if self.rank in sent:
-            arriving[self.rank].copy_(sent[self.rank])
-        operations = [
-            dist.P2POp(call, one.to(device), self._global(peer), self._group)
-            for call, tensors in ((dist.isend, sent), (dist.irecv, arriving))
-            for peer, one in tensors.items()
-            if peer != self.rank
-        ]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-        for peer, one in received.items():
-            if one is not arriving[peer]:
-                one.copy_(arriving[peer])
-
-    def among(self, ranks: Sequence[int]) -> Communicator:
-        """Collectives over some ranks only, of which this is one; a collective call of theirs."""
-        if len(ranks) == 1:
-            return Communicator.alone()
-        members = [self._global(rank) for rank in ranks]
-        backend = dist.get_backend(self._group)
-        # local: ranks of other groups train other weights, and know nothing of it
-        group: Any = dist.new_group(members, backend=backend, use_local_synchronization=True)
-        return Communicator(group)
-
     def to_first(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks on the group's first rank, nothing on the others."""
         if self.world_size == 1:
@@ -153,9 +114,6 @@ class Communicator:
         first = self.rank == 0
         dist.gather(tensor, parts if first else None, dst=self._first, group=self._group)
         return parts if first else []
-
-    def _global(self, rank: int) -> int:
-        return dist.get_global_rank(self._group, rank) if self._group else rank
 
     def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
         if self.world_size == 1:
@@ -169,14 +127,3 @@ class Communicator:
         """First element and size of this rank's equal slice of ``length``; the last overhangs."""
         size = -(-length // self.world_size)
         return self.rank * size, size
-
-
-def collectives_so_far() -> int | None:
-    """Collectives that this process called, in all its process groups; ``None``: nobody knows."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0
-    try:
-        groups: Any = dist.distributed_c10d._world.pg_map
-        return sum(group._get_sequence_number_for_group() for group in groups)
-    except (AttributeError, RuntimeError):  # of torch's inner workings, and not of every backend
-        return None

@@ -10,16 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_stableaa.agreement import DISTURBANCES, Agreement
-from lightning_stableaa.judging import Judgement, judge
 from lightning_stableaa.options import Options
 from lightning_stableaa.points import PointStore
-from lightning_stableaa.safeguard import LossFunction
-from lightning_stableaa.solver import (
-    LOOK_AHEAD_LAMBDA,
-    Proposal,
-    condition_number,
-    propose,
-)
+from lightning_stableaa.safeguard import LossFunction, RandomState, loss_value
+from lightning_stableaa.solver import Proposal, condition_number, propose
 from lightning_stableaa.status import Status
 
 
@@ -53,11 +47,9 @@ def extrapolate(
 ) -> Extrapolation:
     """Form the candidates, and choose the one of least loss if it is an advance.
 
-    There is one for each lambda and, with a judge, one that looks ahead.
-
     The accepted candidate is left in ``points.candidate``. The device is waited for once, when
-    everything that decides is read back together; of several ranks, once more for an accepted
-    candidate, and where groups of them judge, to know that the loss does not communicate.
+    everything that decides is read back together, and of several ranks once more for an accepted
+    candidate.
 
     Args:
         points: at least two residuals.
@@ -65,20 +57,17 @@ def extrapolate(
         loss_fn: the judge; ``None`` accepts the first candidate, if it is finite.
         agreement: what this rank noted since the last one, and with whom it decides.
     """
-    grid = options.regularization_grid
     proposal = propose(
         points.gram(),
         points.history.linked,
-        regularization=grid,
+        regularization=options.regularization_grid,
         relaxation=options.relaxation,
         max_extrapolation=options.max_extrapolation,
         lag_compensation=options.lag_compensation,
         look_ahead_cycles=0.0 if loss_fn is None else options.look_ahead_cycles,
     )
-    judged = Judgement([], 0, None)
-    if loss_fn is not None:
-        judged = judge(points, proposal.jumps, loss_fn)
-    shared = _shared(points, proposal, judged.losses, agreement)
+    losses = [] if loss_fn is None else _losses(points, proposal.jumps, loss_fn)
+    shared = _shared(points, proposal, losses, agreement)
     read = _read_back(proposal, shared)
     disturbance = agreement.settle(read.noted * points.communicator.world_size)
 
@@ -96,25 +85,41 @@ def extrapolate(
     jump = None
     if status is Status.ACCEPTED:
         jump = points.agree(proposal.jumps[best])
-        if best != judged.kept:
-            points.form(jump)
+        if not points.keeps_last_trial or best + 2 != len(losses):
+            points.form(jump)  # another candidate was judged after it, or none at all
         # finite in float64 may be beyond the precision of the weights; the judge need not tell
         if not points.candidate_is_finite(read.reaches[best]):
             status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None
     accepted = jump is not None
-    looked_ahead = accepted and best == len(grid)
+    is_last = best == len(read.lambdas) - 1
+    looks_ahead = options.look_ahead_cycles > 0 and read.remaining > 1 and is_last
     return Extrapolation(
         status=status,
         jump=jump,
         residual_norm=read.residual_norm,
         jump_norm=read.norms[best] if accepted else max(read.norms),
         condition=condition_number(read.gram),
-        regularization=(*grid, LOOK_AHEAD_LAMBDA)[best] if accepted else None,
-        looked_ahead=looked_ahead,
+        regularization=read.lambdas[best] if accepted else None,
+        looked_ahead=accepted and loss_fn is not None and looks_ahead,
         loss_before=read.loss_before,
         loss_after=min(read.losses_after, key=_nan_last) if read.losses_after else None,
-        loss_evaluations=judged.evaluations,
+        loss_evaluations=len(losses),
     )
+
+
+def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Tensor]:
+    """Loss before, then that of each of L candidates, (L, q): one random state for all."""
+    device = points.weights.device
+    random = RandomState(device)
+    losses = [loss_value(loss_fn, device, collective=points.split)]
+    with points.trials() as put:
+        # where no jump is defined, none: the loss may raise on weights that are NaN
+        for jump in jumps.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0):
+            random.restore()
+            put(jump)
+            losses.append(loss_value(loss_fn, device, collective=points.split))
+    random.restore(last=True)
+    return losses
 
 
 def _shared(
@@ -153,15 +158,25 @@ class _Read(NamedTuple):
     losses_after: list[float]
     norms: list[float]
     reaches: list[float]
+    remaining: float
+    lambdas: list[float]
     gram: Tensor
 
 
 def _read_back(proposal: Proposal, shared: Tensor) -> _Read:
     """In one transfer."""
     gram = proposal.residual_gram
-    parts = [shared.to(gram.device), proposal.norms, proposal.reaches, gram.flatten()]
+    parts = [
+        shared.to(gram.device),
+        proposal.norms,
+        proposal.reaches,
+        proposal.remaining[None],
+        proposal.lambdas,
+        gram.flatten(),
+    ]
     values = torch.cat(parts).cpu()
-    together, norms, reaches, flat_gram = values.split([part.numel() for part in parts])
+    split = values.split([part.numel() for part in parts])
+    together, norms, reaches, remaining, lambdas, flat_gram = split
     noted, residual_norm, *losses = together.tolist()
     before, *after = losses or (None,)
     return _Read(
@@ -171,5 +186,7 @@ def _read_back(proposal: Proposal, shared: Tensor) -> _Read:
         after,
         norms.tolist(),
         reaches.tolist(),
+        remaining.item(),
+        lambdas.tolist(),
         flat_gram.reshape(gram.shape),
     )

@@ -15,37 +15,42 @@ import numpy as np
 
 _EPS = np.finfo(np.float64).eps
 
+# lambda where residuals have noise, and how much that is: the harmonic mean of the eigenvalues of K
+# relative to their mean. Below, lambda falls with its square.
+NOISY_LAMBDA = 1e-2
+NOISE = 1e-3
+
+# Taken to be added to every eigenvalue, relative to their mean, by the rounding of products.
+ROUNDING = 1e-9
+
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def propose_on_host(
     gram: Array,  # (q, q)
     linked: Sequence[bool],
-    grid: Sequence[float],
+    regularization: Sequence[float] | None,
     *,
     relaxation: float,
     max_extrapolation: float,
     lag_compensation: float,
     look_ahead_cycles: float,
-) -> tuple[Array, Array, Array, Array, Array]:
-    """The fields of ``solver.Proposal``, one candidate for each of the L lambdas in ``grid``.
-
-    Args:
-        look_ahead_cycles: by which the candidate of the last lambda goes on; 0 for none that does.
-    """
+) -> tuple[Array, ...]:
+    """The fields of ``solver.Proposal``, one candidate for each of L lambdas."""
     columns = [k for k, is_residual in enumerate(linked) if is_residual]
     k = gram if all(linked) else gram[columns][:, columns]
     with np.errstate(all="ignore"):  # whether a result is usable is in the result itself
         squares = k.diagonal()
         mean_square = squares.sum() / len(columns)
+        grid = _suitable_lambda(k, squares) if regularization is None else np.array(regularization)
         alpha = _mixing_weights(k, squares, grid)
         remaining = np.minimum(alpha[0] @ k @ alpha[0] / mean_square, 1.0) * len(columns)
         ages = np.arange(len(columns) - 1, -1, -1.0)
         lag = np.maximum(alpha @ ages, 0.0)
         advance = np.minimum(lag_compensation * remaining, 1.0) * lag
-        if look_ahead_cycles > 0:
-            advance[-1] += look_ahead_cycles * np.minimum(np.maximum(remaining - 1.0, 0.0), 1.0)
-        of_differences = np.zeros((len(grid), len(linked)))
+        drift = np.minimum(np.maximum(remaining - 1.0, 0.0), 1.0)
+        advance[-1] += look_ahead_cycles * drift / np.maximum(np.sqrt(alpha[-1] @ alpha[-1]), 1.0)
+        of_differences = np.zeros((len(alpha), len(linked)))
         of_differences[:, columns] = alpha
         # p_k + (beta + theta) delta_k = p_q + (beta + theta) delta_k - sum_{i >= k} delta_i
         jumps = (relaxation + advance)[:, None] * of_differences - of_differences.cumsum(axis=1)
@@ -55,10 +60,29 @@ def propose_on_host(
         shrink = np.minimum(max_extrapolation * residual_norm / norms, 1.0)
         jumps *= shrink[:, None]
         reaches = np.abs(jumps) @ np.sqrt(gram.diagonal())
-        return jumps, norms * shrink, reaches, np.asarray(residual_norm), k
+        return (
+            jumps,
+            norms * shrink,
+            reaches,
+            np.asarray(remaining),
+            grid,
+            np.asarray(residual_norm),
+            k,
+        )
 
 
-def _mixing_weights(k: Array, squares: Array, grid: Sequence[float]) -> Array:  # (L, m)
+def _suitable_lambda(k: Array, squares: Array) -> Array:  # (1,)
+    moved = (squares > 0).astype(np.float64)
+    try:
+        inverse = np.linalg.inv(k / (squares.sum() / moved.sum()) + np.diag(ROUNDING + 1.0 - moved))
+    except np.linalg.LinAlgError:  # singular
+        return np.zeros(1)
+    noise = moved.sum() / (inverse.diagonal() @ moved)
+    share = np.minimum(np.maximum(noise, ROUNDING) / NOISE, 1.0)
+    return NOISY_LAMBDA * np.square(share)[None]
+
+
+def _mixing_weights(k: Array, squares: Array, grid: Array) -> Array:  # (L, m)
     m = len(k)
     moved = (squares > 0).astype(np.float64)
     ridged = np.empty((len(grid), m, m))

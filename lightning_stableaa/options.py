@@ -39,12 +39,6 @@ def _check_real(option: str, value: object) -> float:
     return float(value)
 
 
-# What ``regularization=None`` means. The safeguard tries every value of its grid, and one for the
-# candidate that looks ahead, and keeps the best; without it one value has to serve.
-GUARDED_GRID = (1e-8, 1.0)
-UNGUARDED_GRID = (1e-8,)
-
-
 def _as_grid(regularization: float | Sequence[float]) -> tuple[float, ...]:
     if isinstance(regularization, Sequence) and not isinstance(regularization, str):
         return tuple(regularization)
@@ -206,8 +200,8 @@ class Options:
             )
 
     @property
-    def regularization_grid(self) -> tuple[float, ...]:
-        """The values of lambda to try, one or more."""
-        if self.regularization is not None:
-            return tuple(float(one) for one in _as_grid(self.regularization))
-        return GUARDED_GRID if self.safeguard == "loss" else UNGUARDED_GRID
+    def regularization_grid(self) -> tuple[float, ...] | None:
+        """The values of lambda to try, one or more; ``None`` where residuals tell the one."""
+        if self.regularization is None:
+            return None
+        return tuple(float(one) for one in _as_grid(self.regularization))

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.dtensors import arranged, is_split, share_of
-from lightning_stableaa.groups import RankGroups
 from lightning_stableaa.history import History
 from lightning_stableaa.offload import host_copies
 from lightning_stableaa.options import HistoryPlacement
@@ -26,9 +25,8 @@ class PointStore:
 
     Replicated: every rank keeps (m + 2) n elements and sends nothing. Sharded: every rank keeps
     its slice of every point, (m + 1) n / P, and the n elements of the gathered candidate; to gather
-    them takes no more memory on a GPU, and a few MiB elsewhere. Another candidate for each of L
-    groups of ranks takes L n / P elements more meanwhile, at most n / 16. Where the weights
-    themselves are split (DTensors), every rank keeps (m + 2) points of its own part.
+    them takes no more memory on a GPU, and a few MiB elsewhere. Where the weights themselves are
+    split (DTensors), every rank keeps (m + 2) points of its own part.
 
     Args:
         parameters: the weights, see :func:`~lightning_stableaa.weights.trainable_parameters`.
@@ -78,16 +76,13 @@ class PointStore:
         self._momentum: History | None = None
         self._gathers = self.sharded and not self.split
         self._newest_is_whole = False  # does the newest point hold all of the current weights?
-        self._groups: RankGroups | None = None
         size = self.length * communicator.world_size if self._gathers else self.length
-        padding = communicator.world_size if self._gathers else 0  # of what a group gathers
-        self._gathered = torch.zeros(
-            size + padding,
+        self.candidate = torch.zeros(
+            size,
             dtype=self.weights.dtype,
             device=self.device,
             pin_memory=self.device.type == "cpu" and self.weights.device.type == "cuda",
         )
-        self.candidate = self._gathered[:size]
 
     def still_fits(self, parameters: Sequence[Tensor]) -> bool:
         """Whether the parameters are those of construction, in the same memory."""
@@ -148,27 +143,13 @@ class PointStore:
         return gram
 
     @property
-    def keeps_gathered(self) -> bool:
+    def keeps_last_trial(self) -> bool:
         """Whether the last trial is left in ``candidate``, bitwise the same on every rank."""
-        return self._gathers
-
-    def groups(self, count: int) -> RankGroups:
-        """The ranks in so many groups, the same number whenever it is asked for."""
-        if self._groups is None:
-            self._groups = RankGroups(self.communicator, count)
-        return self._groups
+        return self._gathers or self.communicator.world_size == 1
 
     def form(self, jump: Tensor) -> None:
-        """Write the newest point plus the jump, (q,), to ``candidate``, on every rank.
-
-        Of jumps (L, q), one for each of L groups of ranks, that of this rank's group.
-        """
-        if jump.ndim == 1:
-            self._combine(self.history, jump)
-        elif self._gathers:
-            self._form_for_groups(jump)
-        else:
-            self._combine(self.history, jump[self.groups(len(jump)).own])
+        """Write the newest point plus the jump, (q,), to ``candidate``, on every rank."""
+        self._combine(self.history, jump)
 
     def candidate_is_finite(self, reach: float) -> bool:
         """Whether ``candidate``, as the weights hold it, has neither NaN nor inf on any rank.
@@ -304,15 +285,6 @@ class PointStore:
         with self.communicator.in_step():
             history.combine(jump, out=self._own_slice)
         self._gather()
-
-    def _form_for_groups(self, jumps: Tensor) -> None:
-        slices = self._gathered[: len(jumps) * self.length]  # to be sent also where memory is short
-        with self.communicator.in_step():
-            slices = torch.empty_like(slices)
-            for jump, out in zip(jumps, slices.view(len(jumps), -1), strict=True):
-                self.history.combine(jump, out=out)
-        groups = self.groups(len(jumps))
-        groups.gather(slices.view(len(jumps), -1), self._gathered, self.weights.device)
 
     def _gather(self) -> None:
         if self._gathers:

@@ -29,13 +29,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_stableaa.host_solver import propose_on_host
-
-# lambda of the candidate that looks ahead
-LOOK_AHEAD_LAMBDA = 1e-2
+from lightning_stableaa.host_solver import NOISE, NOISY_LAMBDA, ROUNDING, propose_on_host
 
 
-def mixing_weights(gram: Tensor, *, regularization: float | Sequence[float]) -> Tensor:
+def suitable_lambda(gram: Tensor) -> Tensor:  # (1,)
+    """lambda by the noise of the residuals, K (m, m).
+
+    The harmonic mean of the eigenvalues of K is about the squared norm of the noise where residuals
+    have some in every direction, and next to nothing where they depend on one another and can be
+    eliminated, which a ridge would hinder. So lambda is ``NOISY_LAMBDA`` where it is ``NOISE`` of
+    the mean of the eigenvalues or more, and falls with its square below.
+    """
+    ones = (gram.diagonal() > 0).to(gram.dtype)  # of residuals that moved
+    shifted = gram / (gram.trace() / ones.sum()) + torch.diag(ROUNDING + 1.0 - ones)
+    inverse, _ = torch.linalg.inv_ex(shifted)  # without checks: does not wait for a GPU
+    noise = ones.sum() / (inverse.diagonal() @ ones)
+    return NOISY_LAMBDA * (noise.clamp_min(ROUNDING) / NOISE).clamp_max(1.0).square()[None]
+
+
+def mixing_weights(gram: Tensor, *, regularization: float | Sequence[float] | Tensor) -> Tensor:
     """Weights that minimise the norm of the mixed residual, summing to one.
 
     Solves (K + lambda tr(K)/m I) z = 1 and returns alpha = z / sum(z), in float64. A residual of
@@ -44,7 +56,8 @@ def mixing_weights(gram: Tensor, *, regularization: float | Sequence[float]) -> 
     Args:
         gram: (m, m), inner products of the residuals, oldest first; symmetric.
         regularization: lambda >= 0, relative to the mean squared residual norm; dimensionless.
-            A floor of m * eps keeps collinear residuals solvable at lambda = 0.
+            A floor of m * eps keeps collinear residuals solvable at lambda = 0. Of a tensor, (L,),
+            values are not checked.
 
     Returns:
         Weights (m,) for one lambda, (L, m) for a sequence of L of them, on the device of
@@ -57,23 +70,25 @@ def mixing_weights(gram: Tensor, *, regularization: float | Sequence[float]) -> 
     """
     if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or gram.shape[0] == 0:
         raise ValueError(f"gram must be square, (m, m) with m >= 1, got {tuple(gram.shape)}")
-    single = not isinstance(regularization, Sequence)
-    grid: Sequence[float] = [regularization] if single else regularization
-    for value in grid:
-        if not (value >= 0 and math.isfinite(value)):
-            raise ValueError(f"regularization must be finite and >= 0, got {value}")
+    single = isinstance(regularization, int | float)
+    if not isinstance(regularization, Tensor):
+        grid: Sequence[float] = [regularization] if single else regularization
+        for value in grid:
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"regularization must be finite and >= 0, got {value}")
+        regularization = torch.tensor(grid, dtype=torch.float64)
 
     m = gram.shape[0]
     k = gram.to(torch.float64)
     moved = k.diagonal() > 0
     # Scaled by its trace, K may hold values down to the square of the smallest float64.
     k = k / (k.trace() / moved.sum())
-    lambdas = torch.tensor(grid, dtype=k.dtype).clamp_min(m * torch.finfo(k.dtype).eps)
-    lambdas = lambdas.to(k.device, non_blocking=True)
+    lambdas = regularization.to(k.device, non_blocking=True)
+    lambdas = lambdas.clamp_min(m * torch.finfo(k.dtype).eps)
     eye = torch.eye(m, dtype=k.dtype, device=k.device)
     ridged = k + lambdas[:, None, None] * eye
     # solve_ex without checks does not wait for a GPU; a singular system yields inf or NaN.
-    z, _ = torch.linalg.solve_ex(ridged, moved.to(k.dtype).expand(len(grid), m))
+    z, _ = torch.linalg.solve_ex(ridged, moved.to(k.dtype).expand(len(lambdas), m))
     alpha = z / z.sum(dim=-1, keepdim=True)
     return alpha[0] if single else alpha
 
@@ -134,10 +149,11 @@ def remaining_residual(alpha: Tensor, gram: Tensor) -> Tensor:  # ()
 class Proposal(NamedTuple):
     """Candidates formed from one Gram, best understood as jumps from the newest point."""
 
-    jumps: Tensor  # (L, q), weights of the consecutive differences, one row for each lambda;
-    # (L + 1, q) with a look ahead, the last row
-    norms: Tensor  # (L,) or (L + 1,), lengths of the jumps, after the cap
-    reaches: Tensor  # the same shape, lengths of their terms together: no partial sum is longer
+    jumps: Tensor  # (L, q), weights of the consecutive differences, one row for each lambda
+    norms: Tensor  # (L,), lengths of the jumps, after the cap
+    reaches: Tensor  # (L,), lengths of their terms together: no partial sum is longer
+    remaining: Tensor  # (), rho, see ``remaining_residual``, of the first lambda
+    lambdas: Tensor  # (L,)
     residual_norm: Tensor  # (), sqrt(tr(K)/m), root of the mean squared residual norm
     residual_gram: Tensor  # (m, m), K
 
@@ -146,7 +162,7 @@ def propose(
     gram: Tensor,  # (q, q) float64, of all consecutive differences, oldest first
     linked: Sequence[bool],  # q entries: is the difference a residual?
     *,
-    regularization: Sequence[float],
+    regularization: Sequence[float] | None,
     relaxation: float,
     max_extrapolation: float,
     lag_compensation: float = 0.0,
@@ -157,16 +173,15 @@ def propose(
     Args:
         gram: inner products of all consecutive differences of the stored points.
         linked: which of them are residuals; at least one.
-        regularization: the grid of L values of lambda.
+        regularization: L values of lambda; ``None``: one, ``suitable_lambda``.
         relaxation: beta in (0, 1].
         max_extrapolation: longest jump, in units of the residual norm sqrt(tr(K)/m).
         lag_compensation: times the remaining residual of the first lambda, and at most 1: share
             of its lag that every mixture makes up along its mixed residual.
-        look_ahead_cycles: above 0, a further candidate, mixed with ``LOOK_AHEAD_LAMBDA``, that
-            goes on by up to so many cycles: by all of them where the remaining residual of the
-            first lambda is 2 or more (a drift), by none where it is 1 or less.
+        look_ahead_cycles: by up to so many cycles the candidate of the last lambda goes on: by all
+            of them where the remaining residual of the first lambda is 2 or more (a drift), by none
+            where it is 1 or less; over |alpha|, where that is above 1 and magnifies what is not.
     """
-    grid = [*regularization, LOOK_AHEAD_LAMBDA] if look_ahead_cycles > 0 else regularization
     options = {
         "relaxation": relaxation,
         "max_extrapolation": max_extrapolation,
@@ -175,31 +190,35 @@ def propose(
     }
     if gram.device.type == "cpu":
         return Proposal(
-            *map(torch.from_numpy, propose_on_host(gram.numpy(), linked, grid, **options))
+            *map(torch.from_numpy, propose_on_host(gram.numpy(), linked, regularization, **options))
         )
-    return propose_on_device(gram, linked, grid, **options)
+    return propose_on_device(gram, linked, regularization, **options)
 
 
 def propose_on_device(
     gram: Tensor,  # (q, q)
     linked: Sequence[bool],
-    grid: Sequence[float],
+    regularization: Sequence[float] | None,
     *,
     relaxation: float,
     max_extrapolation: float,
     lag_compensation: float,
     look_ahead_cycles: float,
 ) -> Proposal:
-    """``propose`` without waiting for the device; the last lambda is that of the look ahead."""
+    """``propose`` without waiting for the device."""
     k = gram
     if not all(linked):
         columns = torch.tensor(_residual_columns(linked), device=gram.device)
         k = gram[columns][:, columns]
-    alpha = mixing_weights(k, regularization=grid)
+    if regularization is None:
+        lambdas = suitable_lambda(k)
+    else:
+        lambdas = torch.tensor(regularization, dtype=k.dtype).to(k.device, non_blocking=True)
+    alpha = mixing_weights(k, regularization=lambdas)
     remaining = remaining_residual(alpha[0], k)
     advance = (lag_compensation * remaining).clamp_max(1.0) * lag(alpha)
-    if look_ahead_cycles > 0:
-        advance[-1] += look_ahead_cycles * (remaining - 1.0).clamp(0.0, 1.0)
+    drift = (remaining - 1.0).clamp(0.0, 1.0) / alpha[-1].norm().clamp_min(1.0)
+    advance[-1] += look_ahead_cycles * drift
     jumps = jump_weights(alpha, linked, relaxation=relaxation, advance=advance)
     residual_norm = k.diagonal().mean().sqrt()
     norms = ((jumps @ gram) * jumps).sum(dim=-1).clamp_min(0.0).sqrt()
@@ -207,7 +226,7 @@ def propose_on_device(
     shrink = (max_extrapolation * residual_norm / norms).clamp_max(1.0)
     jumps = jumps * shrink[:, None]
     reaches = jumps.abs() @ gram.diagonal().sqrt()
-    return Proposal(jumps, norms * shrink, reaches, residual_norm, k)
+    return Proposal(jumps, norms * shrink, reaches, remaining, lambdas, residual_norm, k)
 
 
 def condition_number(gram: Tensor) -> float:

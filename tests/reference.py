@@ -35,6 +35,14 @@ def mixing_weights(residuals: Sequence[Vector], regularization: float) -> Vector
     return z / z.sum()
 
 
+def suitable_lambda(residuals: Sequence[Vector]) -> float:
+    """By the harmonic mean of the eigenvalues of K over their mean: what noise there is."""
+    moved = np.array([one for one in residuals if one.any()])
+    eigenvalues = np.linalg.eigvalsh(moved @ moved.T) / np.square(moved).sum(axis=1).mean()
+    noise = len(moved) / (1 / (eigenvalues + 1e-9)).sum()
+    return float(1e-2 * min(1.0, max(noise, 1e-9) / 1e-3) ** 2)
+
+
 def candidate(
     pairs: Sequence[tuple[Vector, Vector]], alpha: Vector, relaxation: float, advance: float = 0.0
 ) -> Vector:
@@ -43,6 +51,13 @@ def candidate(
     for weight, (x, g) in zip(alpha, pairs, strict=True):
         total += weight * (x + (relaxation + advance) * (g - x))
     return total
+
+
+def remaining(residuals: Sequence[Vector], alpha: Vector) -> float:
+    """rho, what a mixture leaves of the residuals, in units of what a mean leaves of noise."""
+    mixed, m = alpha @ np.array(residuals), len(residuals)
+    squares = np.mean([float(np.dot(r, r)) for r in residuals])
+    return float(min(m, m * float(np.dot(mixed, mixed)) / squares))
 
 
 def lag(alpha: Vector) -> float:
@@ -66,7 +81,7 @@ class ReferenceAccelerator:
     history_depth: int
     store_every_n_steps: int
     accelerate_every_n_steps: int
-    regularization: Sequence[float]
+    regularization: Sequence[float] | None
     relaxation: float = 1.0
     warmup_steps: int = 0
     max_extrapolation: float = math.inf
@@ -120,22 +135,22 @@ class ReferenceAccelerator:
         self.start(best)
         return best
 
+    def lambdas(self, residuals: Sequence[Vector]) -> Sequence[float]:
+        """Of all candidates."""
+        return self.regularization or [suitable_lambda(residuals)]
+
     def mixtures(
         self, residuals: Sequence[Vector], *, look_ahead: bool
     ) -> list[tuple[Vector, float]]:
         """alpha and theta of every candidate, in equation (4)."""
-        looks_ahead = look_ahead and self.look_ahead_cycles > 0
-        values = [*self.regularization, 1e-2] if looks_ahead else self.regularization
-        alphas = [mixing_weights(residuals, value) for value in values]
-        mixed = alphas[0] @ np.array(residuals)
-        squares = np.mean([float(np.dot(r, r)) for r in residuals])
-        m = len(residuals)
-        left = min(m, m * float(np.dot(mixed, mixed)) / squares)
+        alphas = [mixing_weights(residuals, value) for value in self.lambdas(residuals)]
+        left = remaining(residuals, alphas[0])
         share = min(1.0, self.lag_compensation * left)
         found = [(alpha, share * lag(alpha)) for alpha in alphas]
-        if looks_ahead:
+        if look_ahead:
             alpha, theta = found[-1]
-            found[-1] = alpha, theta + self.look_ahead_cycles * min(1.0, max(0.0, left - 1.0))
+            drift = min(1.0, max(0.0, left - 1.0)) / max(1.0, float(np.linalg.norm(alpha)))
+            found[-1] = alpha, theta + self.look_ahead_cycles * drift
         return found
 
     def add(self, x: Vector, *, linked: bool) -> None:

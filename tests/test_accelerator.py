@@ -182,10 +182,15 @@ def test_one_residual_is_too_short_a_history() -> None:
     assert statuses == [Status.HISTORY_TOO_SHORT, Status.ACCEPTED, Status.ACCEPTED]
 
 
-def test_a_rejected_candidate_leaves_everything_bitwise() -> None:
+@pytest.mark.parametrize(
+    ("options", "candidates"), [({}, 1), ({"regularization": [1e-8, 1e-2, 1.0]}, 3)]
+)
+def test_a_rejected_candidate_leaves_everything_bitwise(
+    options: dict[str, Any], candidates: int
+) -> None:
     problem = Quadratic()
     accelerator = AndersonAccelerator(
-        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=3
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=3, **options
     )
     for _ in range(2):
         problem.train_step()
@@ -203,19 +208,22 @@ def test_a_rejected_candidate_leaves_everything_bitwise() -> None:
 
     report = accelerator.step(worse_elsewhere)
     assert report.status is Status.REJECTED_LOSS
-    assert (report.loss_before, len(calls)) == (0.0, 1 + 3)
+    assert (report.loss_before, len(calls)) == (0.0, 1 + candidates)
     assert report.loss_after is not None
     assert report.loss_after > 0
     assert torch.equal(problem.x, weights)
     assert torch.equal(problem.x.grad, gradient)
     assert torch.equal(torch.get_rng_state(), random)
-    assert accelerator.loss_evaluations == 4
+    assert accelerator.loss_evaluations == 1 + candidates
 
 
 def test_every_candidate_sees_the_same_random_numbers() -> None:
     problem = Quadratic()
     accelerator = AndersonAccelerator(
-        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=2
+        problem.optimizer,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=2,
+        regularization=[1e-8, 1e-2, 1.0],
     )
     drawn: list[float] = []
 
@@ -267,7 +275,10 @@ def test_one_finite_candidate_among_others_is_taken() -> None:
 def test_weights_that_are_not_finite_clear_the_history_and_training_goes_on() -> None:
     problem = Quadratic()
     accelerator = AndersonAccelerator(
-        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=4
+        problem.optimizer,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=4,
+        regularization=[1e-8, 1e-2, 1.0],
     )
     statuses = []
     for step in range(1, 13):

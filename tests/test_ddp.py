@@ -7,11 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.scaling import candidates_of, messages
+from benchmarks.scaling import messages
 from lightning_stableaa.distributed import GATHERED_AT_ONCE
-from lightning_stableaa.options import Options
 from tests import ddp_jobs
-from tests.callbacks.regression import SETTING
 
 pytestmark = [pytest.mark.ddp, pytest.mark.timeout(240)]
 
@@ -81,47 +79,45 @@ def test_a_sharded_history_gives_the_replicated_candidate(ranks: Ranks) -> None:
 
 def test_replicated_updates_send_a_few_numbers_whatever_n_is(ranks: Ranks) -> None:
     for rank in ranks:
-        small, large = (rank["traffic"]["replicated", n, False] for n in (51, 5001))
+        small, large = (rank["traffic"]["replicated", n, 1] for n in (51, 5001))
         assert small == large
         assert small["between"] == BETWEEN
-        # what was noted, the residual norm, one loss before and six after, for each lambda and the
-        # look ahead; the jump over four differences: of six points an accepted candidate starts
-        # anew; whether it is finite
-        update = [("all_reduce", 9), ("broadcast", 4), ("all_reduce", 1)]
-        assert small["updates"] == [(True, False, update)] * 3
+        # what was noted, the residual norm, the loss before and after; the jump over four
+        # differences: of six points an accepted candidate starts anew; whether it is finite
+        update = [("all_reduce", 4), ("broadcast", 4), ("all_reduce", 1)]
+        assert small["updates"] == [(True, update)] * 3
 
 
 def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -> None:
-    """And the accepted one once more, unless it was judged last: the one that looks ahead."""
+    """And of several the accepted one once more, unless it was judged last."""
     for rank in ranks:
-        for n, ahead in itertools.product((51, 5001), (False, True)):
-            seen = rank["traffic"]["sharded", n, ahead]
+        for n, candidates in itertools.product((51, 5001), (1, 5)):
+            seen = rank["traffic"]["sharded", n, candidates]
             gather = ("all_gather_into_tensor", n + 1)  # padded to two slices of equal size
-            judged = [("all_reduce", 4 * 4), *[gather] * 6, ("all_reduce", 9)]
-            accepted = [("broadcast", 4), *[gather] * (not ahead), ("all_reduce", 1)]
+            judged = [("all_reduce", 4 * 4), *[gather] * candidates, ("all_reduce", 3 + candidates)]
+            accepted = [("broadcast", 4), *[gather] * (candidates > 1), ("all_reduce", 1)]
             assert seen["between"] == BETWEEN
-            assert seen["updates"] == [(True, ahead, judged + accepted)] * 3
+            assert seen["updates"] == [(True, judged + accepted)] * 3
 
 
 @pytest.mark.parametrize("history", ["replicated", "sharded"])
 @pytest.mark.parametrize("n", [51, 5001])
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("candidates", [1, 5])
 def test_the_cost_model_counts_every_message(
-    ranks: Ranks, history: str, n: int, ahead: bool
+    ranks: Ranks, history: str, n: int, candidates: int
 ) -> None:
     expected = messages(
         history,
         n=n,
         differences=4,
         world=2,
-        candidates=candidates_of(Options(**SETTING)),
-        judged_last=ahead,
+        candidates=candidates,
         at_once=GATHERED_AT_ONCE,
     )
     sent = [(one.name, one.elements) for one in expected]
     for rank in ranks:
-        seen = rank["traffic"][history, n, ahead]
-        assert seen["updates"] == [(True, ahead, sent)] * 3
+        seen = rank["traffic"][history, n, candidates]
+        assert seen["updates"] == [(True, sent)] * 3
         assert seen["bytes"] == {sum(one.bytes for one in expected)}
 
 

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from lightning_stableaa import AndersonAccelerator, Smoothing
-from lightning_stableaa.options import GUARDED_GRID, UNGUARDED_GRID, Options
+from lightning_stableaa.options import Options
 
 INTEGER, NUMBER = "must be an integer, got", "must be a number, got"
 
@@ -85,10 +85,8 @@ def test_a_wrong_smoothing_option_is_named(options: dict[str, Any], message: str
         Smoothing(**options)
 
 
-def test_the_default_grid_depends_on_whether_somebody_can_choose() -> None:
-    assert Options().regularization_grid == GUARDED_GRID
-    assert Options(safeguard="none").regularization_grid == UNGUARDED_GRID
-    assert len(UNGUARDED_GRID) == 1
+def test_a_single_lambda_is_a_grid_of_one() -> None:
+    assert Options().regularization_grid is None
     assert Options(regularization=1).regularization_grid == (1.0,)
     assert Options(regularization=[1, 2]).regularization_grid == (1.0, 2.0)
 

@@ -288,7 +288,7 @@ def test_any_option_is_taken_or_refused_in_a_sentence_that_names_it(
             accelerator(changed)
         return
     event(f"{name} taken")
-    assert all(math.isfinite(one) and one >= 0 for one in taken.regularization_grid)
+    assert all(math.isfinite(one) and one >= 0 for one in taken.regularization_grid or ())
     engine = accelerator(changed)
     assert engine.options == taken
     engine.detach()

@@ -299,8 +299,8 @@ class Drive:
         if status is Status.ACCEPTED:
             self.accepted += 1
             assert report.accepted
-            assert report.regularization == self._lambdas()[best]
-            assert report.looked_ahead == (best == len(self.options.regularization_grid))
+            self._check_lambda(report, self._lambdas()[best])
+            assert report.looked_ahead in self._may_look_ahead(best)
             taken = candidates[best] if guarded else self._taken()
             self._check_accepted(own, taken, best)
         else:
@@ -422,15 +422,27 @@ class Drive:
         largest = max(np.abs(self.points.points).max(), np.abs(self.momenta.points).max())
         return bool(np.abs(alpha).sum() * (1 + advance) * largest > 0.01 * self._range())
 
-    def _lambdas(self) -> tuple[float, ...]:
+    def _lambdas(self) -> Sequence[float]:
         """Of all candidates that a judge sees."""
         grid = self.options.regularization_grid
-        return (*grid, 1e-2) if self.options.look_ahead_cycles else grid
+        return grid or self.points.lambdas([g - x for x, g in self.points.pairs()])
+
+    def _check_lambda(self, report: StepReport, expected: float) -> None:
+        if self.options.regularization is not None:
+            assert report.regularization == expected
+            return
+        assert report.regularization is not None
+        assert 0 <= report.regularization <= 1e-2
+        residuals = [g - x for x, g in self.points.pairs()]
+        error = _of_suitable(expected, len(residuals)) * self._gram_error(residuals)
+        if 1e-280 < self.squares.sum() < 1e300 and error < UNINFORMATIVE * expected:
+            assert abs(report.regularization - expected) <= error
 
     def _mixture(self, index: int) -> tuple[Vector, float]:
         """alpha and theta of the index-th candidate."""
         residuals = [g - x for x, g in self.points.pairs()]
-        return self.points.mixtures(residuals, look_ahead=True)[index]
+        guarded = self.options.safeguard == "loss"
+        return self.points.mixtures(residuals, look_ahead=guarded)[index]
 
     def _candidate(self, points: ReferenceAccelerator, index: int) -> tuple[Vector, float | None]:
         """The same for everyone who asks during one attempt."""
@@ -464,9 +476,8 @@ class Drive:
             reference.candidate(mixed, alpha, self.options.relaxation, advance) - current
         )
 
-        u, n, m = self._roundoff(), len(current), len(residuals)
-        gram_error = 2 * (u if u > 1e-15 else 0.0) + (n + m) * 2.2e-16
-        weights_error = 4 * math.sqrt(m) * m * condition(residuals, value) * gram_error
+        u, gram_error = self._roundoff(), self._gram_error(residuals)
+        weights_error = self._weights_error(residuals, value)
         steps = np.diff(points.points, axis=0)
         size = np.abs(alpha).sum()
         if advance:
@@ -481,6 +492,34 @@ class Drive:
         # the sum of a row of products, each rounded, and the weights rounded to the points' dtype
         rounding = 4 * u * (len(steps) + 2) * (np.abs(current).max() + share * reach)
         return expected, float(rounding + share * weights_error * reach)
+
+    def _gram_error(self, residuals: Sequence[Vector]) -> float:
+        """Of a product of two residuals, relative to their norms."""
+        u = self._roundoff()
+        return 2 * (u if u > 1e-15 else 0.0) + (len(residuals[0]) + len(residuals)) * 2.2e-16
+
+    def _weights_error(self, residuals: Sequence[Vector], value: float) -> float:
+        """Of alpha, for one lambda."""
+        m = len(residuals)
+        solving = 4 * math.sqrt(m) * m * condition(residuals, value)
+        if self.options.regularization is None:
+            solving *= 1 + _of_suitable(value, m)
+        return solving * self._gram_error(residuals)
+
+    def _may_look_ahead(self, index: int) -> set[bool]:
+        """What may be said of the accepted candidate; both where rounding decides."""
+        options, last = self.options, len(self._lambdas()) - 1
+        if options.safeguard == "none" or options.look_ahead_cycles == 0 or index < last:
+            return {False}
+        if not 1e-280 < self.squares.sum() < 1e300:
+            return {True, False}
+        residuals = [g - x for x, g in self.points.pairs()]
+        m, first = len(residuals), self._mixture(0)[0]
+        size = np.abs(first).sum()
+        error = 2 * m * size * m * self._weights_error(residuals, self._lambdas()[0])
+        error += m * size**2 * self._gram_error(residuals)
+        left = reference.remaining(residuals, first)
+        return {left + error > 1, left - error > 1}
 
     def _advance_error(self, residuals: Sequence[Vector], index: int) -> float:
         """By how much more an error of alpha reaches the candidate through theta."""
@@ -625,6 +664,15 @@ def relative_deviation(
     error = 8 * u * count * size / level
     # of the updates, the spread is a difference of squares
     return rsd, error * (1 + rsd) + (math.sqrt(8 * u) * size / level if spread < size else 0.0)
+
+
+def _of_suitable(value: float, m: int) -> float:
+    """What an error of K, relative to tr(K)/m, becomes in lambda where K tells it.
+
+    By an error of size one, the harmonic mean h of its m eigenvalues changes by m^2 at most, and
+    lambda = 1e4 h^2 by 2e4 h of that.
+    """
+    return 2e4 * 1e-2 * math.sqrt(value) * m**2
 
 
 def condition(residuals: Sequence[Vector], regularization: float) -> float:
