@@ -21,6 +21,8 @@ import json
 import math
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -293,8 +295,8 @@ def measure_model(
             optimizer.step()
             accelerator.step(lambda: loss_of(accelerated, judged))
 
-    def four_losses() -> None:
-        for _ in range(4):
+    def bare_losses() -> None:
+        for _ in range(accelerator.loss_evaluations // accelerator.attempted):
             loss_of(model, judged)
 
     plain_cycle()
@@ -302,7 +304,7 @@ def measure_model(
     for _ in range(3):
         accelerated_cycle()
     turns = [
-        [clock.once(one) for one in (plain_cycle, accelerated_cycle, four_losses)]
+        [clock.once(one) for one in (plain_cycle, accelerated_cycle, bare_losses)]
         for _ in range(cycles)
     ]
     before, after, losses = (statistics.median(times) for times in zip(*turns, strict=True))
@@ -314,6 +316,29 @@ def measure_model(
         "floor": losses / before,
         "losses": accelerator.loss_evaluations / accelerator.optimizer_steps,
     }
+
+
+# Compiles the package in the first round, as pip does on installation, and not again.
+IMPORTS = """
+import json, sys, tempfile, time
+import torch, lightning.pytorch
+sys.dont_write_bytecode, seconds = False, []
+with tempfile.TemporaryDirectory() as sys.pycache_prefix:
+    for _ in range(9):
+        for name in [name for name in sys.modules if name.split(".")[0] == "lightning_stableaa"]:
+            del sys.modules[name]
+        start = time.perf_counter()
+        from lightning_stableaa import AndersonCallback, SmoothingMonitor
+        seconds.append(time.perf_counter() - start)
+print(json.dumps(seconds[1:]))
+"""
+
+
+def measure_import() -> Row:
+    """What the import of the callbacks adds to that of torch and Lightning."""
+    said = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True)
+    seconds = json.loads(said.stdout.splitlines()[-1])
+    return {"what": "both callbacks", "import_ms": 1e3 * statistics.median(seconds)}
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -405,6 +430,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "update": [measure_update(n, DEPTH, device) for n in SIZES],
         "textbook": [measure_textbook(SIZES[0], DEPTH, device)],
         "idle step": [measure_idle_step(device)],
+        "import": [measure_import()],
         "models": [
             measure_model(name, *setting, judged=judged)
             for name, setting in models().items()
