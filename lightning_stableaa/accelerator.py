@@ -69,7 +69,7 @@ class AndersonAccelerator:
             cycles where residuals are a steady drift, by less or not at all where they are not.
         regularization: lambda >= 0, relative to the mean squared residual norm; one value, or a
             grid from which the safeguard takes the best candidate, at a loss more for each.
-            ``None``: one value by the noise of the residuals, 1e-2 where they have some.
+            ``None``: one value by the noise of the residuals, 3e-2 where they have some.
         max_extrapolation: longest jump, in units of the residual norm sqrt(tr(K)/m).
         safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current
             batch; ``"none"`` accepts every finite one.

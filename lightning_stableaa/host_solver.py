@@ -17,7 +17,7 @@ _EPS = np.finfo(np.float64).eps
 
 # lambda where residuals have noise, and how much that is: the harmonic mean of the eigenvalues of K
 # relative to their mean. Below, lambda falls with its square.
-NOISY_LAMBDA = 1e-2
+NOISY_LAMBDA = 3e-2
 NOISE = 1e-3
 
 # Taken to be added to every eigenvalue, relative to their mean, by the rounding of products.

@@ -6,8 +6,9 @@ Equations are numbered as in docs/method.md:
     (2) K = R^T R
     (3) (K + lambda tr(K)/m I) z = 1,  alpha = z / sum(z)
     (4) x_new = sum_j alpha_j (x_j + (beta + theta) r_j)
-        theta = min(1, c rho) tau, tau = max(0, sum_j alpha_j (m - j)), and for the candidate that
-        looks ahead, of lambda = 1e-2, h min(1, max(0, rho - 1)) more
+        theta = min(1, c rho) tau, tau = max(0, sum_j alpha_j (m - j)), and where there is a judge,
+        for the last lambda, min(1, max(0, rho - 1)) / max(1, |alpha|) times ``look_ahead_cycles``
+        more
         rho = min(m, m |R alpha|^2 / (tr(K)/m)), with alpha of the first lambda
     (5) |x_new - x| <= cap * sqrt(tr(K)/m), by shortening the jump
     (6) accepted if loss(x_new) < loss(x); of several lambdas the one of least loss
@@ -40,7 +41,7 @@ def suitable_lambda(residuals: Sequence[Vector]) -> float:
     moved = np.array([one for one in residuals if one.any()])
     eigenvalues = np.linalg.eigvalsh(moved @ moved.T) / np.square(moved).sum(axis=1).mean()
     noise = len(moved) / (1 / (eigenvalues + 1e-9)).sum()
-    return float(1e-2 * min(1.0, max(noise, 1e-9) / 1e-3) ** 2)
+    return float(3e-2 * min(1.0, max(noise, 1e-9) / 1e-3) ** 2)
 
 
 def candidate(

@@ -432,7 +432,7 @@ class Drive:
             assert report.regularization == expected
             return
         assert report.regularization is not None
-        assert 0 <= report.regularization <= 1e-2
+        assert 0 <= report.regularization <= 3e-2
         residuals = [g - x for x, g in self.points.pairs()]
         error = _of_suitable(expected, len(residuals)) * self._gram_error(residuals)
         if 1e-280 < self.squares.sum() < 1e300 and error < UNINFORMATIVE * expected:
@@ -670,9 +670,9 @@ def _of_suitable(value: float, m: int) -> float:
     """What an error of K, relative to tr(K)/m, becomes in lambda where K tells it.
 
     By an error of size one, the harmonic mean h of its m eigenvalues changes by m^2 at most, and
-    lambda = 1e4 h^2 by 2e4 h of that.
+    lambda = 3e4 h^2 by 6e4 h of that.
     """
-    return 2e4 * 1e-2 * math.sqrt(value) * m**2
+    return 2 * math.sqrt(3e4 * value) * m**2
 
 
 def condition(residuals: Sequence[Vector], regularization: float) -> float:
