@@ -57,7 +57,7 @@ class NoticeInside(lightning.Callback):
 
         def judge_and_notify(batch: Any) -> torch.Tensor:
             calls.append(trainer.global_step)
-            if calls.count(trainer.global_step) == 3:  # the loss before, the first candidate's
+            if calls.count(trainer.global_step) == 2:  # the candidate is in place
                 self.at("in an update")
             return judge(batch)
 

@@ -1,7 +1,7 @@
 """``stableaa-train``, whose processes write their final weights to the working directory.
 
 With DIE_AT=RANK:STEP in the environment, the machine of one rank dies in the middle of the update
-after that step: when the loss of the second candidate is asked for.
+after that step: when the loss of the candidate is asked for.
 """
 
 import os
@@ -41,7 +41,7 @@ class Trainer(lightning.Trainer):
         def judge_or_die(batch: Any) -> torch.Tensor:
             nonlocal calls
             calls += self.global_step == step
-            if calls == 3:  # the loss before, the first candidate's
+            if calls == 2:  # the loss before was the first
                 os.kill(os.getppid(), signal.SIGKILL)  # torchrun, which would tell the others
                 os.kill(os.getpid(), signal.SIGKILL)
             return judge(batch)
