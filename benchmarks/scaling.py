@@ -94,7 +94,7 @@ def messages(
 
 def candidates_of(options: Options) -> int:
     """How many candidates the safeguard judges: one for each lambda."""
-    return len(options.regularization_grid)
+    return len(options.regularization_grid or (None,))
 
 
 def vectors(history: str, *, depth: int, world: int) -> float:

@@ -21,7 +21,7 @@ class StepReport:
         jump_norm: length of the accepted, or else of the longest jump, in units of the weights.
         condition: condition number of K.
         regularization: lambda of the accepted candidate.
-        looked_ahead: the accepted candidate was the one that looks ahead.
+        looked_ahead: the accepted candidate went on along a drift.
         loss_before: loss of the current batch at the optimizer's weights.
         loss_after: loss of the best candidate on the same batch.
         rsd: relative standard deviation of the window that ended with this step.

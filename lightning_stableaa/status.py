@@ -36,7 +36,7 @@ class Status(Enum):
 
 _REMEDIES = {
     Status.REJECTED_LOSS: (
-        "no candidate lowered the loss of the current batch: add larger values to "
+        "no candidate lowered the loss of the current batch: try larger values of "
         "regularization, raise store_every_n_steps so that residuals stand out of the gradient "
         "noise, or use SmoothingMonitor"
     ),

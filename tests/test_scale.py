@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.scaling import HISTORIES, RESNET50, predictions
 from lightning_stableaa.distributed import GATHERED_AT_ONCE
 from tests import scale_jobs
 from tests.ddp_jobs import start
@@ -24,6 +25,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
         return start(scale_jobs.main, tmp_path_factory.mktemp("scale"), WORLD)
+
+
+def test_the_default_schedule_is_predicted_to_cost_less_than_one_percent() -> None:
+    """ResNet-50 on 1,536 GPUs, in both precisions, whole and sharded."""
+    default = [row for row in predictions() if row["setting"] == "default"]
+    assert len(default) == len(RESNET50) * len(HISTORIES)
+    assert all(0 < row["overhead"] < 0.01 for row in default)
 
 
 @pytest.mark.parametrize(("history", "dtype"), scale_jobs.CASES)

@@ -195,7 +195,7 @@ def test_the_summary_names_the_option_when_most_were_rejected(
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
         "Anderson acceleration: 0 of 5 extrapolations accepted in 20 optimizer steps. Most often "
-        "(5 times) no candidate lowered the loss of the current batch: add larger values to "
+        "(5 times) no candidate lowered the loss of the current batch: try larger values of "
         "regularization, raise store_every_n_steps so that residuals stand out of the gradient "
         "noise, or use SmoothingMonitor."
     )
