@@ -173,7 +173,8 @@ def test_notices_at_random_moments_save_checkpoints_of_whole_steps(
     slurm: Path, compose: Compose, tmp_path: Path
 ) -> None:
     """A process that lives on, with every checkpoint that it saved resumed."""
-    options = [*RUN, "trainer.max_steps=150", "trainer.val_check_interval=50"]
+    # so many steps that the run is not at its end when the last notice comes, which would end it
+    options = [*RUN, "trainer.max_steps=400", "trainer.val_check_interval=50"]
     command = [sys.executable, "-m", "lightning_stableaa.recipes.train", *options]
     moments = random.Random(0)
     process = subprocess.Popen([*command, "cluster=slurm_sbatch"], cwd=tmp_path)
