@@ -151,6 +151,7 @@ def test_lightning_goes_on_where_a_callback_writes_on_one_rank(ranks: Ranks) -> 
     """DDP with replicas and with slices, and FSDP2."""
     for seen in zip(*(rank["ddp"] for rank in ranks), strict=True):
         assert seen[0]["trace"] == seen[1]["trace"]
+        assert seen[0]["outcomes"] == seen[1]["outcomes"]
     fsdp = [rank["fsdp"] for rank in ranks]
     assert torch.equal(fsdp[0]["trace"], fsdp[1]["trace"])
     for rank in ranks:

@@ -85,7 +85,7 @@ def test_a_wrong_smoothing_option_is_named(options: dict[str, Any], message: str
         Smoothing(**options)
 
 
-def test_a_single_lambda_is_a_grid_of_one() -> None:
+def test_a_single_lambda_is_a_grid_of_one_and_the_default_is_none() -> None:
     assert Options().regularization_grid is None
     assert Options(regularization=1).regularization_grid == (1.0,)
     assert Options(regularization=[1, 2]).regularization_grid == (1.0, 2.0)

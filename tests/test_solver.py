@@ -12,6 +12,7 @@ from lightning_stableaa.solver import (
     propose,
     propose_on_device,
     remaining_residual,
+    suitable_lambda,
 )
 from tests import reference
 
@@ -216,7 +217,22 @@ GRAMS = {
 }
 
 
+def test_lambda_follows_the_noise_of_the_residuals() -> None:
+    noise, eliminated = GRAMS["noise"], GRAMS["eliminated"]
+    assert float(suitable_lambda(gram_of(noise))) == pytest.approx(3e-2)
+    assert float(suitable_lambda(gram_of(eliminated))) < 1e-12
+    for share in (0.003, 0.01, 0.02):  # of noise beside a drift
+        residuals = random_residuals(1, 40, seed=1) + share * noise
+        expected = reference.suitable_lambda(list(residuals.numpy()))
+        assert float(suitable_lambda(gram_of(residuals))) == pytest.approx(expected, rel=1e-6)
+        assert 1e-8 < expected < 3e-2
+        torch.testing.assert_close(
+            suitable_lambda(1e-20 * gram_of(residuals)), suitable_lambda(gram_of(residuals))
+        )
+
+
 @pytest.mark.parametrize("differences", GRAMS.values(), ids=GRAMS)
+@pytest.mark.parametrize("grid", [[1e-4, 1e-2, 1.0], None], ids=["grid", "by the noise"])
 @pytest.mark.parametrize("unlinked", [(), (1, 5), (0, 2, 3, 4, 5, 6, 7)], ids=len)
 @pytest.mark.parametrize(
     ("relaxation", "cap", "compensation", "look_ahead"),
@@ -224,6 +240,7 @@ GRAMS = {
 )
 def test_host_and_device_propose_the_same(
     differences: torch.Tensor,
+    grid: list[float] | None,
     unlinked: tuple[int, ...],
     relaxation: float,
     cap: float,
@@ -232,7 +249,6 @@ def test_host_and_device_propose_the_same(
 ) -> None:
     gram = gram_of(differences)
     linked = [k not in unlinked for k in range(8)]
-    grid = [1e-4, 1e-2, 1.0]
     options = {
         "relaxation": relaxation,
         "max_extrapolation": cap,
@@ -242,6 +258,12 @@ def test_host_and_device_propose_the_same(
     on_host = propose(gram, linked, regularization=grid, **options)
     again = propose(gram.clone(), linked, regularization=grid, **options)
     on_device = propose_on_device(gram, linked, grid, **options)
+    torch.testing.assert_close(
+        on_host.lambdas, on_device.lambdas, rtol=1e-6, atol=1e-16, equal_nan=True
+    )
+    if bool(on_device.lambdas[0] < 1e-6):
+        assert grid is None
+        return  # rounding decides where residuals depend on one another
     scale = on_device.jumps.nan_to_num(0.0).abs().max().clamp_min(1.0)
     torch.testing.assert_close(
         on_host.jumps / scale, on_device.jumps / scale, rtol=0, atol=1e-10, equal_nan=True
