@@ -74,12 +74,14 @@ class AndersonAccelerator:
         safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current
             batch; ``"none"`` accepts every finite one.
         sufficient_decrease: with a safeguard, in [0, 1), share of the magnitude of the loss by
-            which a candidate has to lower it; 0 takes every decrease.
+            which a candidate has to lower it where residuals are noise; by less, down to any
+            decrease, where they are a steady drift or can be eliminated. 0 takes every decrease.
         optimizer_state: momentum on acceptance: ``"keep"``, ``"mix"`` (with the mixing weights of
             the candidate; doubles the memory of the history) or ``"reset"``.
         smoothing: ``None``, or the adaptive moving average of the iterates.
         apply_to: ``"training"``: candidates replace the weights; ``"evaluation"``: they are only
-            seen inside ``evaluation_weights``; ``"both"``.
+            seen inside ``evaluation_weights``, and every decrease will do; ``"both"``: seen there,
+            and those of sufficient decrease replace the weights.
         history: ``"replicated"``, ``"sharded"`` over the ranks, or ``"auto"``.
         history_device: where the history lives, such as ``"cpu"``; ``None``: with the weights.
         process_group: ranks that train the same weights; ``None`` is the default group.
@@ -347,11 +349,13 @@ class AndersonAccelerator:
             status=found.status,
             attempted=True,
             accepted=found.accepted,
+            replaced=found.replaces,
             residual_norm=found.residual_norm,
             jump_norm=found.jump_norm,
             condition=found.condition,
             regularization=found.regularization,
             looked_ahead=found.looked_ahead,
+            noisiness=found.noisiness,
             loss_before=found.loss_before,
             loss_after=found.loss_after,
         )

@@ -250,14 +250,14 @@ class Cycles:
         if found.status is Status.REJECTED_NON_FINITE_HISTORY:
             self.points.clear()
         if found.jump is not None:
-            self._take(found.jump)
+            self._take(found.jump, replaces=found.replaces)
         return found
 
-    def _take(self, jump: Tensor) -> None:
+    def _take(self, jump: Tensor, *, replaces: bool) -> None:
         """Put the accepted candidate where ``apply_to`` wants it."""
         points, options = self.points, self._options
         self.has_evaluation_weights = options.apply_to != "training"
-        if options.apply_to == "evaluation":
+        if not replaces:
             return
         points.weights.write(points.candidate)
         if options.optimizer_state == "reset":

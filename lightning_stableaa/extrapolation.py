@@ -23,11 +23,13 @@ class Extrapolation:
 
     status: Status
     jump: Tensor | None  # (q,), of the accepted candidate, equal on all ranks
+    replaces: bool  # the accepted candidate takes the place of the weights of training
     residual_norm: float
     jump_norm: float
     condition: float
     regularization: float | None
     looked_ahead: bool
+    noisiness: float
     loss_before: float | None
     loss_after: float | None
     loss_evaluations: int
@@ -71,17 +73,8 @@ def extrapolate(
     read = _read_back(proposal, shared)
     disturbance = agreement.settle(read.noted * points.communicator.world_size)
 
-    status, best = Status.ACCEPTED, 0
-    if disturbance is not None:
-        status = disturbance
-    elif not math.isfinite(read.residual_norm):
-        status = Status.REJECTED_NON_FINITE_HISTORY
-    elif read.residual_norm == 0:
-        status = Status.REJECTED_STAGNATION
-    elif read.loss_before is not None:
-        status, best = _choose(read.loss_before, read.losses_after, options.sufficient_decrease)
-    elif not math.isfinite(read.norms[0]):
-        status = Status.REJECTED_NON_FINITE_CANDIDATE
+    best = _least(read.losses_after)
+    status, replaces = (disturbance, False) if disturbance else _decide(read, best, options)
     jump = None
     if status is Status.ACCEPTED:
         jump = points.agree(proposal.jumps[best])
@@ -96,13 +89,15 @@ def extrapolate(
     return Extrapolation(
         status=status,
         jump=jump,
+        replaces=accepted and replaces,
         residual_norm=read.residual_norm,
         jump_norm=read.norms[best] if accepted else max(read.norms),
         condition=condition_number(read.gram),
         regularization=read.lambdas[best] if accepted else None,
         looked_ahead=accepted and loss_fn is not None and looks_ahead,
+        noisiness=read.noisiness,
         loss_before=read.loss_before,
-        loss_after=min(read.losses_after, key=_nan_last) if read.losses_after else None,
+        loss_after=read.losses_after[best] if read.losses_after else None,
         loss_evaluations=len(losses),
     )
 
@@ -125,28 +120,45 @@ def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Te
 def _shared(
     points: PointStore, proposal: Proposal, losses: list[Tensor], agreement: Agreement
 ) -> Tensor:
-    """What was noted, residual norm and losses, (2,) or (3 + L,): all ranks must decide alike.
+    """What was noted, residual norm, noisiness, losses, (3,) or (4 + L,): all must decide alike.
 
     Means over ranks. What is NaN on one rank is NaN on all: a rank that rejects alone would leave
     the others waiting.
     """
-    norm = proposal.residual_norm.to(points.weights.device)
+    device = points.weights.device
+    norm, noisiness = proposal.residual_norm.to(device), proposal.noisiness.to(device)
     noted = torch.full_like(norm, agreement.number)
-    shared = torch.stack([noted, norm, *losses])
+    shared = torch.stack([noted, norm, noisiness, *losses])
     points.communicator.mean(shared)
     return shared
 
 
-def _choose(before: float, after: list[float], decrease: float) -> tuple[Status, int]:
-    best = min(range(len(after)), key=lambda index: _nan_last(after[index]))
-    if not math.isfinite(before) or not math.isfinite(after[best]):
-        return Status.REJECTED_NON_FINITE_LOSS, best
-    enough = after[best] < before - decrease * abs(before)
-    return (Status.ACCEPTED if enough else Status.REJECTED_LOSS), best
+def _decide(read: _Read, best: int, options: Options) -> tuple[Status, bool]:
+    """Status, and whether the best candidate is to replace the weights of training."""
+    trains = options.apply_to != "evaluation"
+    if not math.isfinite(read.residual_norm):
+        return Status.REJECTED_NON_FINITE_HISTORY, False
+    if read.residual_norm == 0:
+        return Status.REJECTED_STAGNATION, False
+    if read.loss_before is None:
+        finite = math.isfinite(read.norms[best])
+        return (Status.ACCEPTED if finite else Status.REJECTED_NON_FINITE_CANDIDATE), trains
+    before, after = read.loss_before, read.losses_after[best]
+    if not math.isfinite(before) or not math.isfinite(after):
+        return Status.REJECTED_NON_FINITE_LOSS, False
+    if not after < before:
+        return Status.REJECTED_LOSS, False
+    decrease = options.sufficient_decrease * read.noisiness
+    enough = after < before - decrease * abs(before)
+    if options.apply_to == "training" and not enough:
+        return Status.REJECTED_SMALL_DECREASE, False
+    return Status.ACCEPTED, trains and enough
 
 
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+def _least(values: list[float]) -> int:
+    """Place of the least value, NaN being larger than all; 0 of none."""
+    ordered = [math.inf if math.isnan(value) else value for value in values]
+    return ordered.index(min(ordered)) if ordered else 0
 
 
 class _Read(NamedTuple):
@@ -154,6 +166,7 @@ class _Read(NamedTuple):
 
     noted: float
     residual_norm: float
+    noisiness: float
     loss_before: float | None
     losses_after: list[float]
     norms: list[float]
@@ -177,11 +190,12 @@ def _read_back(proposal: Proposal, shared: Tensor) -> _Read:
     values = torch.cat(parts).cpu()
     split = values.split([part.numel() for part in parts])
     together, norms, reaches, remaining, lambdas, flat_gram = split
-    noted, residual_norm, *losses = together.tolist()
+    noted, residual_norm, noisiness, *losses = together.tolist()
     before, *after = losses or (None,)
     return _Read(
         noted,
         residual_norm,
+        noisiness,
         before,
         after,
         norms.tolist(),

@@ -42,7 +42,8 @@ def propose_on_host(
     with np.errstate(all="ignore"):  # whether a result is usable is in the result itself
         squares = k.diagonal()
         mean_square = squares.sum() / len(columns)
-        grid = _suitable_lambda(k, squares) if regularization is None else np.array(regularization)
+        share = _noisy_share(_residual_noise(k, squares))
+        grid = np.array([NOISY_LAMBDA * share] if regularization is None else regularization)
         alpha = _mixing_weights(k, squares, grid)
         remaining = np.minimum(alpha[0] @ k @ alpha[0] / mean_square, 1.0) * len(columns)
         ages = np.arange(len(columns) - 1, -1, -1.0)
@@ -65,21 +66,25 @@ def propose_on_host(
             norms * shrink,
             reaches,
             np.asarray(remaining),
+            np.asarray(share * (1.0 - drift)),
             grid,
             np.asarray(residual_norm),
             k,
         )
 
 
-def _suitable_lambda(k: Array, squares: Array) -> Array:  # (1,)
+def _residual_noise(k: Array, squares: Array) -> float:
     moved = (squares > 0).astype(np.float64)
     try:
         inverse = np.linalg.inv(k / (squares.sum() / moved.sum()) + np.diag(ROUNDING + 1.0 - moved))
     except np.linalg.LinAlgError:  # singular
-        return np.zeros(1)
+        return 0.0
     noise = moved.sum() / (inverse.diagonal() @ moved)
-    share = np.minimum(np.maximum(noise, ROUNDING) / NOISE, 1.0)
-    return NOISY_LAMBDA * np.square(share)[None]
+    return np.minimum(np.maximum(noise, ROUNDING), 1.0)
+
+
+def _noisy_share(noise: float) -> float:
+    return np.square(np.minimum(noise / NOISE, 1.0))
 
 
 def _mixing_weights(k: Array, squares: Array, grid: Array) -> Array:  # (L, m)

@@ -108,7 +108,7 @@ class Options:
     regularization: float | Sequence[float] | None = None
     max_extrapolation: float = 1000.0
     safeguard: Safeguard = "loss"
-    sufficient_decrease: float = 0.0
+    sufficient_decrease: float = 0.1
     optimizer_state: OptimizerState = "keep"
     smoothing: Smoothing | None = None
     apply_to: ApplyTo = "training"

@@ -32,19 +32,29 @@ from torch import Tensor
 from lightning_stableaa.host_solver import NOISE, NOISY_LAMBDA, ROUNDING, propose_on_host
 
 
-def suitable_lambda(gram: Tensor) -> Tensor:  # (1,)
-    """lambda by the noise of the residuals, K (m, m).
+def residual_noise(gram: Tensor) -> Tensor:  # ()
+    """Harmonic mean of the eigenvalues of K (m, m) over their mean, at most 1: h.
 
-    The harmonic mean of the eigenvalues of K is about the squared norm of the noise where residuals
-    have some in every direction, and next to nothing where they depend on one another and can be
-    eliminated, which a ridge would hinder. So lambda is ``NOISY_LAMBDA`` where it is ``NOISE`` of
-    the mean of the eigenvalues or more, and falls with its square below.
+    About the squared norm of the noise over that of the residuals, where they have some in every
+    direction, and next to nothing where they depend on one another and can be eliminated.
     """
     ones = (gram.diagonal() > 0).to(gram.dtype)  # of residuals that moved
     shifted = gram / (gram.trace() / ones.sum()) + torch.diag(ROUNDING + 1.0 - ones)
     inverse, _ = torch.linalg.inv_ex(shifted)  # without checks: does not wait for a GPU
-    noise = ones.sum() / (inverse.diagonal() @ ones)
-    return NOISY_LAMBDA * (noise.clamp_min(ROUNDING) / NOISE).clamp_max(1.0).square()[None]
+    return (ones.sum() / (inverse.diagonal() @ ones)).clamp(ROUNDING, 1.0)
+
+
+def noisy_share(noise: Tensor) -> Tensor:  # (), of residual_noise
+    """1 where there is noise enough to be reckoned with, falling with the square of h below."""
+    return (noise / NOISE).clamp_max(1.0).square()
+
+
+def suitable_lambda(noise: Tensor) -> Tensor:  # (), of residual_noise
+    """lambda by the noise of the residuals: ``NOISY_LAMBDA`` where they have some.
+
+    Less where they have next to none, since a ridge would hinder their elimination.
+    """
+    return NOISY_LAMBDA * noisy_share(noise)
 
 
 def mixing_weights(gram: Tensor, *, regularization: float | Sequence[float] | Tensor) -> Tensor:
@@ -153,6 +163,7 @@ class Proposal(NamedTuple):
     norms: Tensor  # (L,), lengths of the jumps, after the cap
     reaches: Tensor  # (L,), lengths of their terms together: no partial sum is longer
     remaining: Tensor  # (), rho, see ``remaining_residual``, of the first lambda
+    noisiness: Tensor  # (), 1 where residuals are noise, 0 where eliminated or a steady drift
     lambdas: Tensor  # (L,)
     residual_norm: Tensor  # (), sqrt(tr(K)/m), root of the mean squared residual norm
     residual_gram: Tensor  # (m, m), K
@@ -210,15 +221,17 @@ def propose_on_device(
     if not all(linked):
         columns = torch.tensor(_residual_columns(linked), device=gram.device)
         k = gram[columns][:, columns]
+    noise = residual_noise(k)
     if regularization is None:
-        lambdas = suitable_lambda(k)
+        lambdas = suitable_lambda(noise)[None]
     else:
         lambdas = torch.tensor(regularization, dtype=k.dtype).to(k.device, non_blocking=True)
     alpha = mixing_weights(k, regularization=lambdas)
     remaining = remaining_residual(alpha[0], k)
     advance = (lag_compensation * remaining).clamp_max(1.0) * lag(alpha)
-    drift = (remaining - 1.0).clamp(0.0, 1.0) / alpha[-1].norm().clamp_min(1.0)
-    advance[-1] += look_ahead_cycles * drift
+    drift = (remaining - 1.0).clamp(0.0, 1.0)
+    advance[-1] += look_ahead_cycles * drift / alpha[-1].norm().clamp_min(1.0)
+    noisiness = noisy_share(noise) * (1.0 - drift)
     jumps = jump_weights(alpha, linked, relaxation=relaxation, advance=advance)
     residual_norm = k.diagonal().mean().sqrt()
     norms = ((jumps @ gram) * jumps).sum(dim=-1).clamp_min(0.0).sqrt()
@@ -226,7 +239,7 @@ def propose_on_device(
     shrink = (max_extrapolation * residual_norm / norms).clamp_max(1.0)
     jumps = jumps * shrink[:, None]
     reaches = jumps.abs() @ gram.diagonal().sqrt()
-    return Proposal(jumps, norms * shrink, reaches, remaining, lambdas, residual_norm, k)
+    return Proposal(jumps, norms * shrink, reaches, remaining, noisiness, lambdas, residual_norm, k)
 
 
 def condition_number(gram: Tensor) -> float:

@@ -17,6 +17,7 @@ class Status(Enum):
     WEIGHTS_CHANGED = "weights_changed"
     ACCEPTED = "accepted"
     REJECTED_LOSS = "rejected_loss"
+    REJECTED_SMALL_DECREASE = "rejected_small_decrease"
     REJECTED_NON_FINITE_LOSS = "rejected_non_finite_loss"
     REJECTED_NON_FINITE_HISTORY = "rejected_non_finite_history"
     REJECTED_NON_FINITE_CANDIDATE = "rejected_non_finite_candidate"
@@ -39,6 +40,11 @@ _REMEDIES = {
         "no candidate lowered the loss of the current batch: try larger values of "
         "regularization, raise store_every_n_steps so that residuals stand out of the gradient "
         "noise, or use SmoothingMonitor"
+    ),
+    Status.REJECTED_SMALL_DECREASE: (
+        "residuals were mostly noise, and what a candidate took off the loss was no more than "
+        "averaging does, so training was left alone: lower sufficient_decrease to take it all the "
+        "same, or raise the batch size or store_every_n_steps, so that residuals stand out"
     ),
     Status.REJECTED_NON_FINITE_LOSS: (
         "the loss was not finite, with or without the candidate: lower the learning rate, clip "

@@ -11,7 +11,8 @@ Equations are numbered as in docs/method.md:
         more
         rho = min(m, m |R alpha|^2 / (tr(K)/m)), with alpha of the first lambda
     (5) |x_new - x| <= cap * sqrt(tr(K)/m), by shortening the jump
-    (6) accepted if loss(x_new) < loss(x); of several lambdas the one of least loss
+    (6) accepted if loss(x_new) < loss(x) - d |loss(x)|; of several lambdas the one of least loss
+        d = ``sufficient_decrease`` times min(1, h / 1e-3)^2 (1 - min(1, max(0, rho - 1)))
 """
 
 from __future__ import annotations
@@ -36,12 +37,23 @@ def mixing_weights(residuals: Sequence[Vector], regularization: float) -> Vector
     return z / z.sum()
 
 
-def suitable_lambda(residuals: Sequence[Vector]) -> float:
-    """By the harmonic mean of the eigenvalues of K over their mean: what noise there is."""
+def noisy_share(residuals: Sequence[Vector]) -> float:
+    """By h, the harmonic mean of the eigenvalues of K over their mean: what noise there is."""
     moved = np.array([one for one in residuals if one.any()])
     eigenvalues = np.linalg.eigvalsh(moved @ moved.T) / np.square(moved).sum(axis=1).mean()
     noise = len(moved) / (1 / (eigenvalues + 1e-9)).sum()
-    return float(3e-2 * min(1.0, max(noise, 1e-9) / 1e-3) ** 2)
+    return float(min(1.0, max(noise, 1e-9) / 1e-3) ** 2)
+
+
+def suitable_lambda(residuals: Sequence[Vector]) -> float:
+    """By the noise of the residuals."""
+    return 3e-2 * noisy_share(residuals)
+
+
+def noisiness(residuals: Sequence[Vector], alpha: Vector) -> float:
+    """1 where residuals are noise, 0 where they are eliminated or a steady drift."""
+    drift = min(1.0, max(0.0, remaining(residuals, alpha) - 1.0))
+    return noisy_share(residuals) * (1.0 - drift)
 
 
 def candidate(
@@ -88,7 +100,7 @@ class ReferenceAccelerator:
     max_extrapolation: float = math.inf
     lag_compensation: float = 0.75
     look_ahead_cycles: float = 10.0
-    sufficient_decrease: float = 0.0
+    sufficient_decrease: float = 0.1
     points: list[Vector] = field(default_factory=list)
     linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
     decisions: list[bool] = field(default_factory=list)
@@ -129,7 +141,7 @@ class ReferenceAccelerator:
             new = candidate(pairs, alpha, self.relaxation, advance)
             candidates.append(shorten(new, x, residuals, self.max_extrapolation))
         best = candidates[0] if loss is None else min(candidates, key=loss)
-        accepted = loss is None or loss(best) < loss(x) - self.sufficient_decrease * abs(loss(x))
+        accepted = loss is None or loss(best) < loss(x) - self.decrease(residuals) * abs(loss(x))
         self.decisions.append(accepted)
         if not accepted:
             return x
@@ -139,6 +151,11 @@ class ReferenceAccelerator:
     def lambdas(self, residuals: Sequence[Vector]) -> Sequence[float]:
         """Of all candidates."""
         return self.regularization or [suitable_lambda(residuals)]
+
+    def decrease(self, residuals: Sequence[Vector]) -> float:
+        """Of the loss, as a share of it, that is asked for."""
+        alpha = mixing_weights(residuals, self.lambdas(residuals)[0])
+        return self.sufficient_decrease * noisiness(residuals, alpha)
 
     def mixtures(
         self, residuals: Sequence[Vector], *, look_ahead: bool

@@ -225,7 +225,11 @@ class Episode:
             and smoothing is not None
             and smoothing.apply_to == "weights"
         )
-        trains_on = report.accepted and self.options["apply_to"] != "evaluation"
+        trains_on = report.replaced
+        self._expect(
+            not (report.replaced and self.options["apply_to"] == "evaluation"),
+            "candidates for evaluation leave training alone",
+        )
         if not (averaged or trains_on):
             self._expect(_equal(weights, own), f"{report.status.value} leaves the weights alone")
         if _finite(own):
@@ -233,8 +237,11 @@ class Episode:
         if report.accepted and self.options["safeguard"] == "loss":
             before, after = report.loss_before, report.loss_after
             self._expect(before is not None and after is not None, "a judged candidate has losses")
-            enough = before - self.options["sufficient_decrease"] * abs(before)  # type: ignore[operator,arg-type]
-            self._expect(after < enough, "an accepted candidate lowers the loss")  # type: ignore[operator]
+            self._expect(after < before, "an accepted candidate lowers the loss")  # type: ignore[operator]
+            if trains_on:
+                asked = self.options["sufficient_decrease"] * report.noisiness  # type: ignore[operator]
+                enough = before - asked * abs(before)  # type: ignore[operator,arg-type]
+                self._expect(after < enough, "what replaces the weights lowers it enough")  # type: ignore[operator]
             if trains_on:
                 self._expect(self._judge().item() == after, "its loss is the one reported")
         self._expect(moved or report.status is Status.NO_OPTIMIZER_STEP, "no gradient, no step")
@@ -305,7 +312,7 @@ class Episode:
             "regularization": choose(grids),
             "max_extrapolation": choose([1.0, 1000.0]),
             "safeguard": safeguard,
-            "sufficient_decrease": choose([0.0, 0.03]),
+            "sufficient_decrease": choose([0.0, 0.1]),
             "optimizer_state": choose(["keep", "mix", "reset"]),
             "smoothing": smoothing,
             "apply_to": choose(["training", "both"] + ([] if follows else ["evaluation"])),

@@ -717,6 +717,30 @@ def test_a_candidate_beyond_the_precision_of_the_weights_is_rejected(
     assert bool(x.isfinite().all())
 
 
+# two residuals of a walk
+NOISE = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+DRIFT = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+ELIMINATED = torch.tensor([[1.0, 0.0], [0.5, 0.0]])
+
+
+def judged(
+    residuals: Tensor, before: float, after: float, **options: Any
+) -> tuple[AndersonAccelerator, StepReport, nn.Parameter]:
+    """One extrapolation of two steps that are given, between losses that are given."""
+    x = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.SGD([x], lr=1.0)
+    accelerator = AndersonAccelerator(
+        optimizer, store_every_n_steps=1, accelerate_every_n_steps=2, **options
+    )
+    losses = iter([before])
+    report = NOTHING
+    for residual in residuals:
+        x.grad = -residual
+        optimizer.step()
+        report = accelerator.step(lambda: torch.tensor(next(losses, after), dtype=torch.float64))
+    return accelerator, report, x
+
+
 @pytest.mark.parametrize(
     ("share", "before", "after", "accepted"),
     [
@@ -726,26 +750,37 @@ def test_a_candidate_beyond_the_precision_of_the_weights_is_rejected(
         (0.03, -1.0, -1.02, False),
         (0.03, -1.0, -1.04, True),
         (0.5, 0.0, -1e-9, True),
-        (0.0, 1.0, 1.0, False),
     ],
 )
-def test_a_candidate_has_to_lower_the_loss_by_a_share_of_it(
+def test_where_residuals_are_noise_a_candidate_has_to_lower_the_loss_by_a_share_of_it(
     share: float, before: float, after: float, accepted: bool
 ) -> None:
-    problem = Quadratic()
-    accelerator = AndersonAccelerator(
-        problem.optimizer,
-        store_every_n_steps=1,
-        accelerate_every_n_steps=2,
-        sufficient_decrease=share,
-    )
-    losses = iter([before])
-    report = NOTHING
-    for _ in range(2):
-        problem.train_step()
-        report = accelerator.step(lambda: torch.tensor(next(losses, after), dtype=torch.float64))
-    assert report.accepted is accepted
-    assert accepted or report.status is Status.REJECTED_LOSS
+    _, report, x = judged(NOISE, before, after, sufficient_decrease=share)
+    assert report.noisiness == pytest.approx(1.0)
+    assert report.accepted is report.replaced is accepted
+    assert accepted or report.status is Status.REJECTED_SMALL_DECREASE
+    assert bool((x == 1.0).all()) is not accepted
+
+
+@pytest.mark.parametrize("residuals", [DRIFT, ELIMINATED], ids=["drift", "eliminated"])
+def test_where_they_are_not_noise_every_decrease_will_do(residuals: Tensor) -> None:
+    _, report, _ = judged(residuals, 1.0, 0.999, sufficient_decrease=0.5)
+    assert report.noisiness == pytest.approx(0.0, abs=1e-9)
+    assert report.accepted
+    _, report, _ = judged(residuals, 1.0, 1.0)
+    assert report.status is Status.REJECTED_LOSS
+
+
+@pytest.mark.parametrize("apply_to", ["evaluation", "both"])
+def test_what_noise_leaves_to_averages_is_evaluated_and_not_trained_on(apply_to: Any) -> None:
+    accelerator, report, x = judged(NOISE, 1.0, 0.98, apply_to=apply_to)
+    assert report.accepted
+    assert not report.replaced
+    assert bool((x == 1.0).all())
+    with accelerator.evaluation_weights():
+        assert not bool((x == 1.0).any())
+    _, report, x = judged(NOISE, 1.0, 0.5, apply_to=apply_to)
+    assert report.replaced is (apply_to == "both")
 
 
 @pytest.mark.parametrize("safeguard", ["loss", "none"])
@@ -756,7 +791,11 @@ def test_a_candidate_that_cannot_be_infinite_is_not_looked_at(
     monkeypatch.delattr(FlatTensors, "cannot_hold")
     problem = Quadratic()
     accelerator = AndersonAccelerator(
-        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=2, safeguard=safeguard
+        problem.optimizer,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=2,
+        safeguard=safeguard,
+        sufficient_decrease=0.0,
     )
     for _ in range(4):
         problem.train_step()

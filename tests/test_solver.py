@@ -12,6 +12,7 @@ from lightning_stableaa.solver import (
     propose,
     propose_on_device,
     remaining_residual,
+    residual_noise,
     suitable_lambda,
 )
 from tests import reference
@@ -219,16 +220,38 @@ GRAMS = {
 
 def test_lambda_follows_the_noise_of_the_residuals() -> None:
     noise, eliminated = GRAMS["noise"], GRAMS["eliminated"]
-    assert float(suitable_lambda(gram_of(noise))) == pytest.approx(3e-2)
-    assert float(suitable_lambda(gram_of(eliminated))) < 1e-12
+    assert lambda_of(gram_of(noise)) == pytest.approx(3e-2)
+    assert lambda_of(gram_of(eliminated)) < 1e-12
     for share in (0.003, 0.01, 0.02):  # of noise beside a drift
         residuals = random_residuals(1, 40, seed=1) + share * noise
         expected = reference.suitable_lambda(list(residuals.numpy()))
-        assert float(suitable_lambda(gram_of(residuals))) == pytest.approx(expected, rel=1e-6)
+        assert lambda_of(gram_of(residuals)) == pytest.approx(expected, rel=1e-6)
         assert 1e-8 < expected < 3e-2
-        torch.testing.assert_close(
-            suitable_lambda(1e-20 * gram_of(residuals)), suitable_lambda(gram_of(residuals))
+        assert lambda_of(1e-20 * gram_of(residuals)) == pytest.approx(expected, rel=1e-6)
+
+
+def lambda_of(gram: torch.Tensor) -> float:
+    return float(suitable_lambda(residual_noise(gram)))
+
+
+def test_noisiness_tells_noise_from_a_drift_and_from_what_can_be_eliminated() -> None:
+    found = {
+        name: float(
+            propose(gram_of(GRAMS[name]), [True] * 8, regularization=None, **ALONG).noisiness
         )
+        for name in ("noise", "drift", "eliminated")
+    }
+    assert found["noise"] > 0.9
+    assert found["drift"] < 1e-6
+    assert found["eliminated"] < 1e-6
+    for share in (0.01, 0.03, 0.1, 0.2):  # of noise beside a drift
+        residuals = random_residuals(1, 40, seed=1) + share * GRAMS["noise"]
+        alpha = reference.mixing_weights(
+            list(residuals.numpy()), reference.suitable_lambda(list(residuals.numpy()))
+        )
+        expected = reference.noisiness(list(residuals.numpy()), alpha)
+        proposal = propose(gram_of(residuals), [True] * 8, regularization=None, **ALONG)
+        assert float(proposal.noisiness) == pytest.approx(expected, rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("differences", GRAMS.values(), ids=GRAMS)

@@ -291,7 +291,7 @@ class Drive:
         guarded = self.options.safeguard == "loss"
         self.squares = self._residual_squares()
         self.expected: dict[tuple[bool, int], tuple[Vector, float | None]] = {}
-        status, best = self._expected_status(guarded, report.status)
+        status, best, replaces = self._expected_status(guarded, report)
         self.outcome.statuses.append(report.status)
         assert report.attempted
         assert report.status is status, (report.status, status)
@@ -301,10 +301,12 @@ class Drive:
             assert report.accepted
             self._check_lambda(report, self._lambdas()[best])
             assert report.looked_ahead in self._may_look_ahead(best)
+            assert report.replaced is replaces
             taken = candidates[best] if guarded else self._taken()
-            self._check_accepted(own, taken, best)
+            self._check_accepted(own, taken, best, replaces=replaces)
         else:
             assert not report.accepted
+            assert not report.replaced
             self._unchanged(own)
         if status is Status.REJECTED_NON_FINITE_HISTORY:
             self.points.points.clear()
@@ -314,23 +316,31 @@ class Drive:
             self.chained = False
         self._check_evaluation()
 
-    def _expected_status(self, guarded: bool, found: Status) -> tuple[Status, int]:
+    def _expected_status(self, guarded: bool, report: StepReport) -> tuple[Status, int, bool]:
+        """Status, best candidate, and whether it replaces the weights."""
+        replaces = self.options.apply_to != "evaluation"
         if not math.isfinite(self.squares.mean()):
-            return Status.REJECTED_NON_FINITE_HISTORY, 0
+            return Status.REJECTED_NON_FINITE_HISTORY, 0, False
         if self.squares.sum() == 0:
-            return Status.REJECTED_STAGNATION, 0
+            return Status.REJECTED_STAGNATION, 0, False
         if not guarded:
-            refused = self._at_the_edge(0) and found is Status.REJECTED_NON_FINITE_CANDIDATE
-            return (found if refused else Status.ACCEPTED), 0
+            edge = Status.REJECTED_NON_FINITE_CANDIDATE
+            refused = self._at_the_edge(0) and report.status is edge
+            return (edge if refused else Status.ACCEPTED), 0, replaces
         before, *after = self.values
         # NaN after every number
         best = min(range(len(after)), key=lambda k: (math.isnan(after[k]), after[k]))
         if not (math.isfinite(before) and math.isfinite(after[best])):
-            return Status.REJECTED_NON_FINITE_LOSS, best
-        if not after[best] < before - self.options.sufficient_decrease * abs(before):
-            return Status.REJECTED_LOSS, best
+            return Status.REJECTED_NON_FINITE_LOSS, best, False
+        if not after[best] < before:
+            return Status.REJECTED_LOSS, best, False
+        asked = self.options.sufficient_decrease * self._checked_noisiness(report)
+        replaces = replaces and after[best] < before - asked * abs(before)
+        if self.options.apply_to == "training" and not replaces:
+            return Status.REJECTED_SMALL_DECREASE, best, False
         finite = np.isfinite(self.seen[1 + best]).all()
-        return (Status.ACCEPTED if finite else Status.REJECTED_NON_FINITE_CANDIDATE), best
+        status = Status.ACCEPTED if finite else Status.REJECTED_NON_FINITE_CANDIDATE
+        return status, best, replaces
 
     def _check_candidates(self, own: Vector) -> list[Vector]:
         """Every candidate that the judge saw, against equations (3) to (5)."""
@@ -349,11 +359,11 @@ class Drive:
             self.outcome.compared += 1
             assert np.abs(found - expected).max() <= bound, (found - expected, bound)
 
-    def _check_accepted(self, own: Vector, taken: Vector, best: int) -> None:
+    def _check_accepted(self, own: Vector, taken: Vector, best: int, *, replaces: bool) -> None:
         assert np.isfinite(taken).all(), "an accepted candidate is finite"
         if self.options.safeguard == "none":
             self._compare(self.points, taken, best)
-        if self.options.apply_to == "evaluation":
+        if not replaces:
             self._unchanged(own)
         else:
             assert np.array_equal(self._weights(), taken)
@@ -435,7 +445,7 @@ class Drive:
         assert 0 <= found <= 3e-2
         residuals = [g - x for x, g in self.points.pairs()]
         error = _of_suitable(expected, len(residuals)) * self._gram_error(residuals)
-        if 1e-280 < self.squares.sum() < 1e300 and error < UNINFORMATIVE * expected:
+        if self._is_ordinary() and error < UNINFORMATIVE * expected:
             assert abs(found - expected) <= error
 
     def _mixture(self, index: int) -> tuple[Vector, float]:
@@ -511,15 +521,36 @@ class Drive:
         options, last = self.options, len(self._lambdas()) - 1
         if options.safeguard == "none" or options.look_ahead_cycles == 0 or index < last:
             return {False}
-        if not 1e-280 < self.squares.sum() < 1e300:
+        if not self._is_ordinary():
             return {True, False}
+        left, error = self._remaining([g - x for x, g in self.points.pairs()])
+        return {left + error > 1, left - error > 1}
+
+    def _checked_noisiness(self, report: StepReport) -> float:
+        """The engine's own, once it is known to be right."""
+        found = report.noisiness
+        assert found is not None
         residuals = [g - x for x, g in self.points.pairs()]
+        share = reference.noisy_share(residuals) if self._is_ordinary() else math.nan
+        of_share = 2e3 * math.sqrt(share) * len(residuals) ** 2 * self._gram_error(residuals)
+        if self._is_ordinary() and of_share < UNINFORMATIVE * share:
+            assert 0 <= found <= 1
+            left, of_drift = self._remaining(residuals)
+            expected = share * (1 - min(1.0, max(0.0, left - 1)))
+            assert abs(found - expected) <= of_share + of_drift
+        return found
+
+    def _is_ordinary(self) -> bool:
+        """Whether products of residuals are far from the ends of float64."""
+        return bool(1e-280 < self.squares.sum() < 1e300)
+
+    def _remaining(self, residuals: Sequence[Vector]) -> tuple[float, float]:
+        """rho, and its error."""
         m, first = len(residuals), self._mixture(0)[0]
         size = np.abs(first).sum()
         error = 2 * m * size * m * self._weights_error(residuals, self._lambdas()[0])
         error += m * size**2 * self._gram_error(residuals)
-        left = reference.remaining(residuals, first)
-        return {left + error > 1, left - error > 1}
+        return reference.remaining(residuals, first), error
 
     def _advance_error(self, residuals: Sequence[Vector], index: int) -> float:
         """By how much more an error of alpha reaches the candidate through theta."""

@@ -66,8 +66,9 @@ class AndersonCallback(LightningCallback):
     Logs at every extrapolation, to all loggers: ``anderson/attempted``, ``anderson/accepted`` and
     ``anderson/rejected_<why>`` (counts so far), ``anderson/residual_norm``,
     ``anderson/jump_norm`` (units of the weights), ``anderson/condition`` (of the Gram matrix),
-    ``anderson/loss_before``, ``anderson/loss_after``. The progress bar shows
-    ``anderson_accepted``, and ``rsd`` where the iterates are smoothed.
+    ``anderson/noisiness`` (1 where residuals are noise), ``anderson/loss_before``,
+    ``anderson/loss_after``. The progress bar shows ``anderson_accepted``, and ``rsd`` where the
+    iterates are smoothed.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type, out of range or in conflict with
@@ -308,6 +309,7 @@ class AndersonCallback(LightningCallback):
             "residual_norm": report.residual_norm,
             "jump_norm": report.jump_norm,
             "condition": report.condition,
+            "noisiness": report.noisiness,
             "loss_before": report.loss_before,
             "loss_after": report.loss_after,
         }

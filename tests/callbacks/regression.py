@@ -34,6 +34,7 @@ QUIET: dict[str, Any] = {
 
 # Stated, so that no count in these tests turns on the defaults that users get.
 SETTING: dict[str, Any] = {
+    "sufficient_decrease": 0.0,
     "history_depth": 10,
     "store_every_n_steps": 2,
     "accelerate_every_n_steps": 4,
