@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ from lightning_stableaa.options import (
 )
 from lightning_stableaa.placement import check_placement
 from lightning_stableaa.report import StepReport
-from lightning_stableaa.safeguard import LossFunction
+from lightning_stableaa.safeguard import Judge, LossFunction
 from lightning_stableaa.status import Status
 from lightning_stableaa.watch import StepWatch, unwrap_optimizers
 from lightning_stableaa.weights import trainable_parameters
@@ -148,7 +148,12 @@ class AndersonAccelerator:
         self._watch = StepWatch(self._optimizers, self._before_optimizer_step)
         self._builder = Builder(self.options, self._optimizers, self._watch, process_group)
 
-    def step(self, loss_fn: LossFunction | None = None) -> StepReport:
+    def step(
+        self,
+        loss_fn: LossFunction | None = None,
+        *,
+        confirming: Callable[[], LossFunction | None] = lambda: None,
+    ) -> StepReport:
         """Take note of the optimizer step that was just made; extrapolate when it is due.
 
         Every rank has to call it after every step.
@@ -159,17 +164,21 @@ class AndersonAccelerator:
                 and never differentiated. Buffers that it changes are the caller's to restore:
                 see :func:`~lightning_stableaa.safeguard.undo_side_effects`. Without a safeguard
                 it is not called.
+            confirming: called where ``loss_fn``, of a part of the batch, let a candidate into
+                training; gives the loss of the whole batch, which then has to agree, at two losses
+                more, or ``None`` where none has to.
 
         Raises:
             ValueError: the safeguard is ``"loss"`` and there is no ``loss_fn``.
         """
-        if loss_fn is None and self.options.safeguard == "loss":
-            raise ValueError(
-                "safeguard='loss' needs a loss_fn, got None: call step(loss_fn) with the loss of "
-                "the current batch, or choose safeguard='none'"
-            )
-        if self.options.safeguard == "none":
-            loss_fn = None
+        judge = None
+        if self.options.safeguard == "loss":
+            if loss_fn is None:
+                raise ValueError(
+                    "safeguard='loss' needs a loss_fn, got None: call step(loss_fn) with the loss "
+                    "of the current batch, or choose safeguard='none'"
+                )
+            judge = Judge(loss_fn, confirming)
         if not self._watch.take():
             return _NO_STEP
         self.optimizer_steps += 1
@@ -182,7 +191,7 @@ class AndersonAccelerator:
             cycles.observe()
             if cycles.steps < self.options.store_every_n_steps:
                 return _OPEN
-            return self._close_cycle(cycles, loss_fn)
+            return self._close_cycle(cycles, judge)
         except (RuntimeError, MemoryError) as error:
             self._give_back_memory(error)
             return StepReport(status=Status.OUT_OF_MEMORY)
@@ -305,10 +314,10 @@ class AndersonAccelerator:
     def _device(self) -> torch.device:
         return self._parameters[0].device if self._parameters else torch.device("cpu")
 
-    def _close_cycle(self, cycles: Cycles, loss_fn: LossFunction | None) -> StepReport:
+    def _close_cycle(self, cycles: Cycles, judge: Judge | None) -> StepReport:
         self._parameters = trainable_parameters(self._optimizers)
         waiting = self._waiting()
-        closing = cycles.close(self._parameters, loss_fn, due=waiting is None)
+        closing = cycles.close(self._parameters, judge, due=waiting is None)
         if closing.found is not None:
             self.loss_evaluations += closing.found.loss_evaluations
         if closing.disturbance is not None:

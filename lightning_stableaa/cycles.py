@@ -17,7 +17,7 @@ from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.extrapolation import Extrapolation, extrapolate
 from lightning_stableaa.options import Options
 from lightning_stableaa.points import PointStore
-from lightning_stableaa.safeguard import LossFunction
+from lightning_stableaa.safeguard import Judge
 from lightning_stableaa.smoother import Smoother
 from lightning_stableaa.status import Status
 from lightning_stableaa.watch import StepWatch
@@ -115,14 +115,12 @@ class Cycles:
         self._watch.mark()
         return False
 
-    def close(
-        self, parameters: Sequence[Tensor], loss_fn: LossFunction | None, *, due: bool
-    ) -> Closing:
+    def close(self, parameters: Sequence[Tensor], judge: Judge | None, *, due: bool) -> Closing:
         """Store the end of the cycle, and extrapolate where that is due; a collective call.
 
         Args:
             parameters: the weights as the optimizers have them now.
-            loss_fn: judges candidates; ``None`` where nobody does.
+            judge: of candidates; ``None`` where nobody judges.
             due: whether it is time for an extrapolation.
         """
         self.steps = 0
@@ -137,7 +135,7 @@ class Cycles:
         self._store()
         found = None
         if due and self.points.history.residual_count >= 2:
-            found = self._extrapolate(loss_fn)
+            found = self._extrapolate(judge)
             disturbance = found.disturbance
         elif self.smoother is None and not self._agreement.alone:
             disturbance = self._agreement.reach()
@@ -243,9 +241,9 @@ class Cycles:
             self._watch.mark()
         points.push_weights()
 
-    def _extrapolate(self, loss_fn: LossFunction | None) -> Extrapolation:
+    def _extrapolate(self, judge: Judge | None) -> Extrapolation:
         self.has_evaluation_weights = False
-        found = extrapolate(self.points, self._options, loss_fn, self._agreement)
+        found = extrapolate(self.points, self._options, judge, self._agreement)
         self._watch.mark()  # candidates came and went: the weights are the optimizer's again
         if found.status is Status.REJECTED_NON_FINITE_HISTORY:
             self.points.clear()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_stableaa.agreement import DISTURBANCES, Agreement
 from lightning_stableaa.options import Options
 from lightning_stableaa.points import PointStore
-from lightning_stableaa.safeguard import LossFunction, RandomState, loss_value
+from lightning_stableaa.safeguard import Judge, LossFunction, RandomState, loss_value
 from lightning_stableaa.solver import Proposal, condition_number, propose
 from lightning_stableaa.status import Status
 
@@ -45,18 +45,18 @@ class Extrapolation:
 
 
 def extrapolate(
-    points: PointStore, options: Options, loss_fn: LossFunction | None, agreement: Agreement
+    points: PointStore, options: Options, judge: Judge | None, agreement: Agreement
 ) -> Extrapolation:
     """Form the candidates, and choose the one of least loss if it is an advance.
 
     The accepted candidate is left in ``points.candidate``. The device is waited for once, when
-    everything that decides is read back together, and of several ranks once more for an accepted
-    candidate.
+    everything that decides is read back together, and once more where a candidate is confirmed, and
+    of several ranks where one is accepted.
 
     Args:
         points: at least two residuals.
         options: those of the candidates.
-        loss_fn: the judge; ``None`` accepts the first candidate, if it is finite.
+        judge: ``None`` accepts the first candidate, if it is finite.
         agreement: what this rank noted since the last one, and with whom it decides.
     """
     proposal = propose(
@@ -66,20 +66,28 @@ def extrapolate(
         relaxation=options.relaxation,
         max_extrapolation=options.max_extrapolation,
         lag_compensation=options.lag_compensation,
-        look_ahead_cycles=0.0 if loss_fn is None else options.look_ahead_cycles,
+        look_ahead_cycles=0.0 if judge is None else options.look_ahead_cycles,
     )
-    losses = [] if loss_fn is None else _losses(points, proposal.jumps, loss_fn)
+    losses = [] if judge is None else _losses(points, proposal.jumps, judge.loss)
     shared = _shared(points, proposal, losses, agreement)
     read = _read_back(proposal, shared)
     disturbance = agreement.settle(read.noted * points.communicator.world_size)
 
     best = _least(read.losses_after)
+    before, after = read.loss_before, read.losses_after[best] if losses else None
     status, replaces = (disturbance, False) if disturbance else _decide(read, best, options)
+    formed = len(losses) - 2  # the candidate that was judged last
+    confirming = judge.confirming() if judge is not None and replaces else None
+    if confirming is not None:
+        losses += (again := _losses(points, proposal.jumps[best : best + 1], confirming))
+        before, after = _mean(points, torch.stack(again)).tolist()
+        status, replaces = _judged(before, after, read.noisiness, options)
+        formed = best
     jump = None
     if status is Status.ACCEPTED:
         jump = points.agree(proposal.jumps[best])
-        if not points.keeps_last_trial or best + 2 != len(losses):
-            points.form(jump)  # another candidate was judged after it, or none at all
+        if not points.keeps_last_trial or best != formed:
+            points.form(jump)
         # finite in float64 may be beyond the precision of the weights; the judge need not tell
         if not points.candidate_is_finite(read.reaches[best]):
             status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None
@@ -94,10 +102,10 @@ def extrapolate(
         jump_norm=read.norms[best] if accepted else max(read.norms),
         condition=condition_number(read.gram),
         regularization=read.lambdas[best] if accepted else None,
-        looked_ahead=accepted and loss_fn is not None and looks_ahead,
+        looked_ahead=accepted and judge is not None and looks_ahead,
         noisiness=read.noisiness,
-        loss_before=read.loss_before,
-        loss_after=read.losses_after[best] if read.losses_after else None,
+        loss_before=before,
+        loss_after=after,
         loss_evaluations=len(losses),
     )
 
@@ -128,31 +136,39 @@ def _shared(
     device = points.weights.device
     norm, noisiness = proposal.residual_norm.to(device), proposal.noisiness.to(device)
     noted = torch.full_like(norm, agreement.number)
-    shared = torch.stack([noted, norm, noisiness, *losses])
-    points.communicator.mean(shared)
-    return shared
+    return _mean(points, torch.stack([noted, norm, noisiness, *losses]))
+
+
+def _mean(points: PointStore, values: Tensor) -> Tensor:
+    """Over ranks."""
+    points.communicator.mean(values)
+    return values
 
 
 def _decide(read: _Read, best: int, options: Options) -> tuple[Status, bool]:
     """Status, and whether the best candidate is to replace the weights of training."""
-    trains = options.apply_to != "evaluation"
     if not math.isfinite(read.residual_norm):
         return Status.REJECTED_NON_FINITE_HISTORY, False
     if read.residual_norm == 0:
         return Status.REJECTED_STAGNATION, False
     if read.loss_before is None:
-        finite = math.isfinite(read.norms[best])
-        return (Status.ACCEPTED if finite else Status.REJECTED_NON_FINITE_CANDIDATE), trains
-    before, after = read.loss_before, read.losses_after[best]
+        if not math.isfinite(read.norms[best]):
+            return Status.REJECTED_NON_FINITE_CANDIDATE, False
+        return Status.ACCEPTED, options.apply_to != "evaluation"
+    return _judged(read.loss_before, read.losses_after[best], read.noisiness, options)
+
+
+def _judged(before: float, after: float, noisiness: float, options: Options) -> tuple[Status, bool]:
+    """``_decide`` by the losses alone."""
     if not math.isfinite(before) or not math.isfinite(after):
         return Status.REJECTED_NON_FINITE_LOSS, False
     if not after < before:
         return Status.REJECTED_LOSS, False
-    decrease = options.sufficient_decrease * read.noisiness
+    decrease = options.sufficient_decrease * noisiness
     enough = after < before - decrease * abs(before)
     if options.apply_to == "training" and not enough:
         return Status.REJECTED_SMALL_DECREASE, False
-    return Status.ACCEPTED, trains and enough
+    return Status.ACCEPTED, options.apply_to != "evaluation" and enough
 
 
 def _least(values: list[float]) -> int:

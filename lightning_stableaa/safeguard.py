@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,20 @@ from lightning_stableaa.memory import out_of_memory
 log = logging.getLogger(__name__)
 
 LossFunction = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """By what candidates are judged.
+
+    Attributes:
+        loss: of the current batch, or of a part of it, at the current weights.
+        confirming: called where ``loss`` let a candidate into training; gives the loss that has to
+            agree, of more samples, or ``None`` where none has to.
+    """
+
+    loss: LossFunction
+    confirming: Callable[[], LossFunction | None]
 
 
 def loss_value(

@@ -50,6 +50,7 @@ def main(rank: int, port: int, folder: str) -> None:
         "auto": lambda: auto(anderson(history="auto")),
         "local state": local_state,
         "spoiled": spoiled,
+        "confirmed": confirmed,
     }
     run(jobs, rank, folder)
 
@@ -229,7 +230,9 @@ class Quadratic:
         self.optimizer.zero_grad()
         (self.loss() * (float("nan") if spoil else 1.0)).backward()
         self.optimizer.step()
-        return self.accelerator.step(self.loss)
+        return self.accelerator.step(self.loss, confirming=lambda: self.confirming)
+
+    confirming: Callable[[], Tensor] | None = None
 
 
 def spoiled(steps: int = 12) -> dict[tuple[str, str], Any]:
@@ -249,6 +252,24 @@ def spoiled(steps: int = 12) -> dict[tuple[str, str], Any]:
                     statuses.append(report.status.value)
             finite = bool(problem.x.isfinite().all())
             seen[history, safeguard] = {"statuses": statuses, "finite": finite}
+    return seen
+
+
+def confirmed() -> dict[str, Any]:
+    """The losses that have to agree differ from rank to rank."""
+    second = dist.get_rank() == 1
+    seen = {}
+    for history, (name, factor) in itertools.product(
+        ("replicated", "sharded"), {"yes": 0.5, "no": -2.0, "NaN": float("nan")}.items()
+    ):
+        problem = Quadratic(51, history=history, accelerate_every_n_steps=2)
+        problem.confirming = lambda p=problem, f=factor: p.loss() * (f if second else 1.0)
+        reports = [problem.step() for _ in range(12)]
+        seen[history, name] = {
+            "statuses": [report.status.value for report in reports if report.attempted],
+            "losses": problem.accelerator.loss_evaluations,
+            "x": problem.x.detach().clone(),
+        }
     return seen
 
 

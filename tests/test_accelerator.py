@@ -771,6 +771,44 @@ def test_where_they_are_not_noise_every_decrease_will_do(residuals: Tensor) -> N
     assert report.status is Status.REJECTED_LOSS
 
 
+@pytest.mark.parametrize(
+    ("losses", "status"),
+    [
+        ((1.0, 0.5), Status.ACCEPTED),
+        ((1.0, 0.95), Status.REJECTED_SMALL_DECREASE),
+        ((1.0, 1.1), Status.REJECTED_LOSS),
+        ((1.0, math.nan), Status.REJECTED_NON_FINITE_LOSS),
+    ],
+)
+def test_what_a_part_of_the_batch_lets_in_has_to_be_confirmed(
+    losses: tuple[float, float], status: Status
+) -> None:
+    def judge_by(values: tuple[float, float]) -> Callable[[], Tensor]:
+        remaining = iter(values)
+        return lambda: torch.tensor(next(remaining), dtype=torch.float64)
+
+    problem = Quadratic()
+    accelerator = AndersonAccelerator(
+        problem.optimizer, store_every_n_steps=1, accelerate_every_n_steps=2, regularization=1.0
+    )
+    problem.train_step()
+    accelerator.step(problem.loss)
+    problem.train_step()
+    before = problem.x.detach().clone()
+    report = accelerator.step(judge_by((3.0, 1.0)), confirming=lambda: judge_by(losses))
+    assert report.status is status
+    assert torch.equal(problem.x, before) is not report.accepted
+    assert (report.loss_before, report.loss_after) == pytest.approx(losses, nan_ok=True)
+    assert accelerator.loss_evaluations == 4
+
+    asked: list[None] = []
+    for _ in range(2):
+        problem.train_step()
+        report = accelerator.step(judge_by((1.0, 2.0)), confirming=lambda: asked.append(None))
+    assert report.status is Status.REJECTED_LOSS
+    assert not asked, "what is rejected need not be confirmed"
+
+
 @pytest.mark.parametrize("apply_to", ["evaluation", "both"])
 def test_what_noise_leaves_to_averages_is_evaluated_and_not_trained_on(apply_to: Any) -> None:
     accelerator, report, x = judged(NOISE, 1.0, 0.98, apply_to=apply_to)

@@ -77,6 +77,17 @@ def test_a_sharded_history_gives_the_replicated_candidate(ranks: Ranks) -> None:
     assert ranks[0]["sharded"]["trace"] == ranks[1]["sharded"]["trace"]
 
 
+def test_what_has_to_confirm_a_candidate_is_averaged_over_the_ranks(ranks: Ranks) -> None:
+    first, second = (rank["confirmed"] for rank in ranks)
+    expected = {"yes": "accepted", "no": "rejected_loss", "NaN": "rejected_non_finite_loss"}
+    for (history, name), one in first.items():
+        assert one["statuses"] == [expected[name]] * 6, history
+        # of five lambdas, and twice more of the best
+        assert one["losses"] == 6 * (1 + 5 + 2)
+        assert torch.equal(one["x"], second[history, name]["x"])
+    assert not torch.equal(first["replicated", "yes"]["x"], first["replicated", "no"]["x"])
+
+
 def test_replicated_updates_send_a_few_numbers_whatever_n_is(ranks: Ranks) -> None:
     for rank in ranks:
         small, large = (rank["traffic"]["replicated", n, 1] for n in (51, 5001))

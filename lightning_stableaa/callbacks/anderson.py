@@ -17,7 +17,6 @@ from lightning_stableaa.callbacks.judge import (
     JudgeSamples,
     has_own_loss,
     samples_in,
-    samples_that_judge,
 )
 from lightning_stableaa.callbacks.smoothing import SmoothingMonitor, log_smoothing
 from lightning_stableaa.callbacks.summary import summary
@@ -57,8 +56,9 @@ class AndersonCallback(LightningCallback):
         judge_samples: samples of the batch, in each process, on which candidates are judged, its
             first ones; ``None`` takes all. Fewer cost less and tell candidates apart less well.
             ``"auto"`` takes 16 in all processes together, and at least 4 in each, where the batch
-            ends in classes or tokens (int64), and all elsewhere. Without effect on batches whose
-            tensors differ in length.
+            ends in classes or tokens (int64), and all elsewhere; where fewer than 256 let a
+            candidate into training, the whole batch has to confirm it. Without effect on batches
+            whose tensors differ in length.
 
     With ``apply_to="evaluation"`` or ``"both"``, validation inside fit, checkpoints and the module
     after fit hold the candidate; a resumed fit goes on with the weights of training.
@@ -178,12 +178,12 @@ class AndersonCallback(LightningCallback):
         if self.options.safeguard == "none":
             report = engine.step()
         else:
-            samples, asked_before = self._judge_samples, engine.loss_evaluations
+            samples = self._judge_samples
             with BatchLoss(trainer, pl_module, batch, batch_idx, samples=samples) as loss_fn:
-                report = engine.step(loss_fn)
-            asked = engine.loss_evaluations - asked_before
-            if asked:  # also where all ranks rejected for what happened to one
-                self._judged_batches += asked * self._judged_share(trainer, pl_module, batch)
+                report = engine.step(loss_fn, confirming=loss_fn.confirming)
+            if loss_fn.judged:
+                self._judged_batches += loss_fn.judged
+                self._tell_judging(batch)
         if not self._told_placement and engine.placement_reason is not None:
             self._told_placement = True
             if trainer.world_size > 1:
@@ -289,18 +289,15 @@ class AndersonCallback(LightningCallback):
         self._engine.detach()
         self._engine = self._evaluation = None
 
-    def _judged_share(self, trainer: Any, pl_module: Any, batch: Any) -> float:
-        samples = samples_that_judge(self._judge_samples, trainer, pl_module, batch)
-        if samples is None:
-            return 1.0
-        held = samples_in(batch)
-        if held is None and self._judge_samples != "auto" and not self._told_judging:
+    def _tell_judging(self, batch: Any) -> None:
+        """Once, where the option has no effect."""
+        samples = self._judge_samples
+        if samples not in (None, "auto") and not self._told_judging and samples_in(batch) is None:
             self._told_judging = True
             rank_zero_warn(
                 f"judge_samples={samples}: candidates are judged on whole batches, since their "
                 "tensors differ in length or there are none; define anderson_loss(batch) on a part"
             )
-        return min(1.0, samples / held) if held else 1.0
 
     def _log(
         self, trainer: Any, pl_module: Any, engine: AndersonAccelerator, report: StepReport

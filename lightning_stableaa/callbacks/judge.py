@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ JudgeSamples = int | Literal["auto"] | None
 # Of classes or tokens: in all processes together, and at least in each of them.
 AUTO_SAMPLES = 16
 AUTO_SAMPLES_EACH = 4
+# So many together need nobody to confirm what they say.
+ENOUGH_SAMPLES = 256
 
 
 class BatchLoss:
@@ -28,7 +30,7 @@ class BatchLoss:
     ``anderson_loss(batch)`` of the LightningModule where it is defined, ``training_step``
     otherwise: on the bare module, since DDP's forward would wait for a backward pass. The first
     call saves buffers and metric states, and leaving the context restores them: batches on which
-    nothing is due cost nothing.
+    nothing is due cost nothing. What was asked is counted in ``judged``, in whole batches.
 
     Args:
         trainer: for the precision plugin's context.
@@ -55,6 +57,9 @@ class BatchLoss:
         self._samples: JudgeSamples = samples
         self._undo: ExitStack | None = None  # from the first call on
         self._arguments: tuple[Any, ...] = ()
+        self._judging: int | None = None  # samples that judge; None is all
+        self._share = 1.0  # of the batch
+        self.judged = 0.0
 
     def __enter__(self) -> BatchLoss:
         return self
@@ -68,10 +73,31 @@ class BatchLoss:
             self._undo = ExitStack()
             self._undo.enter_context(undo_side_effects(self._module))
             self._undo.enter_context(silenced(self._module))
-            samples = samples_that_judge(self._samples, self._trainer, self._module, self._batch)
+            self._judging = samples = samples_that_judge(
+                self._samples, self._trainer, self._module, self._batch
+            )
             batch = self._batch if samples is None else first_samples(self._batch, samples)
             self._arguments = loss_arguments(self._module, batch, self._batch_idx)
+            held = samples_in(self._batch)
+            self._share = min(1.0, samples / held) if samples and held else 1.0
+        self.judged += self._share
         return loss_of_arguments(self._trainer, self._module, self._arguments)
+
+    def confirming(self) -> Callable[[], Tensor] | None:
+        """The loss of the whole batch, where ``"auto"`` left the first say to a part of it."""
+        if self._samples != "auto" or self._judging is None:
+            return None
+        ranks = self._trainer.world_size
+        # all ranks confirm, or none, whatever the size of their own batches
+        if self._judging * ranks >= ENOUGH_SAMPLES or (self._share == 1.0 and ranks == 1):
+            return None
+        arguments = loss_arguments(self._module, self._batch, self._batch_idx)
+
+        def loss() -> Tensor:
+            self.judged += 1.0
+            return loss_of_arguments(self._trainer, self._module, arguments)
+
+        return loss
 
 
 def samples_that_judge(

@@ -88,8 +88,11 @@ def test_auto_takes_few_samples_of_classes_and_all_of_anything_else() -> None:
     module.judged_on = []
     fit(module, DataLoader(TensorDataset(x, y), batch_size=32), callback, max_epochs=2)
     counts = counters(callback)
-    assert module.judged_on.count(16) == counts["loss_evaluations"] > 0
-    assert callback.judged_batches == counts["loss_evaluations"] / 2
+    few = module.judged_on.count(16)
+    whole = module.judged_on.count(32) - counts["optimizer_steps"]
+    assert few == 2 * (1 + 5)
+    assert few + whole == counts["loss_evaluations"]
+    assert callback.judged_batches == few / 2 + whole
 
     module, callback = Judged(), anderson()
     module.judged_on = []
@@ -120,6 +123,42 @@ def test_auto_leaves_a_loss_of_the_module_alone() -> None:
     batch = torch.zeros(32, 3), torch.zeros(32, dtype=torch.int64)
     assert samples_that_judge("auto", Ranks(1), OwnLoss(), batch) is None
     assert samples_that_judge(5, Ranks(1), OwnLoss(), batch) == 5
+
+
+class Divided(Classified):
+    """The first samples gain where the candidate is, and the whole batch may lose."""
+
+    sign: float
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        judging = not torch.equal(self.network[0].weight, self.trained)
+        if len(batch[0]) == 16 or not judging:
+            return loss - 10.0 * judging
+        return loss + self.sign * 10.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.trained = self.network[0].weight.detach().clone()
+
+    def optimizer_step(self, *arguments: Any, **named: Any) -> None:
+        super().optimizer_step(*arguments, **named)
+        self.trained = self.network[0].weight.detach().clone()
+
+
+@pytest.mark.parametrize(("sign", "accepted"), [(-1.0, 2), (1.0, 0)])
+def test_auto_asks_the_whole_batch_before_a_candidate_enters_training(
+    sign: float, accepted: int
+) -> None:
+    x, y = torch.randn(128, 4), torch.randint(2, (128,))
+    module, callback = Divided(), anderson(regularization=1.0)
+    module.judged_on, module.sign = [], sign
+    fit(module, DataLoader(TensorDataset(x, y), batch_size=32), callback, max_epochs=2)
+    counts = counters(callback)
+    assert (counts["attempted"], counts["accepted"]) == (2, accepted)
+    assert module.judged_on.count(16) == 2 * 2
+    assert module.judged_on.count(32) == counts["optimizer_steps"] + 2 * 2
+    assert counts["loss_evaluations"] == 8
+    assert callback.judged_batches == 2 * 2 * 0.5 + 2 * 2
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.5, "all"])
