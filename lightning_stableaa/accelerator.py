@@ -75,7 +75,9 @@ class AndersonAccelerator:
             batch; ``"none"`` accepts every finite one.
         sufficient_decrease: with a safeguard, in [0, 1), share of the magnitude of the loss by
             which a candidate has to lower it where residuals are noise; by less, down to any
-            decrease, where they are a steady drift or can be eliminated. 0 takes every decrease.
+            decrease, where they are a steady drift or can be eliminated. Where they are noise,
+            candidates also wait while earlier ones gained less than training without them. 0 takes
+            every decrease.
         optimizer_state: momentum on acceptance: ``"keep"``, ``"mix"`` (with the mixing weights of
             the candidate; doubles the memory of the history) or ``"reset"``.
         smoothing: ``None``, or the adaptive moving average of the iterates.

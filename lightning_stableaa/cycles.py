@@ -16,6 +16,7 @@ from lightning_stableaa.agreement import Agreement
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.extrapolation import Extrapolation, extrapolate
 from lightning_stableaa.options import Options
+from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
 from lightning_stableaa.safeguard import Judge
 from lightning_stableaa.smoother import Smoother
@@ -89,6 +90,7 @@ class Cycles:
                 sharded=self.points.sharded,
                 skipped=self.points.skipped,
             )
+        self._payoff = Payoff()
         self.steps = 0  # taken in the open cycle
         self.has_evaluation_weights = False
         self.evaluating = False  # parameters and candidate have changed places
@@ -192,6 +194,8 @@ class Cycles:
         if not different:
             self.steps = steps
             self.has_evaluation_weights = state["evaluation"] is not None
+            if state.get("payoff"):
+                self._payoff.load_state_dict(state["payoff"])
             if state.get("disturbed"):
                 self._agreement.note(Status.WEIGHTS_CHANGED)
         return different
@@ -200,11 +204,15 @@ class Cycles:
         vectors = saved.save(
             self.points, self.smoother, self._options, evaluation=self.has_evaluation_weights
         )
-        return vectors | {"disturbed": self._agreement.disturbed}
+        return vectors | {
+            "disturbed": self._agreement.disturbed,
+            "payoff": self._payoff.state_dict(),
+        }
 
     def _restart(self) -> None:
         """No residual leads across what moved the weights."""
         self.points.break_chain()
+        self._payoff.forget_last()
         self.steps = 0
         if self.smoother is not None:
             self.smoother.restart()
@@ -243,7 +251,7 @@ class Cycles:
 
     def _extrapolate(self, judge: Judge | None) -> Extrapolation:
         self.has_evaluation_weights = False
-        found = extrapolate(self.points, self._options, judge, self._agreement)
+        found = extrapolate(self.points, self._options, judge, self._agreement, self._payoff)
         self._watch.mark()  # candidates came and went: the weights are the optimizer's again
         if found.status is Status.REJECTED_NON_FINITE_HISTORY:
             self.points.clear()

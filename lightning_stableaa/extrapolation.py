@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_stableaa.agreement import DISTURBANCES, Agreement
 from lightning_stableaa.options import Options
+from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
 from lightning_stableaa.safeguard import Judge, LossFunction, RandomState, loss_value
 from lightning_stableaa.solver import Proposal, condition_number, propose
@@ -45,7 +46,11 @@ class Extrapolation:
 
 
 def extrapolate(
-    points: PointStore, options: Options, judge: Judge | None, agreement: Agreement
+    points: PointStore,
+    options: Options,
+    judge: Judge | None,
+    agreement: Agreement,
+    payoff: Payoff,
 ) -> Extrapolation:
     """Form the candidates, and choose the one of least loss if it is an advance.
 
@@ -58,6 +63,7 @@ def extrapolate(
         options: those of the candidates.
         judge: ``None`` accepts the first candidate, if it is finite.
         agreement: what this rank noted since the last one, and with whom it decides.
+        payoff: of earlier candidates; takes note of what came of the last one.
     """
     proposal = propose(
         points.gram(),
@@ -74,8 +80,13 @@ def extrapolate(
     disturbance = agreement.settle(read.noted * points.communicator.world_size)
 
     best = _least(read.losses_after)
+    payoff.observe(read.loss_before)
     before, after = read.loss_before, read.losses_after[best] if losses else None
     status, replaces = (disturbance, False) if disturbance else _decide(read, best, options)
+    if replaces and judge is not None and not _worth_while(read, options, payoff):
+        replaces = False
+        if options.apply_to == "training":
+            status = Status.REJECTED_WITHOUT_PAYOFF
     formed = len(losses) - 2  # the candidate that was judged last
     confirming = judge.confirming() if judge is not None and replaces else None
     if confirming is not None:
@@ -92,6 +103,7 @@ def extrapolate(
         if not points.candidate_is_finite(read.reaches[best]):
             status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None
     accepted = jump is not None
+    payoff.begin(candidate=accepted and replaces)
     is_last = best == len(read.lambdas) - 1
     looks_ahead = options.look_ahead_cycles > 0 and read.remaining > 1 and is_last
     return Extrapolation(
@@ -108,6 +120,11 @@ def extrapolate(
         loss_after=after,
         loss_evaluations=len(losses),
     )
+
+
+def _worth_while(read: _Read, options: Options, payoff: Payoff) -> bool:
+    """Whether earlier candidates paid off, where residuals are noise rather than anything else."""
+    return options.sufficient_decrease == 0 or read.noisiness < 0.5 or payoff.pays
 
 
 def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Tensor]:

@@ -30,6 +30,7 @@ NOTHING: dict[str, Any] = {
     "smoother": None,
     "evaluation": None,
     "disturbed": False,
+    "payoff": None,
 }
 
 

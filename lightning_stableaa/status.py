@@ -18,6 +18,7 @@ class Status(Enum):
     ACCEPTED = "accepted"
     REJECTED_LOSS = "rejected_loss"
     REJECTED_SMALL_DECREASE = "rejected_small_decrease"
+    REJECTED_WITHOUT_PAYOFF = "rejected_without_payoff"
     REJECTED_NON_FINITE_LOSS = "rejected_non_finite_loss"
     REJECTED_NON_FINITE_HISTORY = "rejected_non_finite_history"
     REJECTED_NON_FINITE_CANDIDATE = "rejected_non_finite_candidate"
@@ -45,6 +46,11 @@ _REMEDIES = {
         "residuals were mostly noise, and what a candidate took off the loss was no more than "
         "averaging does, so training was left alone: lower sufficient_decrease to take it all the "
         "same, or raise the batch size or store_every_n_steps, so that residuals stand out"
+    ),
+    Status.REJECTED_WITHOUT_PAYOFF: (
+        "cycles that began with a candidate had lowered the loss by less than the others, so "
+        "training was left alone for a while: lower the learning rate, or set "
+        "sufficient_decrease=0 to take candidates all the same"
     ),
     Status.REJECTED_NON_FINITE_LOSS: (
         "the loss was not finite, with or without the candidate: lower the learning rate, clip "

@@ -12,7 +12,10 @@ Equations are numbered as in docs/method.md:
         rho = min(m, m |R alpha|^2 / (tr(K)/m)), with alpha of the first lambda
     (5) |x_new - x| <= cap * sqrt(tr(K)/m), by shortening the jump
     (6) accepted if loss(x_new) < loss(x) - d |loss(x)|; of several lambdas the one of least loss
-        d = ``sufficient_decrease`` times min(1, h / 1e-3)^2 (1 - min(1, max(0, rho - 1)))
+        d = ``sufficient_decrease`` times the noisiness, min(1, h / 1e-3)^2 (1 - min(1, max(0, rho -
+        1))); and where that is 1/2 or more, not while earlier candidates gained less than none
+    (7) gains: 2 (loss(x') - loss(x)) / (|loss(x)| + |loss(x')|) from one extrapolation to the next,
+        means that forget a twentieth at each, of at least 2.5 with a candidate and without
 """
 
 from __future__ import annotations
@@ -54,6 +57,26 @@ def noisiness(residuals: Sequence[Vector], alpha: Vector) -> float:
     """1 where residuals are noise, 0 where they are eliminated or a steady drift."""
     drift = min(1.0, max(0.0, remaining(residuals, alpha) - 1.0))
     return noisy_share(residuals) * (1.0 - drift)
+
+
+def gains(changes: Sequence[tuple[bool, float, float]]) -> tuple[float, float] | None:
+    """Equation (7): with a candidate and without, of changes (which, before, after), oldest first.
+
+    ``None`` where too little is known.
+    """
+    found = []
+    for which in (True, False):
+        weights = [0.95**age for age in range(len(changes))][::-1]
+        mine = [
+            (weight, 2 * (after - before) / (abs(before) + abs(after)) if before or after else 0.0)
+            for weight, (kind, before, after) in zip(weights, changes, strict=True)
+            if kind is which
+        ]
+        known = sum(weight for weight, _ in mine)
+        if known < 2.5:
+            return None
+        found.append(sum(weight * change for weight, change in mine) / known)
+    return found[0], found[1]
 
 
 def candidate(
@@ -104,6 +127,8 @@ class ReferenceAccelerator:
     points: list[Vector] = field(default_factory=list)
     linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
     decisions: list[bool] = field(default_factory=list)
+    changes: list[tuple[bool, float, float]] = field(default_factory=list)  # (7)
+    last: tuple[bool, float] | None = None
     steps: int = 0
     cycle: int = 0
     since_attempt: int = 0
@@ -141,7 +166,7 @@ class ReferenceAccelerator:
             new = candidate(pairs, alpha, self.relaxation, advance)
             candidates.append(shorten(new, x, residuals, self.max_extrapolation))
         best = candidates[0] if loss is None else min(candidates, key=loss)
-        accepted = loss is None or loss(best) < loss(x) - self.decrease(residuals) * abs(loss(x))
+        accepted = loss is None or self.judge(residuals, loss(x), loss(best))
         self.decisions.append(accepted)
         if not accepted:
             return x
@@ -152,10 +177,17 @@ class ReferenceAccelerator:
         """Of all candidates."""
         return self.regularization or [suitable_lambda(residuals)]
 
-    def decrease(self, residuals: Sequence[Vector]) -> float:
-        """Of the loss, as a share of it, that is asked for."""
-        alpha = mixing_weights(residuals, self.lambdas(residuals)[0])
-        return self.sufficient_decrease * noisiness(residuals, alpha)
+    def judge(self, residuals: Sequence[Vector], before: float, after: float) -> bool:
+        """Equation (6)."""
+        if self.last is not None:
+            self.changes.append((*self.last, before))
+        noisy = noisiness(residuals, mixing_weights(residuals, self.lambdas(residuals)[0]))
+        known = gains(self.changes)
+        loses = known is not None and known[0] > known[1]
+        waits = self.sufficient_decrease > 0 and noisy >= 0.5 and loses
+        accepted = after < before - self.sufficient_decrease * noisy * abs(before) and not waits
+        self.last = accepted, before
+        return accepted
 
     def mixtures(
         self, residuals: Sequence[Vector], *, look_ahead: bool

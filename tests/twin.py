@@ -189,6 +189,8 @@ class Drive:
         self.momenta = ReferenceAccelerator(**settings)
         self.window: list[Vector] = []
         self.cycle = 0
+        self.changes: list[tuple[bool, float, float]] = []
+        self.last: tuple[bool, float] | None = None
         self.chained = self.disturbed = self.smoothing_on = self.built = False
         self.reloaded = False
         self.evaluation: Vector | None = None
@@ -249,6 +251,7 @@ class Drive:
 
     def _break(self) -> None:
         self.chained = self.disturbed = False
+        self.last = None
         self.cycle = 0
         self.window = []
 
@@ -291,7 +294,10 @@ class Drive:
         guarded = self.options.safeguard == "loss"
         self.squares = self._residual_squares()
         self.expected: dict[tuple[bool, int], tuple[Vector, float | None]] = {}
+        self._note_change(self.values[0] if guarded else math.nan)
         status, best, replaces = self._expected_status(guarded, report)
+        if self.last is not None:
+            self.last = status is Status.ACCEPTED and replaces, self.last[1]
         self.outcome.statuses.append(report.status)
         assert report.attempted
         assert report.status is status, (report.status, status)
@@ -338,6 +344,10 @@ class Drive:
         replaces = replaces and after[best] < before - asked * abs(before)
         if self.options.apply_to == "training" and not replaces:
             return Status.REJECTED_SMALL_DECREASE, best, False
+        if replaces and self._waits(report):
+            replaces = False
+            if self.options.apply_to == "training":
+                return Status.REJECTED_WITHOUT_PAYOFF, best, False
         finite = np.isfinite(self.seen[1 + best]).all()
         status = Status.ACCEPTED if finite else Status.REJECTED_NON_FINITE_CANDIDATE
         return status, best, replaces
@@ -525,6 +535,23 @@ class Drive:
             return {True, False}
         left, error = self._remaining([g - x for x, g in self.points.pairs()])
         return {left + error > 1, left - error > 1}
+
+    def _note_change(self, loss: float) -> None:
+        if self.last is not None and math.isfinite(loss):
+            self.changes.append((*self.last, loss))
+        self.last = (False, loss) if math.isfinite(loss) else None
+
+    def _waits(self, report: StepReport) -> bool:
+        """Whether earlier candidates did not pay off; the engine's word where rounding decides."""
+        noisiness = report.noisiness
+        assert noisiness is not None
+        if self.options.sufficient_decrease == 0 or noisiness < 0.5:
+            return False
+        known = reference.gains(self.changes)
+        if known is None:
+            return False
+        gain, without = known
+        return not report.replaced if abs(gain - without) < 1e-9 else gain > without
 
     def _checked_noisiness(self, report: StepReport) -> float:
         """The engine's own, once it is known to be right."""
