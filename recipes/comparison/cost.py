@@ -84,9 +84,19 @@ def seconds_to_reach(curve: Curve, target: float, mode: Mode) -> float:
 
 def value_within(curve: Curve, budget: float, mode: Mode) -> float:
     """The metric at the last validation that cost at most ``budget``."""
-    # the budget is itself a sum of thirds: rounding must not exclude an equal cost
-    within = [v for c, v in zip(curve.costs, curve.values, strict=True) if c <= budget + 1e-6]
+    within = _within(curve, budget)
     return _or_worst(within[-1], mode) if within else worst_value(mode)
+
+
+def best_within(curve: Curve, budget: float, mode: Mode) -> float:
+    """The metric at the best validation that cost at most ``budget``."""
+    finite = [value for value in _within(curve, budget) if math.isfinite(value)]
+    return (min if mode == "min" else max)(finite, default=worst_value(mode))
+
+
+def _within(curve: Curve, budget: float) -> list[float]:
+    # the budget is itself a sum of thirds: rounding must not exclude an equal cost
+    return [v for c, v in zip(curve.costs, curve.values, strict=True) if c <= budget + 1e-6]
 
 
 def final_value(curve: Curve, mode: Mode) -> float:

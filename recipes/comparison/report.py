@@ -79,9 +79,9 @@ def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
         "",
         f"| variant | cost to reach {summary.baseline}'s final "
         f"| cost to keep it | cost to reach {summary.best_swept}'s final "
-        "| final | at equal cost | rank | time | processor time | memory, MiB | accepted "
+        "| final | at equal cost | best | rank | time | processor time | memory, MiB | accepted "
         "| smoothing on |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, one in summary.variants.items():
         cells = [
@@ -91,6 +91,7 @@ def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
             _ratio_cell(one.swept_ratio),
             _value_cell(one.final),
             _significant(one.equal_cost.median),
+            _significant(one.best.median),
             _significant(one.rank, 2),
             _significant(one.time_ratio, 3),
             _significant(one.processor_ratio, 3),
@@ -199,6 +200,7 @@ def _row(run: Run, summary: Summary) -> dict[str, Any]:
         "seed": run.seed,
         "final": result and result.final,
         "at_equal_cost": result and result.equal_cost,
+        "best_at_equal_cost": result and result.best,
         "cost_to_plain_ratio": result and result.cost_ratio,
         "cost_to_keep_plain_ratio": result and result.keep_ratio,
         "seconds_to_plain_ratio": result and result.seconds_ratio,

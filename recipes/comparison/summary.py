@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lightning_stableaa.recipes.comparison.cost import (
     Mode,
+    best_within,
     cost_to_keep,
     cost_to_reach,
     final_value,
@@ -27,7 +28,8 @@ DEFINITIONS = (
     "over the cost of the whole plain run; no lucky validation counts.",
     "Final: the last validation of the run. Every variant takes as many optimizer steps as plain "
     "(L-BFGS as many gradients). At equal cost: the last validation at or below the cost of the "
-    "plain run with the same seed.",
+    "plain run with the same seed. Best: the best validation up to there, "
+    "which a checkpoint of the best keeps.",
     "Brackets: quartiles over seeds, then the worst seed, or how many seeds never got there.",
     "Rank: median over seeds of the rank by the value at equal cost, 1 is best.",
     "Time: median over seeds of the training time of the whole run, validations left out, over "
@@ -58,6 +60,7 @@ class SeedResult:
 
     final: float
     equal_cost: float
+    best: float  # at equal cost
     cost_ratio: float  # to the plain run's final value
     keep_ratio: float  # until it stays there, of the cost of the whole plain run
     seconds_ratio: float  # the same in training time
@@ -75,6 +78,7 @@ class VariantSummary:
     errors: dict[int, str]
     final: Spread
     equal_cost: Spread
+    best: Spread
     cost_ratio: Spread
     keep_ratio: Spread
     seconds_ratio: Spread
@@ -164,6 +168,7 @@ def _compare(run: Run, plain: Run, swept: Run | None, mode: Mode) -> SeedResult:
     return SeedResult(
         final=final_value(run.curve, mode),
         equal_cost=value_within(run.curve, plain.curve.costs[-1], mode),
+        best=best_within(run.curve, plain.curve.costs[-1], mode),
         cost_ratio=ratio(cost_to_reach, plain) if comparable else math.nan,
         keep_ratio=_over(cost_to_keep(run.curve, plain_final, mode), plain.curve.costs[-1])
         if comparable
@@ -210,6 +215,7 @@ def _summarise_variant(
         errors={seed: run.error for seed, run in sorted(runs.items()) if run.error is not None},
         final=over_seeds("final", mode),
         equal_cost=over_seeds("equal_cost", mode),
+        best=over_seeds("best", mode),
         cost_ratio=over_seeds("cost_ratio"),
         keep_ratio=over_seeds("keep_ratio"),
         seconds_ratio=over_seeds("seconds_ratio"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lightning_stableaa.recipes.comparison.cost import sign_test
 from lightning_stableaa.recipes.comparison.summary import Spread, Summary, VariantSummary
@@ -85,6 +85,12 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
         f"at equal cost {summary.metric} is {one.equal_cost.median:.3g} against "
         f"{plain.final.median:.3g}, better in {_of(ends.wins, one)}",
     ]
+    best = _ends(one, summary, quantity="best")
+    if ends.wins < ends.losses and best.wins > best.losses:
+        parts.append(
+            f"its best validation up to there was better in {_of(best.wins, one)}, so it got there "
+            "sooner and went on too long"
+        )
     averaging = best_averaging(summary)
     if averaging is not None:
         parts.append(_beside(one, averaging, summary))
@@ -173,12 +179,18 @@ def _least(variants: Iterable[VariantSummary], summary: Summary) -> VariantSumma
     return min(finished, key=lambda one: sign * one.equal_cost.median, default=None)
 
 
-def _ends(one: VariantSummary, summary: Summary, reference: str | None = None) -> Duel:
+def _ends(
+    one: VariantSummary,
+    summary: Summary,
+    reference: str | None = None,
+    *,
+    quantity: Literal["equal_cost", "best"] = "equal_cost",
+) -> Duel:
     """Values at equal cost beside those of the reference, seed by seed; of plain by default."""
     other = summary.variants[reference or summary.baseline].seeds
     sign = 1 if summary.mode == "min" else -1
     differences = [
-        sign * (result.equal_cost - other[seed].equal_cost)
+        sign * (getattr(result, quantity) - getattr(other[seed], quantity))
         for seed, result in one.seeds.items()
         if seed in other
     ]

@@ -52,6 +52,7 @@ def test_every_variant_runs_and_pays_for_what_it_evaluates(plan: MakePlan) -> No
         "callbacks.anderson.store_every_n_steps=5",
         "callbacks.anderson.accelerate_every_n_steps=10",
         "callbacks.anderson.regularization=1e-6",
+        "callbacks.anderson.sufficient_decrease=0",
         variants=f"lbfgs,anderson_smoothing,smoothing,lookahead,schedule_free,plain@3x{AVERAGES}",
     )
     runs = run_here(made)

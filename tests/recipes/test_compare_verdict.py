@@ -65,6 +65,16 @@ def test_outcome_weighs_cost_and_end(values: list[float], losses: int, expected:
     assert outcome(summary.variants["anderson"], summary) == expected
 
 
+def test_what_overfits_sooner_is_told_from_what_is_worse() -> None:
+    summary = compare({"anderson": [4, 0.5, 1, 2]})
+    sentence, _ = verdict(summary)
+    assert (
+        "better in 0 of 5 seeds; its best validation up to there was better in 5 of 5" in sentence
+    )
+    assert "sooner and went on too long" in sentence
+    assert "best validation" not in verdict(compare({"anderson": [4, 1, 2, 2]}))[0]
+
+
 def test_later_but_better() -> None:
     """Plain met its final value early by luck; the variant came there later and went on."""
     lucky = curve([1, 2, 2, 1])
