@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_stableaa.agreement import DISTURBANCES, Agreement
+from lightning_stableaa.decision import Decision, Known, decide, decide_by_losses
 from lightning_stableaa.options import Options
 from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
@@ -76,23 +75,19 @@ def extrapolate(
     )
     losses = [] if judge is None else _losses(points, proposal.jumps, judge.loss)
     shared = _shared(points, proposal, losses, agreement)
-    read = _read_back(proposal, shared)
-    disturbance = agreement.settle(read.noted * points.communicator.world_size)
+    known = _read_back(proposal, shared)
+    disturbance = agreement.settle(known.noted * points.communicator.world_size)
 
-    best = _least(read.losses_after)
-    payoff.observe(read.loss_before)
-    before, after = read.loss_before, read.losses_after[best] if losses else None
-    status, replaces = (disturbance, False) if disturbance else _decide(read, best, options)
-    if replaces and judge is not None and not _worth_while(read, options, payoff):
-        replaces = False
-        if options.apply_to == "training":
-            status = Status.REJECTED_WITHOUT_PAYOFF
+    best = known.best
+    payoff.observe(known.loss_before)
+    before, after = known.loss_before, known.losses_after[best] if losses else None
+    status, replaces = Decision(disturbance) if disturbance else decide(known, options, payoff)
     formed = len(losses) - 2  # the candidate that was judged last
     confirming = judge.confirming() if judge is not None and replaces else None
     if confirming is not None:
         losses += (again := _losses(points, proposal.jumps[best : best + 1], confirming))
         before, after = _mean(points, torch.stack(again)).tolist()
-        status, replaces = _judged(before, after, read.noisiness, options)
+        status, replaces = decide_by_losses(before, after, known.noisiness, options)
         formed = best
     jump = None
     if status is Status.ACCEPTED:
@@ -100,31 +95,26 @@ def extrapolate(
         if not points.keeps_last_trial or best != formed:
             points.form(jump)
         # finite in float64 may be beyond the precision of the weights; the judge need not tell
-        if not points.candidate_is_finite(read.reaches[best]):
+        if not points.candidate_is_finite(known.reaches[best]):
             status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None
     accepted = jump is not None
     payoff.begin(candidate=accepted and replaces)
-    is_last = best == len(read.lambdas) - 1
-    looks_ahead = options.look_ahead_cycles > 0 and read.remaining > 1 and is_last
+    is_last = best == len(known.lambdas) - 1
+    looks_ahead = options.look_ahead_cycles > 0 and known.remaining > 1 and is_last
     return Extrapolation(
         status=status,
         jump=jump,
         replaces=accepted and replaces,
-        residual_norm=read.residual_norm,
-        jump_norm=read.norms[best] if accepted else max(read.norms),
-        condition=condition_number(read.gram),
-        regularization=read.lambdas[best] if accepted else None,
+        residual_norm=known.residual_norm,
+        jump_norm=known.norms[best] if accepted else max(known.norms),
+        condition=condition_number(known.gram),
+        regularization=known.lambdas[best] if accepted else None,
         looked_ahead=accepted and judge is not None and looks_ahead,
-        noisiness=read.noisiness,
+        noisiness=known.noisiness,
         loss_before=before,
         loss_after=after,
         loss_evaluations=len(losses),
     )
-
-
-def _worth_while(read: _Read, options: Options, payoff: Payoff) -> bool:
-    """Whether earlier candidates paid off, where residuals are noise rather than anything else."""
-    return options.sufficient_decrease == 0 or read.noisiness < 0.5 or payoff.pays
 
 
 def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Tensor]:
@@ -162,54 +152,7 @@ def _mean(points: PointStore, values: Tensor) -> Tensor:
     return values
 
 
-def _decide(read: _Read, best: int, options: Options) -> tuple[Status, bool]:
-    """Status, and whether the best candidate is to replace the weights of training."""
-    if not math.isfinite(read.residual_norm):
-        return Status.REJECTED_NON_FINITE_HISTORY, False
-    if read.residual_norm == 0:
-        return Status.REJECTED_STAGNATION, False
-    if read.loss_before is None:
-        if not math.isfinite(read.norms[best]):
-            return Status.REJECTED_NON_FINITE_CANDIDATE, False
-        return Status.ACCEPTED, options.apply_to != "evaluation"
-    return _judged(read.loss_before, read.losses_after[best], read.noisiness, options)
-
-
-def _judged(before: float, after: float, noisiness: float, options: Options) -> tuple[Status, bool]:
-    """``_decide`` by the losses alone."""
-    if not math.isfinite(before) or not math.isfinite(after):
-        return Status.REJECTED_NON_FINITE_LOSS, False
-    if not after < before:
-        return Status.REJECTED_LOSS, False
-    decrease = options.sufficient_decrease * noisiness
-    enough = after < before - decrease * abs(before)
-    if options.apply_to == "training" and not enough:
-        return Status.REJECTED_SMALL_DECREASE, False
-    return Status.ACCEPTED, options.apply_to != "evaluation" and enough
-
-
-def _least(values: list[float]) -> int:
-    """Place of the least value, NaN being larger than all; 0 of none."""
-    ordered = [math.inf if math.isnan(value) else value for value in values]
-    return ordered.index(min(ordered)) if ordered else 0
-
-
-class _Read(NamedTuple):
-    """Everything that decides, on the host."""
-
-    noted: float
-    residual_norm: float
-    noisiness: float
-    loss_before: float | None
-    losses_after: list[float]
-    norms: list[float]
-    reaches: list[float]
-    remaining: float
-    lambdas: list[float]
-    gram: Tensor
-
-
-def _read_back(proposal: Proposal, shared: Tensor) -> _Read:
+def _read_back(proposal: Proposal, shared: Tensor) -> Known:
     """In one transfer."""
     gram = proposal.residual_gram
     parts = [
@@ -225,7 +168,7 @@ def _read_back(proposal: Proposal, shared: Tensor) -> _Read:
     together, norms, reaches, remaining, lambdas, flat_gram = split
     noted, residual_norm, noisiness, *losses = together.tolist()
     before, *after = losses or (None,)
-    return _Read(
+    return Known(
         noted,
         residual_norm,
         noisiness,

@@ -1,0 +1,77 @@
+"""What becomes of the best candidate: decided on numbers that all ranks share."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from lightning_stableaa.options import Options
+from lightning_stableaa.payoff import Payoff
+from lightning_stableaa.status import Status
+
+# Noisiness from which on a candidate waits while earlier ones did not pay off.
+MOSTLY_NOISE = 0.5
+
+
+class Known(NamedTuple):
+    """Everything that decides, on the host; losses are means over the ranks."""
+
+    noted: float
+    residual_norm: float
+    noisiness: float
+    loss_before: float | None  # None without a judge
+    losses_after: list[float]
+    norms: list[float]
+    reaches: list[float]
+    remaining: float
+    lambdas: list[float]
+    gram: Tensor  # (m, m)
+
+    @property
+    def best(self) -> int:
+        """Place of the candidate of least loss, NaN being larger than all; the first of none."""
+        losses = [math.inf if math.isnan(loss) else loss for loss in self.losses_after]
+        return losses.index(min(losses)) if losses else 0
+
+
+class Decision(NamedTuple):
+    """Why, and whether the candidate is to replace the weights of training."""
+
+    status: Status
+    replaces: bool = False
+
+
+def decide(known: Known, options: Options, payoff: Payoff) -> Decision:
+    """Of the best candidate."""
+    if not math.isfinite(known.residual_norm):
+        return Decision(Status.REJECTED_NON_FINITE_HISTORY)
+    if known.residual_norm == 0:
+        return Decision(Status.REJECTED_STAGNATION)
+    if known.loss_before is None:
+        if not math.isfinite(known.norms[known.best]):
+            return Decision(Status.REJECTED_NON_FINITE_CANDIDATE)
+        return Decision(Status.ACCEPTED, replaces=options.apply_to != "evaluation")
+    after = known.losses_after[known.best]
+    decision = decide_by_losses(known.loss_before, after, known.noisiness, options)
+    noise_decides = options.sufficient_decrease > 0 and known.noisiness >= MOSTLY_NOISE
+    if decision.replaces and noise_decides and not payoff.pays:
+        return _only_evaluated(Status.REJECTED_WITHOUT_PAYOFF, options)
+    return decision
+
+
+def decide_by_losses(before: float, after: float, noisiness: float, options: Options) -> Decision:
+    """Of a candidate that changes the loss of the batch from ``before`` to ``after``."""
+    if not math.isfinite(before) or not math.isfinite(after):
+        return Decision(Status.REJECTED_NON_FINITE_LOSS)
+    if not after < before:
+        return Decision(Status.REJECTED_LOSS)
+    if not after < before - options.sufficient_decrease * noisiness * abs(before):
+        return _only_evaluated(Status.REJECTED_SMALL_DECREASE, options)
+    return Decision(Status.ACCEPTED, replaces=options.apply_to != "evaluation")
+
+
+def _only_evaluated(status: Status, options: Options) -> Decision:
+    """Good enough to be looked at, where anybody looks at candidates; else for the reason given."""
+    return Decision(status if options.apply_to == "training" else Status.ACCEPTED)
