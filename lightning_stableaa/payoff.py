@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 # Extrapolations after which a change counts for 1/e; how many of each kind say enough.
-MEMORY = 20
+MEMORY = 50
 ENOUGH = 2.5
 
 

@@ -15,7 +15,7 @@ Equations are numbered as in docs/method.md:
         d = ``sufficient_decrease`` times the noisiness, min(1, h / 1e-3)^2 (1 - min(1, max(0, rho -
         1))); and where that is 1/2 or more, not while earlier candidates gained less than none
     (7) gains: 2 (loss(x') - loss(x)) / (|loss(x)| + |loss(x')|) from one extrapolation to the next,
-        means that forget a twentieth at each, of at least 2.5 with a candidate and without
+        means that forget a fiftieth at each, of at least 2.5 with a candidate and without
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def gains(changes: Sequence[tuple[bool, float, float]]) -> tuple[float, float] |
     """
     found = []
     for which in (True, False):
-        weights = [0.95**age for age in range(len(changes))][::-1]
+        weights = [0.98**age for age in range(len(changes))][::-1]
         mine = [
             (weight, 2 * (after - before) / (abs(before) + abs(after)) if before or after else 0.0)
             for weight, (kind, before, after) in zip(weights, changes, strict=True)
