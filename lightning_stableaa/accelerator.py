@@ -173,14 +173,13 @@ class AndersonAccelerator:
         Raises:
             ValueError: the safeguard is ``"loss"`` and there is no ``loss_fn``.
         """
-        judge = None
-        if self.options.safeguard == "loss":
-            if loss_fn is None:
-                raise ValueError(
-                    "safeguard='loss' needs a loss_fn, got None: call step(loss_fn) with the loss "
-                    "of the current batch, or choose safeguard='none'"
-                )
-            judge = Judge(loss_fn, confirming)
+        if self.options.safeguard == "none":
+            loss_fn = None
+        elif loss_fn is None:
+            raise ValueError(
+                "safeguard='loss' needs a loss_fn, got None: call step(loss_fn) with the loss of "
+                "the current batch, or choose safeguard='none'"
+            )
         if not self._watch.take():
             return _NO_STEP
         self.optimizer_steps += 1
@@ -193,6 +192,7 @@ class AndersonAccelerator:
             cycles.observe()
             if cycles.steps < self.options.store_every_n_steps:
                 return _OPEN
+            judge = None if loss_fn is None else Judge(loss_fn, confirming)
             return self._close_cycle(cycles, judge)
         except (RuntimeError, MemoryError) as error:
             self._give_back_memory(error)
