@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# Extrapolations after which a change counts for 1/e; how many of each kind say enough.
-MEMORY = 50
-ENOUGH = 2.5
+# Extrapolations after which a change counts for 1/e; how many of each kind say enough; by how much
+# less, relative to the loss, candidates have to gain.
+MEMORY = 100
+ENOUGH = 5.0
+MARGIN = 0.1
 
 
 class Payoff:
@@ -49,11 +51,11 @@ class Payoff:
 
     @property
     def pays(self) -> bool:
-        """Whether candidates gain, or too little is known of them."""
+        """Whether candidates gain about as much as none, or more, or too little is known."""
         if min(self._counts.values()) < ENOUGH:
             return True
         gain, without = (self._sums[kind] / self._counts[kind] for kind in (True, False))
-        return gain <= without
+        return gain <= without + MARGIN
 
     def forget_last(self) -> None:
         """Something else than the optimizer moved the weights: the next change says nothing."""

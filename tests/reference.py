@@ -13,9 +13,9 @@ Equations are numbered as in docs/method.md:
     (5) |x_new - x| <= cap * sqrt(tr(K)/m), by shortening the jump
     (6) accepted if loss(x_new) < loss(x) - d |loss(x)|; of several lambdas the one of least loss
         d = ``sufficient_decrease`` times the noisiness, min(1, h / 1e-3)^2 (1 - min(1, max(0, rho -
-        1))); and where that is 1/2 or more, not while earlier candidates gained less than none
+        1))); and where that is 1/2 or more, not while earlier ones gained less than none, by .1
     (7) gains: 2 (loss(x') - loss(x)) / (|loss(x)| + |loss(x')|) from one extrapolation to the next,
-        means that forget a fiftieth at each, of at least 2.5 with a candidate and without
+        means that forget a hundredth at each, of at least 5 with a candidate and without
 """
 
 from __future__ import annotations
@@ -66,14 +66,14 @@ def gains(changes: Sequence[tuple[bool, float, float]]) -> tuple[float, float] |
     """
     found = []
     for which in (True, False):
-        weights = [0.98**age for age in range(len(changes))][::-1]
+        weights = [0.99**age for age in range(len(changes))][::-1]
         mine = [
             (weight, 2 * (after - before) / (abs(before) + abs(after)) if before or after else 0.0)
             for weight, (kind, before, after) in zip(weights, changes, strict=True)
             if kind is which
         ]
         known = sum(weight for weight, _ in mine)
-        if known < 2.5:
+        if known < 5:
             return None
         found.append(sum(weight * change for weight, change in mine) / known)
     return found[0], found[1]
@@ -183,7 +183,7 @@ class ReferenceAccelerator:
             self.changes.append((*self.last, before))
         noisy = noisiness(residuals, mixing_weights(residuals, self.lambdas(residuals)[0]))
         known = gains(self.changes)
-        loses = known is not None and known[0] > known[1]
+        loses = known is not None and known[0] > known[1] + 0.1
         waits = self.sufficient_decrease > 0 and noisy >= 0.5 and loses
         accepted = after < before - self.sufficient_decrease * noisy * abs(before) and not waits
         self.last = accepted, before

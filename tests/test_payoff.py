@@ -31,31 +31,38 @@ def test_it_equals_the_formula_after_every_extrapolation(seed: int) -> None:
         changes = [(candidates[k], losses[k], losses[k + 1]) for k in range(count - 1)]
         known = reference.gains(changes)
         payoff = payoff_of(losses[:count], candidates[:count])
-        assert payoff.pays is (known is None or known[0] <= known[1])
+        assert payoff.pays is (known is None or known[0] <= known[1] + 0.1)
         known_at.append(known is not None)
-    assert not known_at[5]
+    assert not known_at[9]
     assert known_at[-1]
 
 
 def test_it_tells_jumps_that_are_taken_back_from_jumps_that_stay() -> None:
-    kept = [0.5 if k % 2 == 0 else 1.1 for k in range(12)]  # after a candidate, after none
-    candidates = [k % 2 == 0 for k in range(13)]
-    losses = [math.prod(kept[:k]) for k in range(13)]
+    kept = [0.5 if k % 2 == 0 else 1.1 for k in range(16)]  # after a candidate, after none
+    candidates = [k % 2 == 0 for k in range(17)]
+    losses = [math.prod(kept[:k]) for k in range(17)]
     assert payoff_of(losses, candidates).pays
     assert not payoff_of(losses, [not one for one in candidates]).pays
-    assert payoff_of(losses[:4], [not one for one in candidates[:4]]).pays, "too little is known"
+    assert payoff_of(losses[:8], [not one for one in candidates[:8]]).pays, "too little is known"
+
+
+@pytest.mark.parametrize(("worse", "pays"), [(1.05, True), (1.2, False)])
+def test_a_little_less_is_no_reason_to_wait(worse: float, pays: bool) -> None:
+    changes = [worse if k % 2 == 0 else 1.0 for k in range(20)]
+    losses = [math.prod(changes[:k]) for k in range(21)]
+    assert payoff_of(losses, [k % 2 == 0 for k in range(21)]).pays is pays
 
 
 def test_it_forgets_and_tries_again() -> None:
-    losses = [2.0 if k % 2 else 1.0 for k in range(12)]
-    payoff = payoff_of(losses, [k % 2 == 0 for k in range(12)])
+    losses = [2.0 if k % 2 else 1.0 for k in range(16)]
+    payoff = payoff_of(losses, [k % 2 == 0 for k in range(16)])
     assert not payoff.pays
     waited = 0
     while not payoff.pays:
         payoff.observe(1.0)
         payoff.begin(candidate=False)
         waited += 1
-    assert 5 < waited < 40
+    assert 5 < waited < 60
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])

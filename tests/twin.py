@@ -551,7 +551,7 @@ class Drive:
         if known is None:
             return False
         gain, without = known
-        return not report.replaced if abs(gain - without) < 1e-9 else gain > without
+        return not report.replaced if abs(gain - without - 0.1) < 1e-9 else gain > without + 0.1
 
     def _checked_noisiness(self, report: StepReport) -> float:
         """The engine's own, once it is known to be right."""
