@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ from lightning_stableaa.options import (
 )
 from lightning_stableaa.placement import check_placement
 from lightning_stableaa.report import StepReport
-from lightning_stableaa.safeguard import Judge, LossFunction
+from lightning_stableaa.safeguard import Judge, LossFunction, as_judge
 from lightning_stableaa.status import Status
 from lightning_stableaa.watch import StepWatch, unwrap_optimizers
 from lightning_stableaa.weights import trainable_parameters
@@ -75,9 +75,10 @@ class AndersonAccelerator:
             batch; ``"none"`` accepts every finite one.
         sufficient_decrease: with a safeguard, in [0, 1), share of the magnitude of the loss by
             which a candidate has to lower it where residuals are noise; by less, down to any
-            decrease, where they are a steady drift or can be eliminated. Where they are noise,
-            candidates also wait while earlier ones gained less than training without them. 0 takes
-            every decrease.
+            decrease, where they are a steady drift or can be eliminated. ``None``: 0.1 where a
+            part of the batch judges, which lowers its loss by a little by chance, and any decrease
+            where all of it does. Where residuals are noise, candidates also wait while earlier
+            ones gained less than training without them. 0 takes every decrease at once.
         optimizer_state: momentum on acceptance: ``"keep"``, ``"mix"`` (with the mixing weights of
             the candidate; doubles the memory of the history) or ``"reset"``.
         smoothing: ``None``, or the adaptive moving average of the iterates.
@@ -109,7 +110,7 @@ class AndersonAccelerator:
         regularization: float | Sequence[float] | None = Options.regularization,
         max_extrapolation: float = Options.max_extrapolation,
         safeguard: Safeguard = Options.safeguard,
-        sufficient_decrease: float = Options.sufficient_decrease,
+        sufficient_decrease: float | None = Options.sufficient_decrease,
         optimizer_state: OptimizerState = Options.optimizer_state,
         smoothing: Smoothing | None = Options.smoothing,
         apply_to: ApplyTo = Options.apply_to,
@@ -150,12 +151,7 @@ class AndersonAccelerator:
         self._watch = StepWatch(self._optimizers, self._before_optimizer_step)
         self._builder = Builder(self.options, self._optimizers, self._watch, process_group)
 
-    def step(
-        self,
-        loss_fn: LossFunction | None = None,
-        *,
-        confirming: Callable[[], LossFunction | None] = lambda: None,
-    ) -> StepReport:
+    def step(self, loss_fn: LossFunction | None = None) -> StepReport:
         """Take note of the optimizer step that was just made; extrapolate when it is due.
 
         Every rank has to call it after every step.
@@ -165,10 +161,8 @@ class AndersonAccelerator:
                 weights. Called a few times when an extrapolation is due, with gradients enabled,
                 and never differentiated. Buffers that it changes are the caller's to restore:
                 see :func:`~lightning_stableaa.safeguard.undo_side_effects`. Without a safeguard
-                it is not called.
-            confirming: called where ``loss_fn``, of a part of the batch, let a candidate into
-                training; gives the loss of the whole batch, which then has to agree, at two losses
-                more, or ``None`` where none has to.
+                it is not called. One that judges by a part of the batch says so as a
+                :class:`~lightning_stableaa.safeguard.Judge`.
 
         Raises:
             ValueError: the safeguard is ``"loss"`` and there is no ``loss_fn``.
@@ -192,8 +186,7 @@ class AndersonAccelerator:
             cycles.observe()
             if cycles.steps < self.options.store_every_n_steps:
                 return _OPEN
-            judge = None if loss_fn is None else Judge(loss_fn, confirming)
-            return self._close_cycle(cycles, judge)
+            return self._close_cycle(cycles, None if loss_fn is None else as_judge(loss_fn))
         except (RuntimeError, MemoryError) as error:
             self._give_back_memory(error)
             return StepReport(status=Status.OUT_OF_MEMORY)

@@ -28,6 +28,7 @@ class Known(NamedTuple):
     remaining: float
     lambdas: list[float]
     gram: Tensor  # (m, m)
+    of_part: bool  # a part of the batch judges
 
     @property
     def best(self) -> int:
@@ -54,20 +55,21 @@ def decide(known: Known, options: Options, payoff: Payoff) -> Decision:
             return Decision(Status.REJECTED_NON_FINITE_CANDIDATE)
         return Decision(Status.ACCEPTED, replaces=options.apply_to != "evaluation")
     after = known.losses_after[known.best]
-    decision = decide_by_losses(known.loss_before, after, known.noisiness, options)
-    noise_decides = options.sufficient_decrease > 0 and known.noisiness >= MOSTLY_NOISE
+    decision = decide_by_losses(known.loss_before, after, known, options)
+    noise_decides = options.sufficient_decrease != 0 and known.noisiness >= MOSTLY_NOISE
     if decision.replaces and noise_decides and not payoff.pays:
         return _only_evaluated(Status.REJECTED_WITHOUT_PAYOFF, options)
     return decision
 
 
-def decide_by_losses(before: float, after: float, noisiness: float, options: Options) -> Decision:
+def decide_by_losses(before: float, after: float, known: Known, options: Options) -> Decision:
     """Of a candidate that changes the loss of the batch from ``before`` to ``after``."""
     if not math.isfinite(before) or not math.isfinite(after):
         return Decision(Status.REJECTED_NON_FINITE_LOSS)
     if not after < before:
         return Decision(Status.REJECTED_LOSS)
-    if not after < before - options.sufficient_decrease * noisiness * abs(before):
+    share = options.least_decrease(of_part=known.of_part) * known.noisiness
+    if not after < before - share * abs(before):
         return _only_evaluated(Status.REJECTED_SMALL_DECREASE, options)
     return Decision(Status.ACCEPTED, replaces=options.apply_to != "evaluation")
 

@@ -73,9 +73,9 @@ def extrapolate(
         lag_compensation=options.lag_compensation,
         look_ahead_cycles=0.0 if judge is None else options.look_ahead_cycles,
     )
-    losses = [] if judge is None else _losses(points, proposal.jumps, judge.loss)
+    losses = [] if judge is None else _losses(points, proposal.jumps, judge)
     shared = _shared(points, proposal, losses, agreement)
-    known = _read_back(proposal, shared)
+    known = _read_back(proposal, shared, of_part=judge is not None and judge.of_part)
     disturbance = agreement.settle(known.noted * points.communicator.world_size)
 
     best = known.best
@@ -87,7 +87,7 @@ def extrapolate(
     if confirming is not None:
         losses += (again := _losses(points, proposal.jumps[best : best + 1], confirming))
         before, after = _mean(points, torch.stack(again)).tolist()
-        status, replaces = decide_by_losses(before, after, known.noisiness, options)
+        status, replaces = decide_by_losses(before, after, known, options)
         formed = best
     jump = None
     if status is Status.ACCEPTED:
@@ -152,7 +152,7 @@ def _mean(points: PointStore, values: Tensor) -> Tensor:
     return values
 
 
-def _read_back(proposal: Proposal, shared: Tensor) -> Known:
+def _read_back(proposal: Proposal, shared: Tensor, *, of_part: bool) -> Known:
     """In one transfer."""
     gram = proposal.residual_gram
     parts = [
@@ -179,4 +179,5 @@ def _read_back(proposal: Proposal, shared: Tensor) -> Known:
         remaining.item(),
         lambdas.tolist(),
         flat_gram.reshape(gram.shape),
+        of_part,
     )

@@ -17,6 +17,9 @@ RsdKind = Literal["norm", "max"]
 RsdOf = Literal["iterates", "updates"]
 SmoothingApplyTo = Literal["history", "weights"]
 
+# What a candidate has to take off the loss of a part of the batch, unless it is said.
+DECREASE_OF_PART = 0.1
+
 
 def _check_choice(option: str, value: object, choices: Any) -> None:
     allowed = get_args(choices)
@@ -108,7 +111,7 @@ class Options:
     regularization: float | Sequence[float] | None = None
     max_extrapolation: float = 1000.0
     safeguard: Safeguard = "loss"
-    sufficient_decrease: float = 0.1
+    sufficient_decrease: float | None = None
     optimizer_state: OptimizerState = "keep"
     smoothing: Smoothing | None = None
     apply_to: ApplyTo = "training"
@@ -143,9 +146,10 @@ class Options:
         if not cap > 0:
             raise ValueError(f"max_extrapolation must be > 0 (inf for no cap), got {cap}")
         _check_choice("safeguard", self.safeguard, Safeguard)
-        decrease = _check_real("sufficient_decrease", self.sufficient_decrease)
-        if not 0 <= decrease < 1:
-            raise ValueError(f"sufficient_decrease must be in [0, 1), got {decrease}")
+        if self.sufficient_decrease is not None:
+            decrease = _check_real("sufficient_decrease", self.sufficient_decrease)
+            if not 0 <= decrease < 1:
+                raise ValueError(f"sufficient_decrease must be in [0, 1), got {decrease}")
         _check_choice("optimizer_state", self.optimizer_state, OptimizerState)
         _check_choice("apply_to", self.apply_to, ApplyTo)
         _check_choice("history", self.history, HistoryPlacement)
@@ -205,3 +209,13 @@ class Options:
         if self.regularization is None:
             return None
         return tuple(float(one) for one in _as_grid(self.regularization))
+
+    def least_decrease(self, *, of_part: bool) -> float:
+        """Share of the loss that a candidate takes off it, where residuals are noise.
+
+        Args:
+            of_part: the loss is that of a part of the batch.
+        """
+        if self.sufficient_decrease is None:
+            return DECREASE_OF_PART if of_part else 0.0
+        return float(self.sufficient_decrease)

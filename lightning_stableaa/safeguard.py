@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,18 +21,36 @@ log = logging.getLogger(__name__)
 LossFunction = Callable[[], Tensor]
 
 
-@dataclass(frozen=True)
-class Judge:
-    """By what candidates are judged.
+class Judge(ABC):
+    """The loss by which candidates are judged: a function that may ask a part of the batch."""
 
-    Attributes:
-        loss: of the current batch, or of a part of it, at the current weights.
-        confirming: called where ``loss`` let a candidate into training; gives the loss that has to
-            agree, of more samples, or ``None`` where none has to.
-    """
+    @abstractmethod
+    def __call__(self) -> Tensor:
+        """The scalar loss at the current weights."""
 
-    loss: LossFunction
-    confirming: Callable[[], LossFunction | None]
+    @property
+    def of_part(self) -> bool:
+        """Whether a part of the batch judges; known after the first call, alike on all ranks."""
+        return False
+
+    def confirming(self) -> LossFunction | None:
+        """The loss that has to agree to a candidate for training; ``None`` where none has to."""
+        return None
+
+
+class WholeBatch(Judge):
+    """A loss of all samples."""
+
+    def __init__(self, loss_fn: LossFunction) -> None:
+        self._loss_fn = loss_fn
+
+    def __call__(self) -> Tensor:
+        return self._loss_fn()
+
+
+def as_judge(loss_fn: LossFunction) -> Judge:
+    """A judge as it is, any other function as the loss of the whole batch."""
+    return loss_fn if isinstance(loss_fn, Judge) else WholeBatch(loss_fn)
 
 
 def loss_value(

@@ -31,6 +31,7 @@ from tests.callbacks.regression import (
     batches,
     network,
 )
+from tests.judges import OfPart
 
 WORLD = 2
 
@@ -230,7 +231,7 @@ class Quadratic:
         self.optimizer.zero_grad()
         (self.loss() * (float("nan") if spoil else 1.0)).backward()
         self.optimizer.step()
-        return self.accelerator.step(self.loss, confirming=lambda: self.confirming)
+        return self.accelerator.step(OfPart(self.loss, self.confirming))
 
     confirming: Callable[[], Tensor] | None = None
 

@@ -12,8 +12,9 @@ Equations are numbered as in docs/method.md:
         rho = min(m, m |R alpha|^2 / (tr(K)/m)), with alpha of the first lambda
     (5) |x_new - x| <= cap * sqrt(tr(K)/m), by shortening the jump
     (6) accepted if loss(x_new) < loss(x) - d |loss(x)|; of several lambdas the one of least loss
-        d = ``sufficient_decrease`` times the noisiness, min(1, h / 1e-3)^2 (1 - min(1, max(0, rho -
-        1))); and where that is 1/2 or more, not while earlier ones gained less than none, by .1
+        d = ``sufficient_decrease`` (``None``: 0) times the noisiness, min(1, h / 1e-3)^2 (1 -
+        min(1, max(0, rho - 1))); and where that is 1/2 or more, not while earlier ones gained less
+        than none, by .1
     (7) gains: 2 (loss(x') - loss(x)) / (|loss(x)| + |loss(x')|) from one extrapolation to the next,
         means that forget a hundredth at each, of at least 5 with a candidate and without
 """
@@ -123,7 +124,7 @@ class ReferenceAccelerator:
     max_extrapolation: float = math.inf
     lag_compensation: float = 0.75
     look_ahead_cycles: float = 10.0
-    sufficient_decrease: float = 0.1
+    sufficient_decrease: float | None = None
     points: list[Vector] = field(default_factory=list)
     linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
     decisions: list[bool] = field(default_factory=list)
@@ -184,8 +185,9 @@ class ReferenceAccelerator:
         noisy = noisiness(residuals, mixing_weights(residuals, self.lambdas(residuals)[0]))
         known = gains(self.changes)
         loses = known is not None and known[0] > known[1] + 0.1
-        waits = self.sufficient_decrease > 0 and noisy >= 0.5 and loses
-        accepted = after < before - self.sufficient_decrease * noisy * abs(before) and not waits
+        waits = self.sufficient_decrease != 0 and noisy >= 0.5 and loses
+        share = (self.sufficient_decrease or 0.0) * noisy
+        accepted = after < before - share * abs(before) and not waits
         self.last = accepted, before
         return accepted
 

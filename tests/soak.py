@@ -239,7 +239,7 @@ class Episode:
             self._expect(before is not None and after is not None, "a judged candidate has losses")
             self._expect(after < before, "an accepted candidate lowers the loss")  # type: ignore[operator]
             if trains_on:
-                asked = self.options["sufficient_decrease"] * report.noisiness  # type: ignore[operator]
+                asked = (self.options["sufficient_decrease"] or 0.0) * report.noisiness  # type: ignore[operator]
                 enough = before - asked * abs(before)  # type: ignore[operator,arg-type]
                 self._expect(after < enough, "what replaces the weights lowers it enough")  # type: ignore[operator]
             if trains_on:
@@ -312,7 +312,7 @@ class Episode:
             "regularization": choose(grids),
             "max_extrapolation": choose([1.0, 1000.0]),
             "safeguard": safeguard,
-            "sufficient_decrease": choose([0.0, 0.1]),
+            "sufficient_decrease": choose([None, 0.0, 0.1]),
             "optimizer_state": choose(["keep", "mix", "reset"]),
             "smoothing": smoothing,
             "apply_to": choose(["training", "both"] + ([] if follows else ["evaluation"])),

@@ -30,7 +30,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"look_ahead_cycles": float("nan")}, r"look_ahead_cycles must be finite and >= 0 .*, got nan"),
     ({"sufficient_decrease": -0.1}, r"sufficient_decrease must be in \[0, 1\), got -0.1"),
     ({"sufficient_decrease": 1}, r"sufficient_decrease must be in \[0, 1\), got 1.0"),
-    ({"sufficient_decrease": None}, f"sufficient_decrease {NUMBER} None"),
+    ({"sufficient_decrease": "1"}, f"sufficient_decrease {NUMBER} '1'"),
     ({"look_ahead_cycles": "10"}, f"look_ahead_cycles {NUMBER} '10'"),
     ({"regularization": -1e-3}, "regularization must be finite and >= 0, got -0.001"),
     ({"regularization": [1e-3, float("inf")]}, "regularization must be finite and >= 0, got inf"),

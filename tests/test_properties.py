@@ -69,7 +69,7 @@ FREE_OPTIONS = st.fixed_dictionaries(
         "relaxation": st.sampled_from([1.0, 1, 0.5, 1e-3]),
         "lag_compensation": st.sampled_from([0.5, 0, 1.0, 100]),
         "look_ahead_cycles": st.sampled_from([10.0, 0, 0.5]),
-        "sufficient_decrease": st.sampled_from([0.03, 0, 0.3]),
+        "sufficient_decrease": st.sampled_from([None, 0.03, 0, 0.3]),
         "max_extrapolation": CAPS,
         "optimizer_state": st.sampled_from(["keep", "mix", "reset"]),
         "history": st.sampled_from(["auto", "replicated", "sharded"]),

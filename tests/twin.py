@@ -340,7 +340,7 @@ class Drive:
             return Status.REJECTED_NON_FINITE_LOSS, best, False
         if not after[best] < before:
             return Status.REJECTED_LOSS, best, False
-        asked = self.options.sufficient_decrease * self._checked_noisiness(report)
+        asked = (self.options.sufficient_decrease or 0.0) * self._checked_noisiness(report)
         replaces = replaces and after[best] < before - asked * abs(before)
         if self.options.apply_to == "training" and not replaces:
             return Status.REJECTED_SMALL_DECREASE, best, False

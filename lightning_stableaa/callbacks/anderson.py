@@ -93,7 +93,7 @@ class AndersonCallback(LightningCallback):
         regularization: float | Sequence[float] | None = Options.regularization,
         max_extrapolation: float = Options.max_extrapolation,
         safeguard: Safeguard = Options.safeguard,
-        sufficient_decrease: float = Options.sufficient_decrease,
+        sufficient_decrease: float | None = Options.sufficient_decrease,
         optimizer_state: OptimizerState = Options.optimizer_state,
         smoothing: Smoothing | None = Options.smoothing,
         apply_to: ApplyTo = Options.apply_to,
@@ -180,7 +180,7 @@ class AndersonCallback(LightningCallback):
         else:
             samples = self._judge_samples
             with BatchLoss(trainer, pl_module, batch, batch_idx, samples=samples) as loss_fn:
-                report = engine.step(loss_fn, confirming=loss_fn.confirming)
+                report = engine.step(loss_fn)
             if loss_fn.judged:
                 self._judged_batches += loss_fn.judged
                 self._tell_judging(batch)

@@ -12,7 +12,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from lightning_stableaa.safeguard import undo_side_effects
+from lightning_stableaa.safeguard import Judge, undo_side_effects
 
 # a number, all (None), or few of classes and tokens
 JudgeSamples = int | Literal["auto"] | None
@@ -24,7 +24,7 @@ AUTO_SAMPLES_EACH = 4
 ENOUGH_SAMPLES = 256
 
 
-class BatchLoss:
+class BatchLoss(Judge):
     """Loss of the current batch at the current weights; a context manager and a function.
 
     ``anderson_loss(batch)`` of the LightningModule where it is defined, ``training_step``
@@ -82,6 +82,11 @@ class BatchLoss:
             self._share = min(1.0, samples / held) if samples and held else 1.0
         self.judged += self._share
         return loss_of_arguments(self._trainer, self._module, self._arguments)
+
+    @property
+    def of_part(self) -> bool:
+        """Whether ``samples`` leaves the say to the first ones."""
+        return self._judging is not None
 
     def confirming(self) -> Callable[[], Tensor] | None:
         """The loss of the whole batch, where ``"auto"`` left the first say to a part of it."""
