@@ -75,10 +75,10 @@ class AndersonAccelerator:
             batch; ``"none"`` accepts every finite one.
         sufficient_decrease: with a safeguard, in [0, 1), share of the magnitude of the loss by
             which a candidate has to lower it where residuals are noise; by less, down to any
-            decrease, where they are a steady drift or can be eliminated. ``None``: 0.1 where a
-            part of the batch judges, which lowers its loss by a little by chance, and any decrease
-            where all of it does. Where residuals are noise, candidates also wait while earlier
-            ones gained less than training without them. 0 takes every decrease at once.
+            decrease, where they are a steady drift or can be eliminated. ``None``: 0.1 of the loss
+            of a sample, and any decrease of a loss that is the same function from step to step.
+            Where residuals are noise, candidates also wait while earlier ones gained less than
+            training without them. 0 takes every decrease at once.
         optimizer_state: momentum on acceptance: ``"keep"``, ``"mix"`` (with the mixing weights of
             the candidate; doubles the memory of the history) or ``"reset"``.
         smoothing: ``None``, or the adaptive moving average of the iterates.
@@ -161,8 +161,9 @@ class AndersonAccelerator:
                 weights. Called a few times when an extrapolation is due, with gradients enabled,
                 and never differentiated. Buffers that it changes are the caller's to restore:
                 see :func:`~lightning_stableaa.safeguard.undo_side_effects`. Without a safeguard
-                it is not called. One that judges by a part of the batch says so as a
-                :class:`~lightning_stableaa.safeguard.Judge`.
+                it is not called. A :class:`~lightning_stableaa.safeguard.Judge` says whether it
+                is that of a sample, and who has to confirm; any other function is taken for the
+                whole of what training minimises.
 
         Raises:
             ValueError: the safeguard is ``"loss"`` and there is no ``loss_fn``.

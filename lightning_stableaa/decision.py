@@ -28,7 +28,7 @@ class Known(NamedTuple):
     remaining: float
     lambdas: list[float]
     gram: Tensor  # (m, m)
-    of_part: bool  # a part of the batch judges
+    of_sample: bool  # the losses are those of samples of many
 
     @property
     def best(self) -> int:
@@ -68,7 +68,7 @@ def decide_by_losses(before: float, after: float, known: Known, options: Options
         return Decision(Status.REJECTED_NON_FINITE_LOSS)
     if not after < before:
         return Decision(Status.REJECTED_LOSS)
-    share = options.least_decrease(of_part=known.of_part) * known.noisiness
+    share = options.least_decrease(of_sample=known.of_sample) * known.noisiness
     if not after < before - share * abs(before):
         return _only_evaluated(Status.REJECTED_SMALL_DECREASE, options)
     return Decision(Status.ACCEPTED, replaces=options.apply_to != "evaluation")

@@ -75,7 +75,7 @@ def extrapolate(
     )
     losses = [] if judge is None else _losses(points, proposal.jumps, judge)
     shared = _shared(points, proposal, losses, agreement)
-    known = _read_back(proposal, shared, of_part=judge is not None and judge.of_part)
+    known = _read_back(proposal, shared, of_sample=judge is not None and judge.of_sample)
     disturbance = agreement.settle(known.noted * points.communicator.world_size)
 
     best = known.best
@@ -152,7 +152,7 @@ def _mean(points: PointStore, values: Tensor) -> Tensor:
     return values
 
 
-def _read_back(proposal: Proposal, shared: Tensor, *, of_part: bool) -> Known:
+def _read_back(proposal: Proposal, shared: Tensor, *, of_sample: bool) -> Known:
     """In one transfer."""
     gram = proposal.residual_gram
     parts = [
@@ -179,5 +179,5 @@ def _read_back(proposal: Proposal, shared: Tensor, *, of_part: bool) -> Known:
         remaining.item(),
         lambdas.tolist(),
         flat_gram.reshape(gram.shape),
-        of_part,
+        of_sample,
     )

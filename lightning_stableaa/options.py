@@ -17,8 +17,8 @@ RsdKind = Literal["norm", "max"]
 RsdOf = Literal["iterates", "updates"]
 SmoothingApplyTo = Literal["history", "weights"]
 
-# What a candidate has to take off the loss of a part of the batch, unless it is said.
-DECREASE_OF_PART = 0.1
+# What a candidate has to take off the loss of a sample, unless it is said.
+DECREASE_OF_SAMPLE = 0.1
 
 
 def _check_choice(option: str, value: object, choices: Any) -> None:
@@ -210,12 +210,12 @@ class Options:
             return None
         return tuple(float(one) for one in _as_grid(self.regularization))
 
-    def least_decrease(self, *, of_part: bool) -> float:
+    def least_decrease(self, *, of_sample: bool) -> float:
         """Share of the loss that a candidate takes off it, where residuals are noise.
 
         Args:
-            of_part: the loss is that of a part of the batch.
+            of_sample: the loss is that of samples of many.
         """
         if self.sufficient_decrease is None:
-            return DECREASE_OF_PART if of_part else 0.0
+            return DECREASE_OF_SAMPLE if of_sample else 0.0
         return float(self.sufficient_decrease)

@@ -22,15 +22,19 @@ LossFunction = Callable[[], Tensor]
 
 
 class Judge(ABC):
-    """The loss by which candidates are judged: a function that may ask a part of the batch."""
+    """The loss by which candidates are judged: a function that knows whom it asks."""
 
     @abstractmethod
     def __call__(self) -> Tensor:
         """The scalar loss at the current weights."""
 
     @property
-    def of_part(self) -> bool:
-        """Whether a part of the batch judges; known after the first call, alike on all ranks."""
+    def of_sample(self) -> bool:
+        """Whether others would be asked at another step; known after the first call.
+
+        Alike on all ranks. Where the loss is the same function of the weights from step to step, a
+        decrease is one of what is minimised; of a sample it may be that of the sample.
+        """
         return False
 
     def confirming(self) -> LossFunction | None:
@@ -38,8 +42,8 @@ class Judge(ABC):
         return None
 
 
-class WholeBatch(Judge):
-    """A loss of all samples."""
+class WholeLoss(Judge):
+    """A function that is taken for the whole of what training minimises."""
 
     def __init__(self, loss_fn: LossFunction) -> None:
         self._loss_fn = loss_fn
@@ -49,8 +53,8 @@ class WholeBatch(Judge):
 
 
 def as_judge(loss_fn: LossFunction) -> Judge:
-    """A judge as it is, any other function as the loss of the whole batch."""
-    return loss_fn if isinstance(loss_fn, Judge) else WholeBatch(loss_fn)
+    """A judge as it is, any other function as a ``WholeLoss``."""
+    return loss_fn if isinstance(loss_fn, Judge) else WholeLoss(loss_fn)
 
 
 def loss_value(

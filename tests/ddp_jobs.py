@@ -31,7 +31,7 @@ from tests.callbacks.regression import (
     batches,
     network,
 )
-from tests.judges import OfPart
+from tests.judges import OfSample
 
 WORLD = 2
 
@@ -231,7 +231,7 @@ class Quadratic:
         self.optimizer.zero_grad()
         (self.loss() * (float("nan") if spoil else 1.0)).backward()
         self.optimizer.step()
-        return self.accelerator.step(OfPart(self.loss, self.confirming))
+        return self.accelerator.step(OfSample(self.loss, self.confirming))
 
     confirming: Callable[[], Tensor] | None = None
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lightning_stableaa.safeguard import LossFunction, WholeBatch
+from lightning_stableaa.safeguard import LossFunction, WholeLoss
 
 
-class OfPart(WholeBatch):
-    """Judges by a part of the batch, and knows what the whole of it says."""
+class OfSample(WholeLoss):
+    """Judges by a sample, and knows what more of them say."""
 
     def __init__(self, loss_fn: LossFunction, whole: LossFunction | None = None) -> None:
         super().__init__(loss_fn)
@@ -14,7 +14,7 @@ class OfPart(WholeBatch):
         self.asked = False
 
     @property
-    def of_part(self) -> bool:
+    def of_sample(self) -> bool:
         return True
 
     def confirming(self) -> LossFunction | None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
-from lightning_stableaa.safeguard import WholeBatch
+from lightning_stableaa.safeguard import WholeLoss
 from lightning_stableaa.weights import FlatTensors
 from tests.histories import points_of
-from tests.judges import OfPart
+from tests.judges import OfSample
 from tests.reference import ReferenceAccelerator, Vector
 
 NOTHING = StepReport(status=Status.NO_OPTIMIZER_STEP)
@@ -726,7 +726,7 @@ ELIMINATED = torch.tensor([[1.0, 0.0], [0.5, 0.0]])
 
 
 def judged(
-    residuals: Tensor, before: float, after: float, *, of_part: bool = False, **options: Any
+    residuals: Tensor, before: float, after: float, *, of_sample: bool = False, **options: Any
 ) -> tuple[AndersonAccelerator, StepReport, nn.Parameter]:
     """One extrapolation of two steps that are given, between losses that are given."""
     x = nn.Parameter(torch.zeros(2))
@@ -739,7 +739,7 @@ def judged(
     for residual in residuals:
         x.grad = -residual
         optimizer.step()
-        judge = OfPart if of_part else WholeBatch
+        judge = OfSample if of_sample else WholeLoss
         report = accelerator.step(
             judge(lambda: torch.tensor(next(losses, after), dtype=torch.float64))
         )
@@ -800,7 +800,7 @@ def test_what_a_part_of_the_batch_lets_in_has_to_be_confirmed(
     accelerator.step(problem.loss)
     problem.train_step()
     before = problem.x.detach().clone()
-    report = accelerator.step(OfPart(judge_by((3.0, 1.0)), judge_by(losses)))
+    report = accelerator.step(OfSample(judge_by((3.0, 1.0)), judge_by(losses)))
     assert report.status is status
     assert torch.equal(problem.x, before) is not report.accepted
     assert (report.loss_before, report.loss_after) == pytest.approx(losses, nan_ok=True)
@@ -808,20 +808,20 @@ def test_what_a_part_of_the_batch_lets_in_has_to_be_confirmed(
 
     for _ in range(2):
         problem.train_step()
-        judge = OfPart(judge_by((1.0, 2.0)), judge_by((1.0, 0.5)))
+        judge = OfSample(judge_by((1.0, 2.0)), judge_by((1.0, 0.5)))
         report = accelerator.step(judge)
         assert not judge.asked, "what is rejected need not be confirmed"
     assert report.status is Status.REJECTED_LOSS
 
 
 @pytest.mark.parametrize(
-    ("share", "of_part", "accepted"),
+    ("share", "of_sample", "accepted"),
     [(None, True, False), (None, False, True), (0.0, True, True), (0.1, False, False)],
 )
 def test_a_part_of_the_batch_has_to_see_a_large_decrease_unless_it_is_said(
-    share: float | None, of_part: bool, accepted: bool
+    share: float | None, of_sample: bool, accepted: bool
 ) -> None:
-    _, report, _ = judged(NOISE, 1.0, 0.95, of_part=of_part, sufficient_decrease=share)
+    _, report, _ = judged(NOISE, 1.0, 0.95, of_sample=of_sample, sufficient_decrease=share)
     assert report.accepted is accepted
     assert accepted or report.status is Status.REJECTED_SMALL_DECREASE
 

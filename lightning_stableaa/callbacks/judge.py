@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from lightning_stableaa.safeguard import Judge, undo_side_effects
 
@@ -84,9 +85,9 @@ class BatchLoss(Judge):
         return loss_of_arguments(self._trainer, self._module, self._arguments)
 
     @property
-    def of_part(self) -> bool:
-        """Whether ``samples`` leaves the say to the first ones."""
-        return self._judging is not None
+    def of_sample(self) -> bool:
+        """Whether an epoch holds other samples than those that judge, as far as loaders tell."""
+        return self._judging is not None or trains_on_mini_batches(self._trainer)
 
     def confirming(self) -> Callable[[], Tensor] | None:
         """The loss of the whole batch, where ``"auto"`` left the first say to a part of it."""
@@ -126,6 +127,20 @@ def samples_in(batch: Any) -> int | None:
     sizes: set[int] = set()
     apply_to_collection(batch, Tensor, lambda one: sizes.add(len(one)) if one.ndim else None)
     return sizes.pop() if len(sizes) == 1 else None
+
+
+def trains_on_mini_batches(trainer: Any) -> bool:
+    """Whether a DataLoader puts several batches an epoch together out of samples.
+
+    One without automatic batching is not known to: its dataset may give all points of a PINN at
+    every step.
+    """
+    collates: list[bool] = []
+    loaders = trainer.train_dataloader
+    apply_to_collection(
+        loaders, DataLoader, lambda one: collates.append(one.batch_sampler is not None)
+    )
+    return any(collates) and trainer.num_training_batches > 1
 
 
 def first_samples(batch: Any, count: int) -> Any:

@@ -6,10 +6,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stableaa.callbacks.judge import first_samples, samples_in, samples_that_judge
+from lightning_stableaa.callbacks.judge import (
+    BatchLoss,
+    first_samples,
+    samples_in,
+    samples_that_judge,
+)
 from tests.callbacks.regression import Regression, anderson, batches, counters, fit
 
 
@@ -159,6 +165,32 @@ def test_auto_asks_the_whole_batch_before_a_candidate_enters_training(
     assert module.judged_on.count(32) == counts["optimizer_steps"] + 2 * 2
     assert counts["loss_evaluations"] == 8
     assert callback.judged_batches == 2 * 2 * 0.5 + 2 * 2
+
+
+def of_a_sample(loader: Any, *, samples: Any = "auto", **options: Any) -> bool:
+    """What the engine is told of the loss."""
+    told: list[bool] = []
+
+    class Asks(Callback):
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            with BatchLoss(trainer, pl_module, batch, batch_idx, samples=samples) as loss:
+                loss()
+                told.append(loss.of_sample)
+
+    fit(Regression(), loader, Asks(), max_epochs=1, **options)
+    assert len(set(told)) == 1
+    return told[0]
+
+
+def test_the_loss_of_a_mini_batch_is_known_for_that_of_a_sample() -> None:
+    ready_made = [tuple(batch) for batch in batches(4)]
+    assert of_a_sample(batches(4))
+    assert not of_a_sample(batches(1))
+    assert of_a_sample(batches(1), samples=3)
+    assert not of_a_sample(batches(4), limit_train_batches=1)
+    assert not of_a_sample(DataLoader(ready_made, batch_size=None))  # pyright: ignore[reportArgumentType]  # a list is a dataset
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.5, "all"])
