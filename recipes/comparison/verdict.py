@@ -10,6 +10,7 @@ from lightning_stableaa.recipes.comparison.summary import Spread, Summary, Varia
 ANDERSON = "anderson"
 AVERAGING = ("smoothing", "smoothing_always", "history_average", "ema", "ema_slow", "swa")
 MARGIN = 0.05  # differences in cost below five percent are called none
+SIGNIFICANT = 0.05
 
 
 class Duel(NamedTuple):
@@ -54,10 +55,11 @@ def best_averaging(summary: Summary) -> VariantSummary | None:
 
 
 def outcome(one: VariantSummary, summary: Summary) -> str:
-    """``helped``, ``did not help``, ``made it worse`` or the two ways between, by cost and end.
+    """``helped``, ``did not help``, ``made it worse`` or one of the ways between, by cost and end.
 
     By cost: the median cost to reach the plain run's final value differs from 1 by more than
-    ``MARGIN``. By end: in more seeds than not, the value at equal cost is better, or worse.
+    ``MARGIN``. By end: in more seeds than not, the value at equal cost is better, or worse; where
+    the cost does not differ, in so many that a sign test sees it.
     """
     ratio = one.cost_ratio.median
     ends = _ends(one, summary)
@@ -71,6 +73,8 @@ def outcome(one: VariantSummary, summary: Summary) -> str:
         return "was sooner but ended worse"
     if later:
         return "was later but ended better"
+    if sign_test(ends.wins, ends.losses) < SIGNIFICANT:
+        return f"was no sooner but ended {'better' if better else 'worse'}"
     return "did not help"
 
 

@@ -15,12 +15,13 @@ PLAIN = [8.0, 4.0, 2.0, 1.0]
 
 def compare(variants: dict[str, list[float] | Curve], seeds: int = 5) -> Summary:
     """Every seed of a variant has the same curve."""
+    curves = {"plain": PLAIN, **variants}
     runs = [
         Run(name, seed, "", made if isinstance(made, Curve) else curve(made))
-        for name, made in {"plain": PLAIN, **variants}.items()
+        for name, made in curves.items()
         for seed in range(seeds)
     ]
-    return summarise(runs, ["plain", *variants], "val/mse", "min")
+    return summarise(runs, list(curves), "val/mse", "min")
 
 
 def test_helped() -> None:
@@ -81,6 +82,20 @@ def test_later_but_better() -> None:
     runs = [Run("plain", 0, "", lucky), Run("anderson", 0, "", curve([8, 1, 0.5, 0.5]))]
     summary = summarise(runs, ["plain", "anderson"], "val/mse", "min")
     assert outcome(summary.variants["anderson"], summary) == "was later but ended better"
+
+
+@pytest.mark.parametrize(
+    ("end", "seeds", "expected"),
+    [
+        (0.5, 5, "did not help"),  # which five of five do not show
+        (0.5, 6, "was no sooner but ended better"),
+        (2.0, 6, "was no sooner but ended worse"),
+        (1.0, 10, "did not help"),
+    ],
+)
+def test_no_sooner_but_elsewhere_in_the_end(end: float, seeds: int, expected: str) -> None:
+    summary = compare({"plain": [4, 1, 2, 1], "anderson": [4, 1, 2, end]}, seeds=seeds)
+    assert outcome(summary.variants["anderson"], summary) == expected
 
 
 @pytest.mark.parametrize(
