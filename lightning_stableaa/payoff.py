@@ -62,13 +62,13 @@ class Payoff:
         self._last = None
 
     def state_dict(self) -> list[float]:
-        """Everything, in numbers."""
-        loss, candidate = self._last or (math.nan, False)
-        return [*self._sums.values(), *self._counts.values(), loss, float(candidate)]
+        """Everything, in numbers: four, or six where the last loss is known."""
+        last = () if self._last is None else (self._last[0], float(self._last[1]))
+        return [*self._sums.values(), *self._counts.values(), *last]
 
     def load_state_dict(self, state: Sequence[float]) -> None:
         """Restore what ``state_dict`` returned."""
-        *known, loss, candidate = state
         for place, one in enumerate((self._sums, self._counts)):
-            one[True], one[False] = known[2 * place : 2 * place + 2]
-        self._last = None if math.isnan(loss) else (loss, bool(candidate))
+            one[True], one[False] = state[2 * place : 2 * place + 2]
+        last = state[4:]
+        self._last = (last[0], bool(last[1])) if last else None

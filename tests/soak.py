@@ -383,7 +383,6 @@ FAULTS: dict[str, Callable[[Episode], None]] = {
 def soak(*, seconds: float, seed: int) -> Tally:
     """Runs episodes until the time is over."""
     tally = Tally()
-    logging.getLogger("lightning_stableaa").setLevel(logging.ERROR)  # dropped histories are meant
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         Episode(seed + tally.episodes, tally).run()
@@ -438,6 +437,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first episode")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("lightning_stableaa").setLevel(logging.ERROR)  # dropped histories are meant
     tally = soak(seconds=60 * arguments.minutes, seed=arguments.seed)
     print(f"seed            {arguments.seed}, {arguments.minutes:g} minutes")
     print(tally.report())
