@@ -12,7 +12,8 @@ from lightning_stableaa.decision import Decision, Known, decide, decide_by_losse
 from lightning_stableaa.options import Options
 from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
-from lightning_stableaa.safeguard import Judge, LossFunction, RandomState, loss_value
+from lightning_stableaa.random_state import RandomState
+from lightning_stableaa.safeguard import Judge, LossFunction, loss_value
 from lightning_stableaa.solver import Proposal, condition_number, propose
 from lightning_stableaa.status import Status
 
@@ -128,7 +129,7 @@ def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Te
             random.restore()
             put(jump)
             losses.append(loss_value(loss_fn, device, collective=points.split))
-    random.restore(last=True)
+    random.restore()
     return losses
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -104,40 +103,6 @@ def loss_value(
             "reduce it with .mean()"
         )
     return (loss.reshape(()) if loss.ndim else loss).to(device, torch.float64)
-
-
-class RandomState:
-    """The state of the random number generators that a training step may draw from."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy = numpy.random.get_state() if numpy else None
-        self._draws_from_numpy: bool | None = None  # known from the first loss on
-        self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self, *, last: bool = False) -> None:
-        """Put every generator back to the captured state.
-
-        To put NumPy's back takes as long as a small layer. Where what ran before the first call
-        did not draw from it, later ones leave it alone, up to the ``last``.
-        """
-        random.setstate(self._python)
-        torch.set_rng_state(self._torch)
-        if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-        if self._numpy is None:
-            return
-        numpy: Any = sys.modules["numpy"]
-        if self._draws_from_numpy is None:
-            _, words, *places = numpy.random.get_state()
-            _, words_before, *places_before = self._numpy
-            rests = places == places_before and bool((words == words_before).all())
-            self._draws_from_numpy = not rests
-        if self._draws_from_numpy or last:
-            numpy.random.set_state(self._numpy)
 
 
 @contextmanager

@@ -1,13 +1,9 @@
-import random
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchmetrics import CatMetric, MeanMetric
 
-from lightning_stableaa.safeguard import RandomState, loss_value, undo_side_effects
+from lightning_stableaa.safeguard import loss_value, undo_side_effects
 
 CPU = torch.device("cpu")
 
@@ -33,35 +29,6 @@ def test_no_loss_is_nan() -> None:
 def test_a_loss_that_is_not_reduced_is_refused() -> None:
     with pytest.raises(ValueError, match=r"single number, got shape \(2,\); reduce it with"):
         loss_value(lambda: torch.zeros(2), CPU)
-
-
-def test_every_generator_is_restored() -> None:
-    def draw() -> tuple[float, float, float]:
-        return random.random(), float(np.random.rand()), torch.rand(1).item()
-
-    state = RandomState(CPU)
-    first = draw()
-    for _ in range(3):
-        state.restore()
-        assert draw() == first
-    state.restore(last=True)
-    assert draw() == first
-
-
-@pytest.mark.parametrize("draw", [np.random.rand, np.random.randn, lambda: np.random.rand(624)])
-@pytest.mark.parametrize("loss_before_draws", [True, False])
-def test_the_generator_of_numpy_ends_where_it_began(draw: Any, loss_before_draws: bool) -> None:
-    state = RandomState(CPU)
-    _, expected_words, *expected_places = np.random.get_state()
-    if loss_before_draws:
-        draw()
-    state.restore()
-    drawn = [draw() for _ in range(2) if not state.restore()]
-    assert np.all(drawn[0] == drawn[1]) == loss_before_draws
-    state.restore(last=True)
-    _, words, *places = np.random.get_state()
-    assert np.array_equal(words, expected_words)
-    assert places == expected_places
 
 
 def test_buffers_and_metrics_are_restored_also_after_an_error() -> None:
