@@ -56,7 +56,8 @@ def decide(known: Known, options: Options, payoff: Payoff) -> Decision:
         return Decision(Status.ACCEPTED, replaces=options.apply_to != "evaluation")
     after = known.losses_after[known.best]
     decision = decide_by_losses(known.loss_before, after, known, options)
-    noise_decides = options.sufficient_decrease != 0 and known.noisiness >= MOSTLY_NOISE
+    asked = options.least_decrease(of_sample=known.of_sample)
+    noise_decides = asked > 0 and known.noisiness >= MOSTLY_NOISE
     if decision.replaces and noise_decides and not payoff.pays:
         return _only_evaluated(Status.REJECTED_WITHOUT_PAYOFF, options)
     return decision

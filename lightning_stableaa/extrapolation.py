@@ -75,8 +75,8 @@ def extrapolate(
         look_ahead_cycles=0.0 if judge is None else options.look_ahead_cycles,
     )
     losses = [] if judge is None else _losses(points, proposal.jumps, judge)
-    shared = _shared(points, proposal, losses, agreement)
-    known = _read_back(proposal, shared, of_sample=judge is not None and judge.of_sample)
+    of_sample = judge is not None and judge.of_sample
+    known = _read_back(proposal, _shared(points, proposal, of_sample, losses, agreement))
     disturbance = agreement.settle(known.noted * points.communicator.world_size)
 
     best = known.best
@@ -134,9 +134,15 @@ def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Te
 
 
 def _shared(
-    points: PointStore, proposal: Proposal, losses: list[Tensor], agreement: Agreement
+    points: PointStore,
+    proposal: Proposal,
+    of_sample: bool | Tensor,
+    losses: list[Tensor],
+    agreement: Agreement,
 ) -> Tensor:
-    """What was noted, residual norm, noisiness, losses, (3,) or (4 + L,): all must decide alike.
+    """What all have to decide alike on, (4,) or (5 + L,).
+
+    What was noted, residual norm, noisiness, whether losses are those of samples, losses.
 
     Means over ranks. What is NaN on one rank is NaN on all: a rank that rejects alone would leave
     the others waiting.
@@ -144,7 +150,9 @@ def _shared(
     device = points.weights.device
     norm, noisiness = proposal.residual_norm.to(device), proposal.noisiness.to(device)
     noted = torch.full_like(norm, agreement.number)
-    return _mean(points, torch.stack([noted, norm, noisiness, *losses]))
+    if not isinstance(of_sample, Tensor):
+        of_sample = torch.full_like(norm, of_sample)
+    return _mean(points, torch.stack([noted, norm, noisiness, of_sample.to(norm), *losses]))
 
 
 def _mean(points: PointStore, values: Tensor) -> Tensor:
@@ -153,7 +161,7 @@ def _mean(points: PointStore, values: Tensor) -> Tensor:
     return values
 
 
-def _read_back(proposal: Proposal, shared: Tensor, *, of_sample: bool) -> Known:
+def _read_back(proposal: Proposal, shared: Tensor) -> Known:
     """In one transfer."""
     gram = proposal.residual_gram
     parts = [
@@ -167,7 +175,7 @@ def _read_back(proposal: Proposal, shared: Tensor, *, of_sample: bool) -> Known:
     values = torch.cat(parts).cpu()
     split = values.split([part.numel() for part in parts])
     together, norms, reaches, remaining, lambdas, flat_gram = split
-    noted, residual_norm, noisiness, *losses = together.tolist()
+    noted, residual_norm, noisiness, of_sample, *losses = together.tolist()
     before, *after = losses or (None,)
     return Known(
         noted,
@@ -180,5 +188,5 @@ def _read_back(proposal: Proposal, shared: Tensor, *, of_sample: bool) -> Known:
         remaining.item(),
         lambdas.tolist(),
         flat_gram.reshape(gram.shape),
-        of_sample,
+        of_sample > 0,
     )

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-# Extrapolations after which a change counts for 1/e; how many of each kind say enough; by how much
-# less, relative to the loss, candidates have to gain.
-MEMORY = 100
-ENOUGH = 5.0
-MARGIN = 0.1
+# Extrapolations after which a change counts for 1/e; how many of each kind say enough.
+MEMORY = 20
+ENOUGH = 2.5
 
 
 class Payoff:
@@ -51,11 +49,11 @@ class Payoff:
 
     @property
     def pays(self) -> bool:
-        """Whether candidates gain about as much as none, or more, or too little is known."""
+        """Whether candidates gain as much as none, or more, or too little is known."""
         if min(self._counts.values()) < ENOUGH:
             return True
         gain, without = (self._sums[kind] / self._counts[kind] for kind in (True, False))
-        return gain <= without + MARGIN
+        return gain <= without
 
     def forget_last(self) -> None:
         """Something else than the optimizer moved the weights: the next change says nothing."""

@@ -28,11 +28,12 @@ class Judge(ABC):
         """The scalar loss at the current weights."""
 
     @property
-    def of_sample(self) -> bool:
+    def of_sample(self) -> bool | Tensor:  # or (), not waited for
         """Whether others would be asked at another step; known after the first call.
 
-        Alike on all ranks. Where the loss is the same function of the weights from step to step, a
-        decrease is one of what is minimised; of a sample it may be that of the sample.
+        It counts where any rank says so. Where the loss is the same function of the weights from
+        step to step, a decrease is one of what is minimised; of a sample it may be that of the
+        sample.
         """
         return False
 

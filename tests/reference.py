@@ -67,14 +67,14 @@ def gains(changes: Sequence[tuple[bool, float, float]]) -> tuple[float, float] |
     """
     found = []
     for which in (True, False):
-        weights = [0.99**age for age in range(len(changes))][::-1]
+        weights = [0.95**age for age in range(len(changes))][::-1]
         mine = [
             (weight, 2 * (after - before) / (abs(before) + abs(after)) if before or after else 0.0)
             for weight, (kind, before, after) in zip(weights, changes, strict=True)
             if kind is which
         ]
         known = sum(weight for weight, _ in mine)
-        if known < 5:
+        if known < 2.5:
             return None
         found.append(sum(weight * change for weight, change in mine) / known)
     return found[0], found[1]

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from lightning_stableaa import AndersonAccelerator, Status
 from lightning_stableaa.payoff import Payoff
+from lightning_stableaa.safeguard import WholeLoss
 from tests import reference
+from tests.judges import OfSample
 
 
 def payoff_of(losses: list[float], candidates: list[bool]) -> Payoff:
@@ -31,9 +33,9 @@ def test_it_equals_the_formula_after_every_extrapolation(seed: int) -> None:
         changes = [(candidates[k], losses[k], losses[k + 1]) for k in range(count - 1)]
         known = reference.gains(changes)
         payoff = payoff_of(losses[:count], candidates[:count])
-        assert payoff.pays is (known is None or known[0] <= known[1] + 0.1)
+        assert payoff.pays is (known is None or known[0] <= known[1])
         known_at.append(known is not None)
-    assert not known_at[9]
+    assert not known_at[4]
     assert known_at[-1]
 
 
@@ -43,14 +45,7 @@ def test_it_tells_jumps_that_are_taken_back_from_jumps_that_stay() -> None:
     losses = [math.prod(kept[:k]) for k in range(17)]
     assert payoff_of(losses, candidates).pays
     assert not payoff_of(losses, [not one for one in candidates]).pays
-    assert payoff_of(losses[:8], [not one for one in candidates[:8]]).pays, "too little is known"
-
-
-@pytest.mark.parametrize(("worse", "pays"), [(1.05, True), (1.2, False)])
-def test_a_little_less_is_no_reason_to_wait(worse: float, pays: bool) -> None:
-    changes = [worse if k % 2 == 0 else 1.0 for k in range(20)]
-    losses = [math.prod(changes[:k]) for k in range(21)]
-    assert payoff_of(losses, [k % 2 == 0 for k in range(21)]).pays is pays
+    assert payoff_of(losses[:5], [not one for one in candidates[:5]]).pays, "too little is known"
 
 
 def test_it_forgets_and_tries_again() -> None:
@@ -95,7 +90,8 @@ def test_it_continues_from_its_state() -> None:
 class TakenBack:
     """Orthogonal steps, as noise makes them, under losses that are written down."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, *, of_sample: bool = True, **options: Any) -> None:
+        self.of_sample = of_sample
         self.x = nn.Parameter(torch.zeros(400))
         self.optimizer = torch.optim.SGD([self.x], lr=1.0)
         self.accelerator = AndersonAccelerator(
@@ -111,7 +107,10 @@ class TakenBack:
         self.optimizer.step()
         self.steps += 1
         values = iter([level, level * (0.5 if candidate_lowers else 2.0)])
-        report = self.accelerator.step(lambda: torch.tensor(next(values), dtype=torch.float64))
+        judge = OfSample if self.of_sample else WholeLoss
+        report = self.accelerator.step(
+            judge(lambda: torch.tensor(next(values), dtype=torch.float64))
+        )
         if report.attempted:
             self.statuses.append(report.status)
 
@@ -132,9 +131,9 @@ def test_training_is_left_alone_where_jumps_are_taken_back() -> None:
     assert Status.REJECTED_WITHOUT_PAYOFF in run.statuses[:20]
     assert Status.REJECTED_WITHOUT_PAYOFF.rejected
     assert run.statuses.count(Status.ACCEPTED) < 15
-    everything = TakenBack(sufficient_decrease=0.0)
-    everything.train(60)
-    assert everything.statuses.count(Status.ACCEPTED) > 25
+    for everything in (TakenBack(sufficient_decrease=0.0), TakenBack(of_sample=False)):
+        everything.train(60)
+        assert everything.statuses.count(Status.ACCEPTED) > 25
     shown = TakenBack(apply_to="both")
     shown.train(60)
     assert Status.REJECTED_WITHOUT_PAYOFF not in shown.statuses  # validation has no such worry

@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.callbacks.base import LightningCallback, log_to_loggers
+from lightning_stableaa.callbacks.batches import BatchWatch
 from lightning_stableaa.callbacks.evaluation import EvaluationModel, restore
 from lightning_stableaa.callbacks.judge import (
     BatchLoss,
@@ -131,6 +132,7 @@ class AndersonCallback(LightningCallback):
         self._loaded: dict[str, Any] = {}
         self._evaluation: EvaluationModel | None = None
         self._judge_samples: JudgeSamples = judge_samples
+        self._batches = BatchWatch()
         self._judged_batches = 0.0
         self._told_judging = False
         self._told_placement = False
@@ -178,8 +180,14 @@ class AndersonCallback(LightningCallback):
         if self.options.safeguard == "none":
             report = engine.step()
         else:
-            samples = self._judge_samples
-            with BatchLoss(trainer, pl_module, batch, batch_idx, samples=samples) as loss_fn:
+            with BatchLoss(
+                trainer,
+                pl_module,
+                batch,
+                batch_idx,
+                samples=self._judge_samples,
+                watch=self._batches,
+            ) as loss_fn:
                 report = engine.step(loss_fn)
             if loss_fn.judged:
                 self._judged_batches += loss_fn.judged
@@ -220,7 +228,7 @@ class AndersonCallback(LightningCallback):
         evaluation = self._evaluation
         if evaluation is None:
             return
-        own = self._state_of_evaluation()
+        own = self._own_state()
         self._stop()
         if self.options.apply_to == "evaluation":
             evaluation.export()
@@ -240,7 +248,7 @@ class AndersonCallback(LightningCallback):
         if self._engine is None or self._evaluation is None:
             alone = self._loaded.get("shard") in (None, WHOLE, [0, 1])
             return self._loaded if alone else self._loaded | NOTHING
-        return self._engine.whole_state_dict() | self._state_of_evaluation()
+        return self._engine.whole_state_dict() | self._own_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state, on the CPU, until the optimizers exist."""
@@ -251,11 +259,12 @@ class AndersonCallback(LightningCallback):
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         restore(pl_module, state.get("training", {}))
 
-    def _state_of_evaluation(self) -> dict[str, Any]:
+    def _own_state(self) -> dict[str, Any]:
         assert self._evaluation is not None
         return {
             "training": self._evaluation.training_state(),
             "recalibrated_at": self._evaluation.recalibrated_at,
+            "batches": self._batches.state_dict(),
         }
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
@@ -275,6 +284,7 @@ class AndersonCallback(LightningCallback):
         )
         if self._loaded:
             self._engine.load_state_dict(self._loaded)
+            self._batches.load_state_dict(self._loaded.get("batches", {}))
             self._loaded = {}
 
     def _stop(self) -> None:
@@ -285,6 +295,7 @@ class AndersonCallback(LightningCallback):
         self._loaded = self._engine.state_dict() | {
             "training": {},
             "recalibrated_at": self._evaluation.recalibrated_at,
+            "batches": self._batches.state_dict(),
         }
         self._engine.detach()
         self._engine = self._evaluation = None

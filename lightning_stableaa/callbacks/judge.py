@@ -13,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_stableaa.callbacks.batches import BatchWatch
 from lightning_stableaa.safeguard import Judge, undo_side_effects
 
 # a number, all (None), or few of classes and tokens
@@ -40,6 +41,7 @@ class BatchLoss(Judge):
         batch_idx: as given to ``on_train_batch_end``.
         samples: of the batch that judge, its first ones; ``None`` takes all, ``"auto"`` what
             ``samples_that_judge`` says.
+        watch: of the batches of earlier extrapolations.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class BatchLoss(Judge):
         batch_idx: int,
         *,
         samples: JudgeSamples = None,
+        watch: BatchWatch | None = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -60,6 +63,8 @@ class BatchLoss(Judge):
         self._arguments: tuple[Any, ...] = ()
         self._judging: int | None = None  # samples that judge; None is all
         self._share = 1.0  # of the batch
+        self._watch = watch or BatchWatch()
+        self._of_sample: bool | Tensor = False
         self.judged = 0.0
 
     def __enter__(self) -> BatchLoss:
@@ -81,13 +86,18 @@ class BatchLoss(Judge):
             self._arguments = loss_arguments(self._module, batch, self._batch_idx)
             held = samples_in(self._batch)
             self._share = min(1.0, samples / held) if samples and held else 1.0
+            self._of_sample = samples is not None or self._is_one_of_many()
         self.judged += self._share
         return loss_of_arguments(self._trainer, self._module, self._arguments)
 
     @property
-    def of_sample(self) -> bool:
-        """Whether an epoch holds other samples than those that judge, as far as loaders tell."""
-        return self._judging is not None or trains_on_mini_batches(self._trainer)
+    def of_sample(self) -> bool | Tensor:
+        """Whether other samples are trained on than those that judge.
+
+        As far as loaders tell, or the batches of the last three extrapolations: those of the first
+        process, whose state a checkpoint has.
+        """
+        return self._of_sample
 
     def confirming(self) -> Callable[[], Tensor] | None:
         """The loss of the whole batch, where ``"auto"`` left the first say to a part of it."""
@@ -104,6 +114,11 @@ class BatchLoss(Judge):
             return loss_of_arguments(self._trainer, self._module, arguments)
 
         return loss
+
+    def _is_one_of_many(self) -> bool | Tensor:
+        if trains_on_mini_batches(self._trainer):
+            return True
+        return self._trainer.is_global_zero and self._watch.see(self._batch)
 
 
 def samples_that_judge(

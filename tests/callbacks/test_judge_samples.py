@@ -177,7 +177,7 @@ def of_a_sample(loader: Any, *, samples: Any = "auto", **options: Any) -> bool:
         ) -> None:
             with BatchLoss(trainer, pl_module, batch, batch_idx, samples=samples) as loss:
                 loss()
-                told.append(loss.of_sample)
+                told.append(bool(loss.of_sample))
 
     fit(Regression(), loader, Asks(), max_epochs=1, **options)
     assert len(set(told)) == 1

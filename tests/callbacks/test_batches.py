@@ -1,0 +1,140 @@
+"""Whether the loss is that of a sample, told from the batches of the extrapolations."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_stableaa import AndersonCallback, Status
+from lightning_stableaa.callbacks.batches import BatchWatch
+from tests.callbacks.regression import Regression, anderson, fit, rows
+
+
+class Points(NamedTuple):
+    inside: Tensor
+    border: dict[str, Tensor]
+    step: int
+
+
+def points(seed: int, *, count: int = 200, step: int = 0) -> Points:
+    generator = torch.Generator().manual_seed(seed)
+    inside = torch.rand(count, 3, generator=generator)
+    return Points(inside, {"x": torch.zeros(5, 3), "kinds": torch.arange(5)}, step)
+
+
+def seen(batches: list[Any], watch: BatchWatch | None = None) -> list[bool]:
+    watch = watch or BatchWatch()
+    return [bool(watch.see(batch)) for batch in batches]
+
+
+def test_new_points_at_every_extrapolation_are_a_sample() -> None:
+    assert seen([points(k) for k in range(4)]) == [False, True, True, True]
+
+
+def test_the_same_points_are_none_and_a_redraw_makes_none() -> None:
+    assert seen([points(0, step=k) for k in range(4)]) == [False] * 4
+    assert seen([points(k // 3) for k in range(9)]) == [False] * 9
+    assert seen([points(k) for k in (0, 0, 1, 2, 2, 3)]) == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("count", [10, 100_000])
+def test_another_order_and_rounding_are_no_other_samples(count: int) -> None:
+    first = points(0, count=count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+    shuffled = first._replace(inside=first.inside[order] * (1 + 1e-6))
+    assert seen([first, shuffled, first]) == [False] * 3
+    assert seen([first, points(1, count=count), first]) == [False, True, True]
+
+
+def test_another_number_of_samples_or_of_tensors_is_another_batch() -> None:
+    first, inside = points(0), points(0).inside
+    assert seen([first, (inside, inside, inside), (inside,)]) == [False, True, True]
+    assert seen([inside, inside[:199], inside]) == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "batch", ["no tensor", [], 3, torch.ones(2, dtype=torch.complex64), torch.eye(2).to_sparse()]
+)
+def test_what_holds_no_numbers_to_add_tells_nothing(batch: Any) -> None:
+    assert seen([batch] * 3 + [points(0), batch, points(1), points(2)]) == [False] * 6 + [True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.bfloat16])
+def test_every_dtype_counts(dtype: torch.dtype) -> None:
+    some = [torch.randint(2, (50,), generator=torch.Generator().manual_seed(k)) for k in range(3)]
+    assert len({int(one.sum()) for one in some}) == 3
+    assert seen([one.to(dtype) for one in some]) == [False, True, True]
+
+
+@pytest.mark.parametrize("stop", range(6))
+def test_it_continues_from_its_state(stop: int) -> None:
+    batches = [points(k) for k in (0, 0, 1, 2, 3, 3)]
+    watch, resumed = BatchWatch(), BatchWatch()
+    before = seen(batches[:stop], watch)
+    resumed.load_state_dict(watch.state_dict())
+    assert before + seen(batches[stop:], resumed) == seen(batches)
+
+
+class Drawn(Dataset):
+    """Rows of noise, drawn anew every so many steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+
+    def __len__(self) -> int:
+        return 48
+
+    def __getitem__(self, step: int) -> tuple[Tensor, ...]:
+        return rows(20, seed=step // self.every, noise=1.0).tensors
+
+
+def train(every: int, **options: Any) -> tuple[AndersonCallback, Trainer]:
+    callback = anderson(
+        sufficient_decrease=None,
+        store_every_n_steps=1,
+        accelerate_every_n_steps=1,
+        regularization=1e8,  # averages: each takes a little off the loss
+        lag_compensation=0.0,
+        look_ahead_cycles=0.0,
+    )
+    module = Regression(make_optimizer=functools.partial(torch.optim.SGD, lr=0.3))
+    loader = DataLoader(Drawn(every), batch_size=None)
+    return callback, fit(module, loader, callback, max_epochs=1, **options)
+
+
+def test_where_points_are_drawn_at_every_step_a_little_less_loss_will_not_do() -> None:
+    outcomes = [train(every)[0].state_dict()["outcomes"] for every in (1, 8)]
+    small = Status.REJECTED_SMALL_DECREASE.value
+    assert small in outcomes[0]
+    assert small not in outcomes[1]
+
+
+def test_a_resumed_run_knows_the_batches_before_it(tmp_path: Path) -> None:
+    callback, trainer = train(1, max_steps=11)
+    trainer.save_checkpoint(tmp_path / "part.ckpt")
+    kept = torch.load(tmp_path / "part.ckpt", weights_only=True)["callbacks"][callback.state_key]
+    resumed = anderson()
+    resumed.load_state_dict(kept)
+    told = []
+
+    class Sees(Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            told.append(resumed._batches.state_dict() == kept["batches"])
+
+    fit(Regression(), DataLoader(Drawn(1), batch_size=None), resumed, Sees(), max_steps=1)
+    assert told == [True]
+    assert kept["batches"]["changed"]
