@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_stableaa.random_state import RandomState
+
 Batch = TypeVar("Batch")
 
 
@@ -57,26 +59,26 @@ def recalibrate_batch_norm(
     modes = [(child, child.training) for child in module.modules()]
     momenta = [layer.momentum for layer in layers]
     statistics = [{k: v.clone() for k, v in layer.named_buffers()} for layer in layers]
-    # dropout draws random numbers, which would shift those of the training that goes on
-    cuda_devices = {p.device for p in module.parameters() if p.is_cuda}
+    # dropout and mixup draw random numbers, which would shift those of the training that goes on
+    random = RandomState(next(module.parameters(), torch.empty(0)).device)
     try:
-        with torch.random.fork_rng(devices=cuda_devices):
-            module.train()
-            for layer in layers:
-                layer.reset_running_stats()
-                layer.momentum = None  # torch's way to ask for a cumulative average
-            count = 0
-            for batch in batches:
-                forward(batch)
-                count += 1
-            if count == 0:
-                raise ValueError("batches is empty; running statistics need at least one batch")
+        module.train()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None  # torch's way to ask for a cumulative average
+        count = 0
+        for batch in batches:
+            forward(batch)
+            count += 1
+        if count == 0:
+            raise ValueError("batches is empty; running statistics need at least one batch")
     except BaseException:
         for layer, buffers in zip(layers, statistics, strict=True):
             for name, buffer in layer.named_buffers():
                 buffer.copy_(buffers[name])
         raise
     finally:
+        random.restore()
         for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
         for child, mode in modes:

@@ -144,6 +144,7 @@ class Cycles:
         if disturbance is Status.WEIGHTS_CHANGED:
             self.points.unlink_newest()
             self._watch.mark()
+            self._payoff.forget_last()
         return Closing(disturbance=disturbance, rsd=rsd, found=found)
 
     @contextmanager
@@ -193,7 +194,8 @@ class Cycles:
         different = saved.load(state, self.points, self.smoother, self._options)
         if not different:
             self.steps = steps
-            self.has_evaluation_weights = state["evaluation"] is not None
+            shows = self._options.apply_to != "training"
+            self.has_evaluation_weights = shows and state["evaluation"] is not None
             if state.get("payoff"):
                 self._payoff.load_state_dict(state["payoff"])
             if state.get("disturbed"):

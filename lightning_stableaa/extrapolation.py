@@ -80,6 +80,8 @@ def extrapolate(
     disturbance = agreement.settle(known.noted * points.communicator.world_size)
 
     best = known.best
+    if disturbance is not None:  # what moved the weights was no candidate
+        payoff.forget_last()
     payoff.observe(known.loss_before)
     before, after = known.loss_before, known.losses_after[best] if losses else None
     status, replaces = Decision(disturbance) if disturbance else decide(known, options, payoff)

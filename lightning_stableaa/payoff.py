@@ -69,4 +69,4 @@ class Payoff:
         for place, one in enumerate((self._sums, self._counts)):
             one[True], one[False] = state[2 * place : 2 * place + 2]
         last = state[4:]
-        self._last = (last[0], bool(last[1])) if last else None
+        self._last = (last[0], bool(last[1])) if last and math.isfinite(last[0]) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,17 +12,21 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.callbacks.base import LightningCallback, log_to_loggers
-from lightning_stableaa.callbacks.batches import BatchWatch
 from lightning_stableaa.callbacks.evaluation import EvaluationModel, restore
 from lightning_stableaa.callbacks.judge import (
     BatchLoss,
+    Experience,
     JudgeSamples,
     has_own_loss,
-    samples_in,
 )
+from lightning_stableaa.callbacks.samples import samples_in
 from lightning_stableaa.callbacks.smoothing import SmoothingMonitor, log_smoothing
 from lightning_stableaa.callbacks.summary import summary
-from lightning_stableaa.callbacks.support import check_manual_optimization, check_supported
+from lightning_stableaa.callbacks.support import (
+    check_manual_optimization,
+    check_other_averages,
+    check_supported,
+)
 from lightning_stableaa.options import (
     ApplyTo,
     HistoryPlacement,
@@ -130,9 +135,12 @@ class AndersonCallback(LightningCallback):
         self._engine: AndersonAccelerator | None = None
         self._optimizers: list[Any] = []
         self._loaded: dict[str, Any] = {}
+        self._loaded_from_checkpoint = False  # else an earlier fit left it
+        self._shown_by_checkpoint: dict[str, Any] = {}  # what evaluation saw of the loaded one
+        self._fitted: weakref.ref[Any] | None = None
         self._evaluation: EvaluationModel | None = None
         self._judge_samples: JudgeSamples = judge_samples
-        self._batches = BatchWatch()
+        self._batches = Experience()
         self._judged_batches = 0.0
         self._told_judging = False
         self._told_placement = False
@@ -150,15 +158,18 @@ class AndersonCallback(LightningCallback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work before anything is trained."""
         if stage == "fit":
+            self._forget_earlier_fit(pl_module)
             _effective_options(self.options, trainer)
             check_supported(trainer, pl_module, type(self).__name__)
             asked_for = self.options.safeguard == "loss" or self._recalibrate_batch_norm
             judged = not asked_for or has_own_loss(pl_module)
             check_manual_optimization(pl_module, judged=judged, callback=type(self).__name__)
+            check_other_averages(trainer, self.options.apply_to, type(self).__name__)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Take up the optimizers, and the state of a checkpoint."""
         check_supported(trainer, pl_module, type(self).__name__)
+        self._shown_by_checkpoint = {}
         self._start(trainer, pl_module)
 
     def on_train_batch_start(
@@ -186,7 +197,7 @@ class AndersonCallback(LightningCallback):
                 batch,
                 batch_idx,
                 samples=self._judge_samples,
-                watch=self._batches,
+                earlier=self._batches,
             ) as loss_fn:
                 report = engine.step(loss_fn)
             if loss_fn.judged:
@@ -210,7 +221,7 @@ class AndersonCallback(LightningCallback):
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Show validation the candidate, where candidates are for evaluation."""
-        if self._evaluation is not None:
+        if self._evaluation is not None and trainer.state.fn == "fit":
             self._evaluation.place()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
@@ -226,7 +237,9 @@ class AndersonCallback(LightningCallback):
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the candidate in the module, where candidates are for evaluation."""
         evaluation = self._evaluation
-        if evaluation is None:
+        if evaluation is None:  # there was nothing left to train
+            if self.options.apply_to == "evaluation":
+                restore(pl_module, self._shown_by_checkpoint)
             return
         own = self._own_state()
         self._stop()
@@ -253,11 +266,14 @@ class AndersonCallback(LightningCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state, on the CPU, until the optimizers exist."""
         self._loaded = state_dict
+        self._loaded_from_checkpoint = True
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Go on with the weights of training, where the checkpoint shows those for evaluation."""
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
-        restore(pl_module, state.get("training", {}))
+        of_training, shown = state.get("training", {}), checkpoint.get("state_dict", {})
+        self._shown_by_checkpoint = {name: shown[name] for name in of_training if name in shown}
+        restore(pl_module, of_training)
 
     def _own_state(self) -> dict[str, Any]:
         assert self._evaluation is not None
@@ -267,7 +283,15 @@ class AndersonCallback(LightningCallback):
             "batches": self._batches.state_dict(),
         }
 
+    def _forget_earlier_fit(self, module: Any) -> None:
+        """Begin a new history, as the optimizers do; of another module also new counts."""
+        self._stop()  # where an exception ended the fit
+        if self._loaded and not self._loaded_from_checkpoint:
+            same = self._fitted is not None and self._fitted() is module
+            self._loaded = self._loaded | NOTHING | {"batches": {}} if same else {}
+
     def _start(self, trainer: Any, pl_module: Any) -> None:
+        self._fitted = weakref.ref(pl_module)
         options = _effective_options(self.options, trainer)
         self._optimizers = list(trainer.optimizers)
         self._engine = AndersonAccelerator(
@@ -286,6 +310,7 @@ class AndersonCallback(LightningCallback):
             self._engine.load_state_dict(self._loaded)
             self._batches.load_state_dict(self._loaded.get("batches", {}))
             self._loaded = {}
+        self._loaded_from_checkpoint = False
 
     def _stop(self) -> None:
         if self._engine is None or self._evaluation is None:
@@ -297,6 +322,7 @@ class AndersonCallback(LightningCallback):
             "recalibrated_at": self._evaluation.recalibrated_at,
             "batches": self._batches.state_dict(),
         }
+        self._loaded_from_checkpoint = False
         self._engine.detach()
         self._engine = self._evaluation = None
 

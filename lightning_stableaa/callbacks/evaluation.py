@@ -56,7 +56,8 @@ class EvaluationModel:
         self._into_checkpoints = engine.options.apply_to != "training"
         if self._into_checkpoints:
             hooked: Any = module
-            hooked.on_save_checkpoint = _SaveHook(self, hooked.on_save_checkpoint)
+            self._hook = _SaveHook(self, hooked.on_save_checkpoint)
+            hooked.on_save_checkpoint = self._hook
 
     def keep(self, batch: Any, batch_idx: int) -> None:
         """Remember a training batch; it stays on its device until later ones push it out."""
@@ -93,8 +94,14 @@ class EvaluationModel:
         """Checkpoints are the module's own again."""
         self.remove()
         if self._into_checkpoints:
-            del self._module.__dict__["on_save_checkpoint"]
             self._into_checkpoints = False
+            if self._module.__dict__.get("on_save_checkpoint") is self._hook:
+                self._hook.remove_from(self._module)
+
+    @property
+    def in_charge(self) -> bool:
+        """Whether checkpoints of the module are those of this fit; not after it was interrupted."""
+        return self._into_checkpoints and self._module._trainer is self._trainer
 
     def export(self) -> None:
         """Leave in the module what validation would see, for what follows the fit."""
@@ -167,8 +174,15 @@ class _SaveHook:
         self._evaluation = evaluation
         self._own = own
 
+    def remove_from(self, module: nn.Module) -> None:
+        """Leave what stood there before: the method of its class, or somebody else's function."""
+        if getattr(self._own, "__self__", None) is module:
+            del module.__dict__["on_save_checkpoint"]
+        else:
+            module.__dict__["on_save_checkpoint"] = self._own
+
     def __call__(self, checkpoint: dict[str, Any]) -> None:
-        if self._evaluation is not None:
+        if self._evaluation is not None and self._evaluation.in_charge:
             _replace(checkpoint["state_dict"], self._evaluation.replacements())
         self._own(checkpoint)
 

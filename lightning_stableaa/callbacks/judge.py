@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -14,7 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_stableaa.callbacks.batches import BatchWatch
+from lightning_stableaa.callbacks.samples import ends_in_classes, first_samples, samples_in
+from lightning_stableaa.memory import out_of_memory
 from lightning_stableaa.safeguard import Judge, undo_side_effects
+
+log = logging.getLogger(__name__)
 
 # a number, all (None), or few of classes and tokens
 JudgeSamples = int | Literal["auto"] | None
@@ -24,6 +30,23 @@ AUTO_SAMPLES = 16
 AUTO_SAMPLES_EACH = 4
 # So many together need nobody to confirm what they say.
 ENOUGH_SAMPLES = 256
+
+
+@dataclass
+class Experience:
+    """What the batches of a run told so far."""
+
+    watch: BatchWatch = field(default_factory=BatchWatch)
+    indivisible: bool = False  # the module failed on a part of one
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return self.watch.state_dict() | {"indivisible": self.indivisible}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what ``state_dict`` returned; an empty one is that of the beginning."""
+        self.watch.load_state_dict(state)
+        self.indivisible = state.get("indivisible", False)
 
 
 class BatchLoss(Judge):
@@ -41,7 +64,7 @@ class BatchLoss(Judge):
         batch_idx: as given to ``on_train_batch_end``.
         samples: of the batch that judge, its first ones; ``None`` takes all, ``"auto"`` what
             ``samples_that_judge`` says.
-        watch: of the batches of earlier extrapolations.
+        earlier: what the batches of earlier extrapolations told; this one adds to it.
     """
 
     def __init__(
@@ -52,7 +75,7 @@ class BatchLoss(Judge):
         batch_idx: int,
         *,
         samples: JudgeSamples = None,
-        watch: BatchWatch | None = None,
+        earlier: Experience | None = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -63,7 +86,7 @@ class BatchLoss(Judge):
         self._arguments: tuple[Any, ...] = ()
         self._judging: int | None = None  # samples that judge; None is all
         self._share = 1.0  # of the batch
-        self._watch = watch or BatchWatch()
+        self._earlier = earlier or Experience()
         self._of_sample: bool | Tensor = False
         self.judged = 0.0
 
@@ -79,16 +102,15 @@ class BatchLoss(Judge):
             self._undo = ExitStack()
             self._undo.enter_context(undo_side_effects(self._module))
             self._undo.enter_context(silenced(self._module))
-            self._judging = samples = samples_that_judge(
+            self._judging = samples_that_judge(
                 self._samples, self._trainer, self._module, self._batch
             )
-            batch = self._batch if samples is None else first_samples(self._batch, samples)
-            self._arguments = loss_arguments(self._module, batch, self._batch_idx)
-            held = samples_in(self._batch)
-            self._share = min(1.0, samples / held) if samples and held else 1.0
-            self._of_sample = samples is not None or self._is_one_of_many()
+            self._take_part(self._judging)
+            self._of_sample = self._share < 1.0 or self._is_one_of_many()
         self.judged += self._share
-        return loss_of_arguments(self._trainer, self._module, self._arguments)
+        if self._share == 1.0:
+            return loss_of_arguments(self._trainer, self._module, self._arguments)
+        return self._loss_of_part()
 
     @property
     def of_sample(self) -> bool | Tensor:
@@ -118,7 +140,35 @@ class BatchLoss(Judge):
     def _is_one_of_many(self) -> bool | Tensor:
         if trains_on_mini_batches(self._trainer):
             return True
-        return self._trainer.is_global_zero and self._watch.see(self._batch)
+        return self._trainer.is_global_zero and self._earlier.watch.see(self._batch)
+
+    def _take_part(self, samples: int | None) -> None:
+        """So many samples of the batch, or all where it cannot be divided."""
+        batch, held = self._batch, None
+        if samples is not None and not self._earlier.indivisible:
+            held = samples_in(batch)
+        if samples is not None and held is not None and samples < held:
+            batch, self._share = first_samples(batch, samples), samples / held
+        self._arguments = loss_arguments(self._module, batch, self._batch_idx)
+
+    def _loss_of_part(self) -> Tensor:
+        """NaN, which rejects, where the module cannot work on a part: then later ones are whole."""
+        if self._earlier.indivisible:  # since the loss before this one
+            return torch.tensor(math.nan)
+        try:
+            return loss_of_arguments(self._trainer, self._module, self._arguments)
+        except Exception as error:
+            if out_of_memory(error):
+                raise
+            self._earlier.indivisible = True
+            log.warning(
+                "judging a candidate on the first %s samples of the batch failed (%s: %s); from "
+                "now on whole batches judge, as with judge_samples=None",
+                self._judging,
+                type(error).__name__,
+                error,
+            )
+            return torch.tensor(math.nan)
 
 
 def samples_that_judge(
@@ -132,16 +182,9 @@ def samples_that_judge(
     """
     if chosen != "auto":
         return chosen
-    if has_own_loss(module) or not _ends_in_classes(batch):
+    if has_own_loss(module) or not ends_in_classes(batch):
         return None
     return max(AUTO_SAMPLES_EACH, math.ceil(AUTO_SAMPLES / trainer.world_size))
-
-
-def samples_in(batch: Any) -> int | None:
-    """First dimension of the tensors in a batch; None where they differ or there are none."""
-    sizes: set[int] = set()
-    apply_to_collection(batch, Tensor, lambda one: sizes.add(len(one)) if one.ndim else None)
-    return sizes.pop() if len(sizes) == 1 else None
 
 
 def trains_on_mini_batches(trainer: Any) -> bool:
@@ -156,19 +199,6 @@ def trains_on_mini_batches(trainer: Any) -> bool:
         loaders, DataLoader, lambda one: collates.append(one.batch_sampler is not None)
     )
     return any(collates) and trainer.num_training_batches > 1
-
-
-def first_samples(batch: Any, count: int) -> Any:
-    """The first samples of a batch in which all tensors hold as many; any other as it is."""
-    if samples_in(batch) is None:
-        return batch
-    return apply_to_collection(batch, Tensor, lambda one: one[:count] if one.ndim else one)
-
-
-def _ends_in_classes(batch: Any) -> bool:
-    kinds: list[torch.dtype] = []
-    apply_to_collection(batch, Tensor, lambda one: kinds.append(one.dtype))
-    return len(kinds) > 0 and kinds[-1] is torch.int64
 
 
 def loss_of_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch.optim import LBFGS
@@ -34,13 +35,36 @@ def check_supported(trainer: Any, module: Any, callback: str) -> None:
             )
 
 
+def check_other_averages(trainer: Any, apply_to: str, callback: str) -> None:
+    """Two callbacks cannot both decide which weights validation and checkpoints see.
+
+    Raises:
+        ValueError: names both, and the ways out.
+    """
+    for other in trainer.callbacks:
+        names = {kind.__name__ for kind in type(other).__mro__}
+        if apply_to != "training" and "WeightAveraging" in names:
+            raise ValueError(
+                f"apply_to={apply_to!r} of {callback} and {type(other).__name__} both decide which "
+                "weights validation and checkpoints hold: choose apply_to='training', or remove "
+                "one of the two"
+            )
+
+
 def check_manual_optimization(module: Any, *, judged: bool, callback: str) -> None:
-    """Manual optimisation runs the optimizers inside ``training_step``: it cannot be a judge.
+    """A judge calls ``training_step`` again with a batch: it must not step, nor fetch others.
 
     Raises:
         ValueError: names the ways to opt in.
     """
-    if module.automatic_optimization or judged:
+    if judged:
+        return
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise ValueError(
+            f"training_step(dataloader_iter) is not supported by {callback} without opting in: "
+            "define anderson_loss(batch) on the LightningModule, or set safeguard='none'"
+        )
+    if module.automatic_optimization:
         return
     raise ValueError(
         f"automatic_optimization=False is not supported by {callback} without opting in: define "

@@ -10,37 +10,8 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stableaa.callbacks.judge import (
-    BatchLoss,
-    first_samples,
-    samples_in,
-    samples_that_judge,
-)
+from lightning_stableaa.callbacks.judge import BatchLoss, samples_that_judge
 from tests.callbacks.regression import Regression, anderson, batches, counters, fit
-
-
-class Pair(NamedTuple):
-    points: Tensor
-    values: Tensor
-    step: int
-
-
-def test_the_first_samples_of_any_container() -> None:
-    x, y, scale = torch.arange(12).reshape(6, 2), torch.arange(6), torch.tensor(2.0)
-    found = first_samples({"x": x, "rest": [y, scale, "name"]}, 4)
-    assert torch.equal(found["x"], x[:4])
-    assert torch.equal(found["rest"][0], y[:4])
-    assert found["rest"][1:] == [scale, "name"]
-    assert samples_in(Pair(x, y, 3)) == 6
-    assert first_samples(Pair(x, y, 3), 2).points.shape == (2, 2)
-    assert len(first_samples(y, 100)) == 6
-
-
-def test_batches_whose_tensors_differ_in_length_stay_whole() -> None:
-    batch = Pair(torch.zeros(6, 2), torch.zeros(4), 3)
-    assert samples_in(batch) is None
-    assert first_samples(batch, 2) is batch
-    assert samples_in("no tensor") is None
 
 
 class Judged(Regression):
@@ -191,6 +162,40 @@ def test_the_loss_of_a_mini_batch_is_known_for_that_of_a_sample() -> None:
     assert of_a_sample(batches(1), samples=3)
     assert not of_a_sample(batches(4), limit_train_batches=1)
     assert not of_a_sample(DataLoader(ready_made, batch_size=None))  # pyright: ignore[reportArgumentType]  # a list is a dataset
+
+
+class CountsRows(Classified):
+    """Its training step works on whole batches only."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + 0.0 * batch[0][31].sum()
+
+
+@pytest.mark.parametrize("samples", ["auto", 16])
+def test_a_module_that_cannot_work_on_a_part_is_judged_on_whole_batches(
+    samples: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(128, 4), torch.randint(2, (128,))
+    module, callback = CountsRows(), anderson(judge_samples=samples)
+    module.judged_on = []
+    loader = DataLoader(TensorDataset(x, y), batch_size=32)
+    fit(module, loader, callback, max_epochs=4)
+    counts, state = counters(callback), callback.state_dict()
+    assert counts["attempted"] == 4
+    assert state["outcomes"]["rejected_non_finite_loss"] == 1
+    assert module.judged_on.count(32) > counts["optimizer_steps"]
+    assert module.judged_on.count(16) == 1
+    (record,) = [one for one in caplog.records if "whole batches judge" in one.message]
+    assert "first 16 samples" in record.message
+    assert "index 31 is out of bounds" in record.message
+
+    resumed, module = anderson(judge_samples=samples), CountsRows()
+    module.judged_on = []
+    resumed.load_state_dict(state)
+    fit(module, loader, resumed, max_epochs=1)
+    assert 16 not in module.judged_on
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 2.5, "all"])

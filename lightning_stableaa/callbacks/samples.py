@@ -1,0 +1,96 @@
+"""Batches of any structure: what is in them, and their first samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+# Leaves of which a batch has one, whatever its size.
+_SINGLE = (type(None), bool, int, float, complex, str, bytes)
+
+
+def leaves(batch: Any) -> Iterator[Any]:
+    """What a batch holds, in its order, without building anything.
+
+    Mappings, sequences and dataclasses are entered. What moves itself between devices (it has a
+    method ``to``, such as a PackedSequence) is a leaf, whose inside is its own.
+    """
+    for part in _parts(batch):
+        if part is batch:
+            yield part
+        else:
+            yield from leaves(part)
+
+
+def tensors_in(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in its order."""
+    return [one for one in leaves(batch) if isinstance(one, Tensor)]
+
+
+def samples_in(batch: Any) -> int | None:
+    """How many samples a batch holds, where its first ones can be taken; else None.
+
+    They can where every tensor is dense and has one entry a sample, or is a number, and nothing
+    else comes once for each sample: no list of as many texts, no matrix of samples by samples.
+    """
+    found = list(leaves(batch))
+    tensors = [one for one in found if isinstance(one, Tensor)]
+    sizes = {len(one) for one in tensors if one.ndim}
+    if len(sizes) != 1 or not all(is_dense(one) for one in tensors):
+        return None
+    (size,) = sizes
+    if any(one.shape == (size, size) for one in tensors):
+        return None
+    others = [one for one in found if not isinstance(one, Tensor)]
+    if not all(isinstance(one, _SINGLE) for one in others) or _has_list_of(size, batch):
+        return None
+    return size
+
+
+def first_samples(batch: Any, count: int) -> Any:
+    """The first samples of a batch in which they can be told; any other as it is."""
+    if samples_in(batch) is None:
+        return batch
+    return apply_to_collection(batch, Tensor, lambda one: one[:count] if one.ndim else one)
+
+
+def ends_in_classes(batch: Any) -> bool:
+    """Whether the last tensor is one of integers, as classes and tokens are."""
+    tensors = tensors_in(batch)
+    return len(tensors) > 0 and tensors[-1].dtype is torch.int64
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its entries are plain numbers in memory: not sparse, nested or quantized."""
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
+
+
+def _parts(batch: Any) -> Sequence[Any]:
+    """What is inside, one level down; of a leaf itself."""
+    if isinstance(batch, Tensor | str | bytes):
+        return [batch]
+    if isinstance(batch, Mapping):
+        return list(batch.values())
+    if hasattr(batch, "to"):
+        return [batch]
+    if isinstance(batch, Sequence):
+        return batch
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return [getattr(batch, field.name) for field in dataclasses.fields(batch)]
+    return [batch]
+
+
+def _has_list_of(size: int, batch: Any) -> bool:
+    """Whether there is a sequence of so many, not all of which are tensors."""
+    parts = _parts(batch)
+    if len(parts) == 1 and parts[0] is batch:
+        return False
+    is_list = isinstance(batch, Sequence) and len(batch) == size
+    if is_list and any(isinstance(one, _SINGLE) for one in batch):
+        return True
+    return any(_has_list_of(size, part) for part in parts)
