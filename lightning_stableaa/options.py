@@ -103,11 +103,11 @@ class Options:
 
     history_depth: int = 10
     store_every_n_steps: int = 10
-    accelerate_every_n_steps: int = 10
+    accelerate_every_n_steps: int = 20
     warmup_steps: int = 0
     relaxation: float = 1.0
     lag_compensation: float = 0.75
-    look_ahead_cycles: float = 10.0
+    look_ahead_cycles: float = 30.0
     regularization: float | Sequence[float] | None = None
     max_extrapolation: float = 1000.0
     safeguard: Safeguard = "loss"

@@ -45,7 +45,7 @@ ENGINE = [
     ),
     (
         [*FAST, "callbacks.anderson.store_every_n_steps=7"],
-        r"callbacks.anderson: accelerate_every_n_steps must be a multiple of .* \(7\), got 10",
+        r"callbacks.anderson: accelerate_every_n_steps must be a multiple of .* \(7\), got 20",
     ),
     (
         [*FAST, "callbacks.anderson.safeguard=maybe"],
