@@ -39,8 +39,7 @@ class Status(Enum):
 _REMEDIES = {
     Status.REJECTED_LOSS: (
         "no candidate lowered the loss of the current batch: try larger values of "
-        "regularization, raise store_every_n_steps so that residuals stand out of the gradient "
-        "noise, or use SmoothingMonitor"
+        "regularization, or raise store_every_n_steps so that residuals stand out of their noise"
     ),
     Status.REJECTED_SMALL_DECREASE: (
         "residuals were mostly noise, and what a candidate took off the loss was no more than "

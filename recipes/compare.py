@@ -12,13 +12,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lightning_stableaa.recipes.comparison.drawing import draw
 from lightning_stableaa.recipes.comparison.report import write_report
-from lightning_stableaa.recipes.comparison.runner import Run, run_all
+from lightning_stableaa.recipes.comparison.runner import LOG, Run, read_run, run_all
 from lightning_stableaa.recipes.comparison.summary import Summary, summarise
 from lightning_stableaa.recipes.comparison.variants import Plan, make_plan
 from lightning_stableaa.recipes.comparison.verdict import verdict
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.mistakes import mistakes_in_one_sentence
-from lightning_stableaa.recipes.train import quieten
+from lightning_stableaa.recipes.train import add_recipe_to_show, quieten
 
 OWN_MODULE = "recipe=_own"
 
@@ -40,6 +40,9 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
     plan = make_plan(config, overrides, title)
     runs: list[Run] = []
     console = Console(stderr=True)
+    kept = sum(read_run(job) is not None for job in plan.jobs)
+    if kept:
+        console.print(f"{kept} of {len(plan.jobs)} runs are there already, from {plan.folder}/runs")
     try:
         with _progress(console) as progress:
             bar = progress.add_task(plan.title, total=len(plan.jobs), note="")
@@ -48,10 +51,26 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
                 progress.update(bar, advance=1, note=f"{run.variant}, seed {run.seed}")
                 if run.error is not None:
                     progress.print(f"{run.variant}, seed {run.seed}, failed: {run.error}")
+                    _refuse_without_baseline(run, plan)
     finally:
-        summary = _report(plan, runs, overrides, config) if runs else None
-    assert summary is not None
+        finished = any(run.error is None for run in runs)
+        summary = _report(plan, runs, overrides, config) if finished else None
+    if summary is None:
+        raise UserError(f"no run was finished, and there is nothing to report; {_logs(plan)}")
     return summary
+
+
+def _refuse_without_baseline(run: Run, plan: Plan) -> None:
+    """Ends the comparison where plain fails with its first seed: all others would be in vain."""
+    first = plan.jobs[0]
+    if (run.variant, run.seed) == (first.variant, first.seed):
+        raise UserError(
+            f"{run.variant} failed with its first seed, {run.error}; mend that first, {_logs(plan)}"
+        )
+
+
+def _logs(plan: Plan) -> str:
+    return f"what a run printed is in {plan.folder}/runs/VARIANT/SEED/{LOG}"
 
 
 def _report(plan: Plan, runs: list[Run], overrides: list[str], config: DictConfig) -> Summary:
@@ -101,6 +120,7 @@ def main() -> None:
     names = {argument.split("=")[0] for argument in sys.argv[1:]}
     if "compare.module" in names and "recipe" not in names:
         sys.argv.append(OWN_MODULE)
+    add_recipe_to_show(sys.argv)
     quieten()
     with mistakes_in_one_sentence("stableaa-compare"):
         try:

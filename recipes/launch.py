@@ -5,6 +5,7 @@ for them; docs/clusters.md has the list.
 """
 
 import os
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -106,6 +107,12 @@ def check_sweep(settings: Any, launcher: Any) -> None:
         UserError: the jobs would start processes that sweep on their own, or too few of them.
     """
     cluster, trainer = settings["cluster"], settings["trainer"]
+    on_slurm = launcher["_target_"].endswith("SlurmLauncher")
+    if on_slurm and shutil.which("srun") is None:
+        raise UserError(
+            f"cluster={cluster}: there is no srun on this machine; submit from one that has SLURM, "
+            f"or try the same with cluster=submitit_local"
+        )
     expected = (count(trainer["num_nodes"]), count(trainer["devices"]))
     if "submitit" in launcher["_target_"]:
         asked = (launcher["nodes"], launcher["tasks_per_node"])

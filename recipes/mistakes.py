@@ -1,6 +1,7 @@
 """One sentence for each way in which a configuration can be wrong."""
 
 import difflib
+import enum
 import inspect
 import re
 import sys
@@ -9,6 +10,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import PurePath
 from typing import Any, NoReturn
 
 import yaml
@@ -184,7 +186,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin is typing.Literal:
         return value in typing.get_args(annotation)
     expected = origin or annotation
-    if not inspect.isclass(expected):
+    if expected is Any or not inspect.isclass(expected) or _says_little(expected):
         return True
     if isinstance(value, bool) or value is None:
         return expected in (type(value), object)
@@ -194,6 +196,12 @@ def _fits(value: Any, annotation: Any) -> bool:
             return len(value) == len(members)
         return expected is not str and issubclass(expected, Iterable)
     return isinstance(value, (int, float) if expected is float else expected)
+
+
+def _says_little(expected: type) -> bool:
+    """Whether YAML's value may be made into one, or cannot be told to be one."""
+    protocol = getattr(expected, "_is_protocol", False)
+    return protocol or issubclass(expected, PurePath | enum.Enum)
 
 
 def _describe(annotation: Any) -> str:
@@ -206,6 +214,8 @@ def _describe(annotation: Any) -> str:
 
 def _offer(wrong: str, options: Iterable[Any]) -> str:
     names = sorted(str(name) for name in options if name != "hydra" and str(name)[0] != "_")
+    if not names:
+        return "a new one is written with a plus sign, as in +option=value"
     close = difflib.get_close_matches(wrong, names, n=1)
     return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
 

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import shutil
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -61,6 +62,11 @@ def train(config: DictConfig) -> dict[str, float]:
         _check_history_device(settings["callbacks"])
         check_launch(settings, os.environ)
         checkpoint = checkpoint_to_resume(config.resume_from, folder)
+        if config.resume_from is None and any(folder.glob("checkpoints/*.ckpt")):
+            raise UserError(
+                f"run_folder={folder}: holds checkpoints of an earlier run, which this one would "
+                "overwrite; add resume_from=auto to go on with it, or choose another run_name"
+            )
         with blamed_on("seed"):
             lightning.seed_everything(config.seed, workers=True, verbose=False)
         if config.threads is not None:
@@ -168,6 +174,15 @@ def _late_refusals(resume_from: str | None) -> Iterator[None]:
             f"resume_from={resume_from}: holds more than tensors and plain containers, "
             "which may run any code when read; give a checkpoint that this command has written"
         ) from error
+    except (KeyError, RuntimeError) as error:
+        if resume_from is None or not _while_loading(error):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"resume_from={resume_from}: was written by another model or optimizer than those "
+            f"configured, or not by a Trainer ({reason}); resume with the same model, data and "
+            "optimizer options"
+        ) from error
     except ValueError as error:
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         for origin, option in (
@@ -178,6 +193,13 @@ def _late_refusals(resume_from: str | None) -> Iterator[None]:
             if frame.f_globals["__name__"].startswith(origin):
                 raise UserError(f"{option}: {error}") from error
         raise
+
+
+def _while_loading(error: BaseException) -> bool:
+    """Whether it was raised where a checkpoint is read, before training."""
+    names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    loading = {"_restore_modules_and_callbacks", "restore_training_state", "resume_start"}
+    return bool(names & loading)
 
 
 def _results(trainer: lightning.Trainer, callbacks: list[Callback]) -> dict[str, float]:
@@ -287,10 +309,18 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def add_recipe_to_show(arguments: list[str]) -> None:
+    """A configuration that is only shown needs a recipe as well: the first of them."""
+    shows = {"--help", "-h", "--cfg", "-c", "--info", "-i"} & set(arguments)
+    if shows and not any(one.startswith("recipe=") for one in arguments):
+        arguments.append("recipe=admissions_mlp")
+
+
 def main() -> None:
     """Entry point of ``stableaa-train``; a mistake ends in one sentence and exit code 2."""
     # makes Hydra raise its errors instead of printing them itself and exiting with code 1
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    add_recipe_to_show(sys.argv)
     quieten()
     with mistakes_in_one_sentence("stableaa-train"):
         _train_from_command_line()

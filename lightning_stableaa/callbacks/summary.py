@@ -20,8 +20,8 @@ def summary(engine: AndersonAccelerator) -> tuple[int, str]:
         return logging.WARNING, f"{head}: {breaks} times {Status.WEIGHTS_CHANGED.remedy}."
     if attempted == 0:
         return logging.WARNING, (
-            f"{head}: the run was too short for one; lower accelerate_every_n_steps "
-            f"({engine.options.accelerate_every_n_steps}) or warmup_steps "
+            f"{head}: none was due with two residuals in the history; train longer, or lower "
+            f"accelerate_every_n_steps ({engine.options.accelerate_every_n_steps}) or warmup_steps "
             f"({engine.options.warmup_steps})."
         )
     if 2 * accepted >= attempted:

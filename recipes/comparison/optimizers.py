@@ -4,6 +4,7 @@ They work on any module with one optimizer, whether its optimizer comes from a c
 from its own code.
 """
 
+import importlib
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,21 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_stableaa.recipes.errors import UserError
+
+
+def needs(package: str, variant: str) -> Any:
+    """Imports what one variant alone needs.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"compare.variants: {variant} needs {package}, which is not installed: pip install "
+            f"'lightning-stableaa[compare]', or leave {variant} out"
+        ) from error
 
 
 class Training(NamedTuple):
@@ -128,8 +144,7 @@ class Lookahead(OptimizerChange):
 
     def change(self, training: Training, trainer: lightning.Trainer) -> Training:
         """The optimizer inside a Lookahead."""
-        from pytorch_optimizer import Lookahead as Package
-
+        Package = needs("pytorch_optimizer", "lookahead").Lookahead
         self.optimizer = Package(training.optimizer, k=self.k, alpha=self.alpha)
         if training.scheduling is not None:
             # Lightning wants the scheduler's optimizer among those that it steps
@@ -168,8 +183,7 @@ class ScheduleFree(OptimizerChange):
 
     def change(self, training: Training, trainer: lightning.Trainer) -> Training:
         """The optimizer of the package, with the rates and weight decays of the module's own."""
-        import schedulefree
-
+        schedulefree = needs("schedulefree", "schedule_free")
         replaced = training.optimizer
         if not isinstance(replaced, SGD | Adam | AdamW):
             raise UserError(

@@ -110,6 +110,15 @@ class CostRecorder(Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Writes the curve."""
+        if self.gradients == 0:
+            raise UserError(
+                "no gradient was taken in the whole run: training_step returned None every time"
+            )
+        if not trainer.enable_validation or sum(trainer.num_val_batches) == 0:
+            raise UserError(
+                f"the run has no validation, which has to log {self.metric}: define "
+                "validation_step, and a val_dataloader with at least one batch"
+            )
         if not self.curve.values:
             raise UserError(
                 "the run ended before its first validation: train longer, or validate more often "

@@ -72,23 +72,25 @@ def write_report(
 def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
     """Verdict, table, legend and definitions in Markdown."""
     better = "less" if plan.mode == "min" else "more"
+    swept = summary.best_swept != summary.baseline
     lines = [
         f"# {plan.title}: {plan.metric} ({better} is better), {_plural(len(plan.seeds), 'seed')}",
         "",
         *(f"- {sentence}" for sentence in sentences),
         "",
         f"| variant | cost to reach {summary.baseline}'s final "
-        f"| cost to keep it | cost to reach {summary.best_swept}'s final "
-        "| final | at equal cost | best | rank | time | processor time | memory, MiB | accepted "
+        "| cost to keep it "
+        + (f"| cost to reach {summary.best_swept}'s final " if swept else "")
+        + "| final | at equal cost | best | rank | time | processor time | memory, MiB | accepted "
         "| smoothing on |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---" * (12 + swept) + "|",
     ]
     for name, one in summary.variants.items():
         cells = [
             name + (f" ({len(one.errors)} failed)" if one.errors else ""),
             _ratio_cell(one.cost_ratio),
             _ratio_cell(one.keep_ratio),
-            _ratio_cell(one.swept_ratio),
+            *([_ratio_cell(one.swept_ratio)] if swept else []),
             _value_cell(one.final),
             _significant(one.equal_cost.median),
             _significant(one.best.median),

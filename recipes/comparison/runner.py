@@ -98,6 +98,11 @@ def run_job(job: Job) -> Run:
     run = Run(job.variant, job.seed, job.fingerprint)
     try:
         train(OmegaConf.create(job.settings))
+        if not (job.folder / TRAINING / CURVE).exists():
+            raise UserError(
+                "training ended before its first step: train_dataloader has no batches, or "
+                "trainer.max_steps or trainer.max_epochs is 0"
+            )
     except MISTAKES as error:
         return dataclasses.replace(run, error=explain(error), mistake=True)
     except Exception as error:

@@ -1,11 +1,12 @@
 """From names such as ``anderson`` and ``plain@cosine@3x`` to the settings of single runs."""
 
 import hashlib
+import inspect
 import json
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from inspect import getmro, isclass
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +162,14 @@ def _insert_own_module(run: DictConfig) -> None:
         for key, option in (("module", "module"), ("data", "datamodule")):
             path = options[option]
             imported = None if path is None else _import(path, f"compare.{option}")
-            if key == "module" and isclass(imported):
+            if key == "module" and inspect.isclass(imported):
                 _follow_tree(run, imported)
             run[key] = path and {"_target_": path, **options[f"{option}_args"]}
 
 
 def _follow_tree(run: DictConfig, module: Any) -> None:
     """Gives a module of pytorch_lightning the Trainer and the callbacks of its own tree."""
-    if any(one.__module__.startswith("pytorch_lightning.") for one in getmro(module)):
+    if any(one.__module__.startswith("pytorch_lightning.") for one in inspect.getmro(module)):
         for settings in (run.trainer, *run.callbacks.values()):
             settings._target_ = re.sub(
                 r"^lightning\.(pytorch\.)?", "pytorch_lightning.", settings._target_
@@ -179,7 +180,10 @@ def _import(path: str, option: str) -> Any:
     try:
         return get_object(path)
     except Exception as error:  # Hydra reports a failing import as it comes
-        reason = error.__cause__ or error
+        reason: object = error.__cause__ or error
+        module, _, name = path.rpartition(".")
+        if module in sys.modules:  # Hydra took it for a package, which it may not be
+            reason = f"{module} has no {name}"
         raise UserError(
             f"{option}={path}: {' '.join(str(reason).split())}; give an import path such as "
             f"my_package.MyModule, as seen from the current folder"
@@ -287,11 +291,32 @@ QUIET_TRAINER = {
 }
 
 
+def _sources(settings: dict[str, Any]) -> dict[str, str]:
+    """By path, a hash of each file of the user's own that makes the module or the data.
+
+    Those of the two classes and what lies beside them, which they may import; installed packages
+    have a version instead.
+    """
+    hashes: dict[str, str] = {}
+    for key in ("module", "data"):
+        target = (settings.get(key) or {}).get("_target_", "")
+        package = target.split(".")[0]
+        source = inspect.getsourcefile(get_object(target)) if target else None
+        if source is None or package == "lightning_stableaa" or "site-packages" in source:
+            continue
+        folder = Path(source).parent
+        for path in sorted(folder.glob("*.py")):
+            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashes
+
+
 def _fingerprint(settings: dict[str, Any]) -> str:
     decisive = {
         "settings": settings,
         "lightning_stableaa": lightning_stableaa.__version__,
         "torch": torch.__version__,
     }
+    if own := _sources(settings):
+        decisive["sources"] = own
     text = json.dumps(decisive, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -81,7 +81,10 @@ def outcome(one: VariantSummary, summary: Summary) -> str:
 def _sentence(one: VariantSummary, summary: Summary) -> str:
     plain = summary.variants[summary.baseline]
     if not one.cost_ratio.count:
-        return f"{one.name}: no seed was finished by both it and {plain.name}, so nothing is known."
+        why = "no seed was finished by both"
+        if one.seeds:
+            why = f"{summary.metric} did not end in a finite number in any seed finished by both"
+        return f"{one.name}: {why} it and {plain.name}, so nothing is known."
     ends = _ends(one, summary)
     parts = [
         f"{one.name} {outcome(one, summary)}: {_reached(one.cost_ratio, plain.name, summary)}, "
@@ -170,6 +173,8 @@ def _best(summary: Summary) -> str:
     best = _least(summary.variants.values(), summary)
     if best is None:
         return "No run was finished."
+    if not math.isfinite(best.equal_cost.median):
+        return f"Of no variant was the median {summary.metric} at equal cost a finite number."
     return (
         f"The best median {summary.metric} at equal cost was that of {best.name} "
         f"({best.equal_cost.median:.3g})."

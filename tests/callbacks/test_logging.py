@@ -196,8 +196,7 @@ def test_the_summary_names_the_option_when_most_were_rejected(
     assert record.getMessage() == (
         "Anderson acceleration: 0 of 5 extrapolations accepted in 20 optimizer steps. Most often "
         "(5 times) no candidate lowered the loss of the current batch: try larger values of "
-        "regularization, raise store_every_n_steps so that residuals stand out of the gradient "
-        "noise, or use SmoothingMonitor."
+        "regularization, or raise store_every_n_steps so that residuals stand out of their noise."
     )
 
 
@@ -216,8 +215,9 @@ def test_the_summary_of_a_short_run_names_the_schedule(caplog: pytest.LogCapture
 
     assert record.levelname == "WARNING"
     assert record.getMessage() == (
-        "Anderson acceleration: 0 of 0 extrapolations accepted in 3 optimizer steps: the run was "
-        "too short for one; lower accelerate_every_n_steps (4) or warmup_steps (7)."
+        "Anderson acceleration: 0 of 0 extrapolations accepted in 3 optimizer steps: none was due "
+        "with two residuals in the history; train longer, or lower accelerate_every_n_steps (4) or "
+        "warmup_steps (7)."
     )
 
 

@@ -46,6 +46,38 @@ class Module(lightning.LightningModule):
         return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)]
 
 
+class Breaks(Module):
+    """Fails in its third step."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """Squared error, as long as it lasts."""
+        if self.global_step == 2:
+            raise RuntimeError("broken")
+        return super().training_step(batch, batch_idx)
+
+
+class Diverges(Module):
+    """Validates to NaN."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """No number."""
+        self.log("val/loss", torch.tensor(torch.nan))
+
+
+class Skips(Module):
+    """Never gives a loss."""
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        """Nothing."""
+
+
+class NeedsWidth(Module):
+    """Its parameter has no annotation."""
+
+    def __init__(self, width) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(width=width)
+
+
 class _ModuleOfTheOtherTree:
     """Stands for ``pytorch_lightning.LightningModule``, which takes seconds to import."""
 
@@ -71,3 +103,19 @@ class Data(lightning.LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         """All at once."""
         return DataLoader(self.rows, batch_size=20)
+
+
+class Empty(Data):
+    """No row fills a batch."""
+
+    def train_dataloader(self) -> DataLoader:
+        """Nothing."""
+        return DataLoader(self.rows, batch_size=64, drop_last=True)
+
+
+class Unvalidated(Data):
+    """Rows to train on, and none to validate."""
+
+    def val_dataloader(self) -> DataLoader:
+        """Nothing."""
+        return DataLoader(self.rows, batch_size=64, drop_last=True)

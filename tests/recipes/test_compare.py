@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -21,6 +22,8 @@ from lightning_stableaa.recipes.compare import compare, main
 from lightning_stableaa.recipes.comparison.report import shorten_paths, to_json
 from lightning_stableaa.recipes.comparison.runner import RESULT, Run, read_run, run_all
 from lightning_stableaa.recipes.comparison.variants import Plan, make_plan
+from lightning_stableaa.recipes.comparison.verdict import verdict
+from lightning_stableaa.recipes.errors import UserError
 from tests.recipes.conftest import SMALL, Refuses
 
 BURGERS = [*SMALL["burgers2d"], "trainer.max_steps=40", "compare.seeds=1"]
@@ -203,6 +206,78 @@ def test_own_module_becomes_a_report(
     assert str(tmp_path) not in (folder / "results.json").read_text()
 
 
+OWN_MODULE = "tests.recipes.own_module"
+
+
+@pytest.mark.parametrize(
+    ("module", "data", "sentence"),
+    [
+        ("Breaks", "Data", "plain failed with its first seed, RuntimeError: broken; mend that "),
+        ("Module", "Empty", "training ended before its first step: train_dataloader has no b"),
+        ("Module", "Unvalidated", "the run has no validation, which has to log val/loss: define "),
+        ("Skips", "Data", "no gradient was taken in the whole run: training_step returned None "),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Total length of", "ignore:`training_step` returned")
+def test_what_plain_cannot_do_ends_the_comparison(
+    module: str, data: str, sentence: str, plan: MakePlan, tmp_path: Path
+) -> None:
+    (tmp_path / "table.md").write_text("of an earlier comparison")
+    options = [
+        "recipe=_own",
+        f"compare.module={OWN_MODULE}.{module}",
+        f"compare.datamodule={OWN_MODULE}.{data}",
+        "compare.metric=val/loss",
+        f"compare.folder={tmp_path}",
+        "compare.variants=[anderson]",
+        "compare.seeds=2",
+        "compare.jobs=0",
+        "trainer.max_epochs=1",
+    ]
+    with pytest.raises(UserError, match=sentence):
+        compare(hydra.compose("compare", options), options, "own")
+    assert (tmp_path / "table.md").read_text() == "of an earlier comparison"
+    assert len(list(tmp_path.glob("runs/*/*"))) <= 1
+
+
+def test_a_metric_that_is_not_finite_is_called_so(plan: MakePlan, tmp_path: Path) -> None:
+    options = [
+        "recipe=_own",
+        f"compare.module={OWN_MODULE}.Diverges",
+        f"compare.datamodule={OWN_MODULE}.Data",
+        "compare.metric=val/loss",
+        f"compare.folder={tmp_path}",
+        "compare.variants=[anderson]",
+        "compare.seeds=1",
+        "compare.jobs=0",
+        "trainer.max_epochs=1",
+    ]
+    summary = compare(hydra.compose("compare", options), options, "own")
+    assert verdict(summary) == [
+        "anderson: val/loss did not end in a finite number in any seed finished by both it and "
+        "plain, so nothing is known.",
+        "Of no variant was the median val/loss at equal cost a finite number.",
+    ]
+
+
+def test_an_edited_module_is_another_run(plan: MakePlan, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = (Path(__file__).parent / "own_module.py").read_text()
+    fingerprints = []
+    for name, text in (("edited_module", source), ("beside", "LR = 0.1\n"), ("beside", "LR = 1\n")):
+        (tmp_path / f"{name}.py").write_text(text)
+        options = ["compare.module=edited_module.Module", "compare.datamodule=edited_module.Data"]
+        made = plan("recipe=_own", *options, "compare.metric=val/loss", variants="plain")
+        fingerprints.append(made.jobs[0].fingerprint)
+    assert len(set(fingerprints)) == 3
+    assert (
+        plan("recipe=_own", *options, "compare.metric=val/loss", variants="plain")
+        .jobs[0]
+        .fingerprint
+        == fingerprints[-1]
+    )
+
+
 def test_a_run_that_fails_does_not_stop_the_others(plan: MakePlan, tmp_path: Path) -> None:
     options = [
         *BURGERS,
@@ -331,6 +406,14 @@ OWN = ["compare.module=tests.recipes.own_module.Module", "compare.metric=val/los
         (
             [*OWN, *ONE_RUN, "+compare.module_args.depth=3"],
             r"module.depth: there is no such option; did you mean width\?",
+        ),
+        (
+            [*OWN, *ONE_RUN, "compare.module_args.width=3"],
+            r"compare.module_args.width: there is no such option; a new one is written with a .*",
+        ),
+        (
+            ["compare.module=tests.recipes.own_module.Modle", "compare.metric=val/loss"],
+            r"compare.module=.*: tests.recipes.own_module has no Modle; give an import path .*",
         ),
         (
             [

@@ -233,13 +233,27 @@ SUBMITIT = {
         ),
     ],
 )
-def test_sweep(config: dict[str, Any], launcher: dict[str, Any], sentence: str | None) -> None:
+def test_sweep(
+    config: dict[str, Any],
+    launcher: dict[str, Any],
+    sentence: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (srun := tmp_path / "srun").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(srun.parent))
     if sentence is None:
         check_sweep(config, launcher)
         return
     with pytest.raises(UserError) as error:
         check_sweep(config, launcher)
     assert re.fullmatch(sentence, str(error.value))
+
+
+def test_a_machine_without_slurm_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="cluster=slurm: there is no srun on this machine"):
+        check_sweep(settings("slurm", devices=4, nodes=2), SUBMITIT)
 
 
 def test_missing_submitit_is_named() -> None:

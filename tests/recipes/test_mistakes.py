@@ -1,10 +1,14 @@
 """A user's mistake ends in one sentence that names the option, and leaves nothing behind."""
 
+import contextlib
+import enum
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
+from lightning_stableaa.recipes.compare import main as compare_main
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.mistakes import check_options
 from lightning_stableaa.recipes.train import main
@@ -361,8 +365,42 @@ def test_success_names_the_run_folder(
     assert capfd.readouterr().out.splitlines()[-1] == f"everything about this run: {folder}"
 
 
+class Sized(typing.Protocol):
+    size: int
+
+
+class Kind(enum.Enum):
+    ONE = 1
+
+
 class Target:
     def __init__(self, pair: tuple[float, float], name: str = "a", share: float = 0.5) -> None: ...
+
+
+class Unannotated:
+    def __init__(self, width, path: Path, kind: Kind, sized: Sized) -> None: ...  # type: ignore[no-untyped-def]
+
+
+@pytest.mark.parametrize("value", [8, None, [1], "a", 0.5, True])
+def test_what_is_not_annotated_takes_anything(value: object) -> None:
+    options = {"width": value, "path": "a/b", "kind": "one", "sized": 3}
+    check_options({"at": {"_target_": f"{__name__}.Unannotated", **options}})
+
+
+@pytest.mark.parametrize("main", [main, compare_main])
+@pytest.mark.parametrize("option", ["--help", "--cfg=job"])
+def test_what_there_is_can_be_shown_without_a_recipe(
+    main: typing.Any,
+    option: str,
+    empty_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["stableaa", *option.split("=")])
+    with contextlib.suppress(SystemExit):
+        main()
+    assert "store_every_n_steps: 10" in capfd.readouterr().out
+    assert not list(empty_folder.glob("runs")) + list(empty_folder.glob("comparisons"))
 
 
 @pytest.mark.parametrize(

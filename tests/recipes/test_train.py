@@ -60,12 +60,15 @@ def test_seed_decides_the_run(compose: Compose, tmp_path: Path) -> None:
         ("burgers2d", 5, 35, 60),  # mid-epoch, right before a new draw of points
         ("admissions_mlp", 3, 33, 63),  # mid-epoch: ten batches an epoch
         ("admissions_mlp", 10, 30, 60),  # at the end of an epoch
+        ("admissions_mlp", 1.0, 30, 60),  # the same, validated by the epoch
+        ("admissions_mlp", 1.0, 33, 60),  # three steps after it was validated
+        ("burgers2d", 5, 33, 60),
     ],
 )
 def test_resumed_run_ends_with_the_same_weights(
     callbacks: str,
     recipe: str,
-    interval: int,
+    interval: int | float,
     stop: int,
     end: int,
     compose: Compose,
@@ -88,8 +91,47 @@ def test_resumed_run_ends_with_the_same_weights(
 
     expected = run("whole", end)
     run("first", stop)
+    first = torch.load(tmp_path / "first/checkpoints/last.ckpt", weights_only=True)
+    assert first["global_step"] == stop
     resumed = run("second", end, resume_from=str(tmp_path / "first/checkpoints/last.ckpt"))
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("stop", ["trainer.max_steps=25", "trainer.max_epochs=2"])
+def test_without_validation_the_last_weights_are_kept(
+    stop: str, compose: Compose, tmp_path: Path
+) -> None:
+    options = ["+trainer.limit_val_batches=0", "callbacks.best=null", "pictures=false", stop]
+    train(compose(*SMALL["admissions_mlp"], *options))
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == (25 if "steps" in stop else 20)
+
+
+def test_an_earlier_run_is_not_overwritten(compose: Compose, tmp_path: Path) -> None:
+    options = [*SMALL["admissions_mlp"], "trainer.max_epochs=1", "pictures=false", "logger=none"]
+    train(compose(*options))
+    before = (tmp_path / "run/checkpoints/last.ckpt").read_bytes()
+    with pytest.raises(UserError, match=r"holds checkpoints of an earlier run, .*resume_from=auto"):
+        train(compose(*options))
+    assert (tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before
+    train(compose(*options, "resume_from=auto", "trainer.max_epochs=2"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(compose: Compose, tmp_path: Path) -> None:
+    made = [*SMALL["admissions_mlp"], "trainer.max_epochs=1", "pictures=false", "logger=none"]
+    train(compose(*made))
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    torch.save({"a": 1}, tmp_path / "other.ckpt")
+    for options, path in (
+        (SMALL["burgers2d"], last),
+        ([*SMALL["admissions_mlp"], "model.widths=[7,9,1]"], last),
+        ([*SMALL["admissions_mlp"], "optimizer=adam"], last),
+        (SMALL["admissions_mlp"], tmp_path / "other.ckpt"),
+    ):
+        other = [f"run_folder={tmp_path / 'other'}", f"resume_from={path}", "logger=none"]
+        with pytest.raises(UserError, match="was written by another model or optimizer"):
+            train(compose(*options, *other, "trainer.max_epochs=2", "pictures=false"))
+        assert not (tmp_path / "other").exists()
 
 
 def test_wrong_configuration_leaves_a_used_folder_alone(compose: Compose, tmp_path: Path) -> None:
