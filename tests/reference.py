@@ -13,10 +13,10 @@ Equations are numbered as in docs/method.md:
     (5) |x_new - x| <= cap * sqrt(tr(K)/m), by shortening the jump
     (6) accepted if loss(x_new) < loss(x) - d |loss(x)|; of several lambdas the one of least loss
         d = ``sufficient_decrease`` (``None``: 0) times the noisiness, min(1, h / 1e-3)^2 (1 -
-        min(1, max(0, rho - 1))); and where that is 1/2 or more, not while earlier ones gained less
-        than none, by .1
+        min(1, max(0, rho - 1))); and where that is 1/2 or more and ``sufficient_decrease`` above 0,
+        not while earlier ones gained less than none
     (7) gains: 2 (loss(x') - loss(x)) / (|loss(x)| + |loss(x')|) from one extrapolation to the next,
-        means that forget a hundredth at each, of at least 5 with a candidate and without
+        means that forget a twentieth at each, of at least 2.5 with a candidate and without
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class ReferenceAccelerator:
     warmup_steps: int = 0
     max_extrapolation: float = math.inf
     lag_compensation: float = 0.75
-    look_ahead_cycles: float = 10.0
+    look_ahead_cycles: float = 20.0
     sufficient_decrease: float | None = None
     points: list[Vector] = field(default_factory=list)
     linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
@@ -184,9 +184,9 @@ class ReferenceAccelerator:
             self.changes.append((*self.last, before))
         noisy = noisiness(residuals, mixing_weights(residuals, self.lambdas(residuals)[0]))
         known = gains(self.changes)
-        loses = known is not None and known[0] > known[1] + 0.1
-        waits = self.sufficient_decrease != 0 and noisy >= 0.5 and loses
-        share = (self.sufficient_decrease or 0.0) * noisy
+        asked = self.sufficient_decrease or 0.0
+        waits = asked > 0 and noisy >= 0.5 and known is not None and known[0] > known[1]
+        share = asked * noisy
         accepted = after < before - share * abs(before) and not waits
         self.last = accepted, before
         return accepted

@@ -545,13 +545,13 @@ class Drive:
         """Whether earlier candidates did not pay off; the engine's word where rounding decides."""
         noisiness = report.noisiness
         assert noisiness is not None
-        if self.options.sufficient_decrease == 0 or noisiness < 0.5:
+        if not self.options.sufficient_decrease or noisiness < 0.5:
             return False
         known = reference.gains(self.changes)
         if known is None:
             return False
         gain, without = known
-        return not report.replaced if abs(gain - without - 0.1) < 1e-9 else gain > without + 0.1
+        return not report.replaced if abs(gain - without) < 1e-9 else gain > without
 
     def _checked_noisiness(self, report: StepReport) -> float:
         """The engine's own, once it is known to be right."""
