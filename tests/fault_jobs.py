@@ -88,7 +88,11 @@ class Training:
 
     def __init__(self, placement: str, **options: Any) -> None:
         layout, where = PLACEMENTS[placement]
-        cycle: dict[str, Any] = {"store_every_n_steps": 3, "accelerate_every_n_steps": 6}
+        cycle: dict[str, Any] = {
+            "store_every_n_steps": 3,
+            "accelerate_every_n_steps": 6,
+            "look_ahead_cycles": 10.0,
+        }
         self.problem = Minimisation(LAYOUTS[layout], torch.float64, **where | cycle | options)
         self.engine = self.problem.accelerator
         self.statuses: list[str] = []
