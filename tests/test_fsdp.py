@@ -67,12 +67,15 @@ def test_evaluation_sees_the_candidate_of_ddp(ranks: Ranks) -> None:
     for rank in ranks:
         split, replicated = rank["evaluation"], rank["evaluation ddp"]
         assert torch.equal(split["whole"]["trace"], replicated["whole"]["trace"])
-        assert torch.equal(split["whole"]["end"], replicated["whole"]["end"])  # exported
+        # exported; the Gram is summed in parts, which may round the candidate otherwise
+        torch.testing.assert_close(
+            split["whole"]["end"], replicated["whole"]["end"], rtol=1e-5, atol=1e-6
+        )
         assert not torch.equal(split["whole"]["end"], split["whole"]["trace"][-1])
         assert split["whole"]["metrics"] == pytest.approx(replicated["whole"]["metrics"], rel=1e-6)
         assert split["saved"].keys() == replicated["saved"].keys()
         for name, expected in replicated["saved"].items():
-            assert torch.equal(split["saved"][name], expected), name
+            torch.testing.assert_close(split["saved"][name], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_resumed_run_goes_on_with_the_weights_of_training(ranks: Ranks) -> None:

@@ -38,6 +38,7 @@ SETTING: dict[str, Any] = {
     "history_depth": 10,
     "store_every_n_steps": 2,
     "accelerate_every_n_steps": 4,
+    "look_ahead_cycles": 10.0,
     "regularization": [1e-8, 1e-6, 1e-4, 1e-2, 1e-1],
     "max_extrapolation": 1000.0,
 }
