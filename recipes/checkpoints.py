@@ -29,12 +29,12 @@ class LastCheckpoint(Checkpoint):
         is_last_step = trainer.global_step == trainer.max_steps
         ends_epoch = trainer.is_last_batch and not trainer.enable_validation
         if (is_last_step or ends_epoch) and not _validation_follows(trainer):
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Saves what was validated, within a fit."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
 
 
 def _validation_follows(trainer: lightning.Trainer) -> bool:

@@ -69,7 +69,7 @@ class Preemption(Checkpoint):
         handler = self.handlers[number]
         requeues = number == signal.SIGUSR1 and _is_lightnings(handler)
         if not requeues:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
         # SLURM sends SIGTERM to a job that it will start again, and expects no other answer
         if callable(handler) and not (number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ):
             handler(number, None)
