@@ -289,6 +289,7 @@ class AndersonCallback(LightningCallback):
         if self._loaded and not self._loaded_from_checkpoint:
             same = self._fitted is not None and self._fitted() is module
             self._loaded = self._loaded | NOTHING | {"batches": {}} if same else {}
+            self._batches = Experience()
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
         self._fitted = weakref.ref(pl_module)

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch import callbacks as of_lightning
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.callbacks.regression import (
     QUIET,
@@ -144,7 +144,7 @@ def test_a_candidate_of_a_checkpoint_is_not_shown_where_candidates_are_for_train
     both = anderson(safeguard="none", apply_to="both")
     fit(Regression(), batches(1), both, Saves(), max_epochs=10)
     kept = torch.load(path, weights_only=True)["callbacks"][both.state_key]
-    assert kept["evaluation"] is not None
+    assert kept["evaluation"].numel() == sum(one.numel() for one in network().parameters())
 
     class Looks(Callback):
         seen: bool | None = None
@@ -166,6 +166,30 @@ def test_another_module_begins_with_the_warm_up_and_counts_anew() -> None:
     assert counters(callback)["attempted"] == 4
     fit(Regression(network(seed=1)), batches(1), callback, max_epochs=7)
     assert (counters(callback)["optimizer_steps"], counters(callback)["attempted"]) == (7, 0)
+
+
+class Classifies(Regression):
+    rows_needed = 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, classes = batch
+        self.judged_on.add(len(x))
+        return (
+            mse_loss(self.network(x[:, :4]), classes[:, None].float())
+            + 0.0 * x[self.rows_needed - 1].sum()
+        )
+
+
+def test_what_one_module_cannot_do_is_not_held_against_another() -> None:
+    data = TensorDataset(torch.randn(64, 4), torch.randint(2, (64,)))
+    callback = anderson()
+    judged_on = []
+    for needed in (32, 1):
+        module = Classifies()
+        module.rows_needed, module.judged_on = needed, set()
+        fit(module, DataLoader(data, batch_size=32), callback, max_epochs=6)
+        judged_on.append((module.judged_on, callback.state_dict()["batches"]["indivisible"]))
+    assert judged_on == [({16, 32}, True), ({16, 32}, False)]
 
 
 @pytest.mark.skipif(

@@ -15,6 +15,7 @@ from lightning_stableaa.recipes.comparison.optimizers import (
     LearningRateMultiple,
     Lookahead,
     ScheduleFree,
+    needs,
     one_optimizer,
 )
 from lightning_stableaa.recipes.errors import UserError
@@ -95,6 +96,12 @@ def test_schedule_free_validates_its_average() -> None:
     expected = path_of(module(), make, steps=10)
     assert torch.equal(torch.stack(made.validated), torch.stack(expected))
     assert torch.equal(made.weights(), expected[-1])
+
+
+def test_a_package_that_is_missing_is_named_with_what_brings_it() -> None:
+    assert needs("math", "any") is math
+    with pytest.raises(UserError, match=r"lookahead needs no_such_package, .*\[compare\]"):
+        needs("no_such_package", "lookahead")
 
 
 def test_schedule_free_stands_for_sgd_and_adam_only() -> None:
