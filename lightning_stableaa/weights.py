@@ -85,6 +85,11 @@ class FlatTensors:
         for one in parts:
             self.dtype = torch.promote_types(self.dtype, one.dtype)
 
+        # on a CPU views of many tensors take longer than short copies of them
+        self._in_one_call = self.device.type == "cpu" and {one.dtype for one in parts} == {
+            self.dtype
+        }
+
         # added to the largest number of a dtype, less than a quarter of its last place is rounded
         # away: no finite weight becomes infinite by it
         self.largest_safe_change = min(
@@ -107,19 +112,26 @@ class FlatTensors:
 
     def read(self, out: Tensor, *, start: int = 0) -> None:
         """Copy the elements [start, start + len(out)) to ``out``; beyond the end, zeros."""
-        sources, targets = self._pieces(out, start)
-        if targets:
-            _copy_all(targets, sources)
-        covered = max(0, min(self.length - start, out.numel()))
-        if covered < out.numel():
+        size = out.numel()
+        covered = max(0, min(self.length - start, size))
+        if covered:
+            target = out if covered == size else out[:covered]
+            pieces = self._part(start, covered)
+            if self._in_one_call and out.device == self.device and out.dtype == self.dtype:
+                torch.cat(pieces, out=target)
+            else:
+                _copy_all(target.split([one.numel() for one in pieces]), pieces)
+        if covered < size:
             out[covered:].zero_()
 
     @torch.no_grad()
     def write(self, vector: Tensor) -> None:
         """Copy ``vector``, (length,) or longer, into the tensors."""
         whole = vector if vector.numel() == self.length else vector[: self.length]
-        targets, sources = self._pieces(whole, 0)
-        _copy_all(targets, sources)
+        if self._in_one_call and vector.device == self.device and vector.dtype == self.dtype:
+            torch.split_with_sizes_copy(whole, self._sizes, out=self._segments)
+        else:
+            _copy_all(self._segments, whole.split(self._sizes))
         if self._is_split:
             drop_gathered()
 
@@ -157,8 +169,8 @@ class FlatTensors:
     @torch.no_grad()
     def swap(self, vector: Tensor, work_space: Tensor) -> None:
         """Exchange the contents of the tensors and of ``vector``; allocates nothing."""
-        mine, theirs = self._pieces(vector[: self.length], 0)
-        for tensor, piece in zip(mine, theirs, strict=True):
+        theirs = vector[: self.length].split(self._sizes)
+        for tensor, piece in zip(self._segments, theirs, strict=True):
             for one, other in zip(tensor.split(_SWAP_CHUNK), piece.split(_SWAP_CHUNK), strict=True):
                 kept = work_space[: one.numel()]
                 kept.copy_(one)
@@ -167,19 +179,18 @@ class FlatTensors:
         if self._is_split:
             drop_gathered()
 
-    def _pieces(self, vector: Tensor, start: int) -> tuple[list[Tensor], list[Tensor]]:
-        """Matching pieces of the tensors and of ``vector``, which lies at ``start``."""
-        if start == 0 and vector.numel() == self.length:
-            return self._segments, list(vector.split(self._sizes))
-        mine, theirs = [], []
-        low, end = 0, start + vector.numel()
-        for segment, size in zip(self._segments, self._sizes, strict=True):
-            first, last = max(low, start), min(low + size, end)
+    def _part(self, start: int, size: int) -> list[Tensor]:
+        """The elements [start, start + size), by segments."""
+        if size == self.length:
+            return self._segments
+        parts: list[Tensor] = []
+        low, end = 0, start + size
+        for segment, length in zip(self._segments, self._sizes, strict=True):
+            first, last = max(low, start), min(low + length, end)
             if first < last:
-                mine.append(segment[first - low : last - low])
-                theirs.append(vector[first - start : last - start])
-            low += size
-        return mine, theirs
+                parts.append(segment[first - low : last - low])
+            low += length
+        return parts
 
 
 def momentum_tensors(optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> list[Tensor]:
@@ -218,9 +229,11 @@ def _not_finite(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:
     return low - low != high - high  # 0 where finite, else NaN, which equals nothing
 
 
-def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+def _copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     # one launch for many tensors; pyright: "_foreach_copy_" is not exported from module "torch"
-    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+        list(targets), list(sources)
+    )
 
 
 def _layout(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
