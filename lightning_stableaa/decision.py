@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from torch import Tensor
-
 from lightning_stableaa.options import Options
 from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.status import Status
@@ -21,14 +19,14 @@ class Known(NamedTuple):
     noted: float
     residual_norm: float
     noisiness: float
+    of_sample: bool  # the losses are those of samples of many
     loss_before: float | None  # None without a judge
     losses_after: list[float]
+    remaining: float
+    condition: float
     norms: list[float]
     reaches: list[float]
-    remaining: float
     lambdas: list[float]
-    gram: Tensor  # (m, m)
-    of_sample: bool  # the losses are those of samples of many
 
     @property
     def best(self) -> int:

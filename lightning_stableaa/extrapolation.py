@@ -110,7 +110,7 @@ def extrapolate(
         replaces=accepted and replaces,
         residual_norm=known.residual_norm,
         jump_norm=known.norms[best] if accepted else max(known.norms),
-        condition=condition_number(known.gram),
+        condition=known.condition,
         regularization=known.lambdas[best] if accepted else None,
         looked_ahead=accepted and judge is not None and looks_ahead,
         noisiness=known.noisiness,
@@ -166,29 +166,25 @@ def _mean(points: PointStore, values: Tensor) -> Tensor:
 def _read_back(proposal: Proposal, shared: Tensor) -> Known:
     """In one transfer."""
     gram = proposal.residual_gram
-    parts = [
-        shared.to(gram.device),
-        proposal.norms,
-        proposal.reaches,
-        proposal.remaining[None],
-        proposal.lambdas,
-        gram.flatten(),
-    ]
+    parts = [shared.to(proposal.numbers.device), proposal.numbers[2:]]
+    if gram is not None:
+        parts.append(gram.flatten())
     values = torch.cat(parts).cpu()
-    split = values.split([part.numel() for part in parts])
-    together, norms, reaches, remaining, lambdas, flat_gram = split
+    together, numbers, *flat_gram = values.split([part.numel() for part in parts])
     noted, residual_norm, noisiness, of_sample, *losses = together.tolist()
+    remaining, condition, *of_candidates = numbers.tolist()
+    count = len(of_candidates) // 3
     before, *after = losses or (None,)
     return Known(
-        noted,
-        residual_norm,
-        noisiness,
-        before,
-        after,
-        norms.tolist(),
-        reaches.tolist(),
-        remaining.item(),
-        lambdas.tolist(),
-        flat_gram.reshape(gram.shape),
-        of_sample > 0,
+        noted=noted,
+        residual_norm=residual_norm,
+        noisiness=noisiness,
+        of_sample=of_sample > 0,
+        loss_before=before,
+        losses_after=after,
+        remaining=remaining,
+        condition=condition if gram is None else condition_number(flat_gram[0].view(gram.shape)),
+        norms=of_candidates[:count],
+        reaches=of_candidates[count : 2 * count],
+        lambdas=of_candidates[2 * count :],
     )

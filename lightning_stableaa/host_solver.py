@@ -1,8 +1,9 @@
 """``solver.propose`` in NumPy, for a Gram matrix in the memory of the host.
 
-On a CPU a kernel of torch takes longer to start than numbers of this size take to compute: this
-is a third of the time, and an attempt on a small model is little else. Symbols are those of
-``solver``, to which results are equal up to rounding (tested).
+An attempt on a small model is little else than kernels that take longer to start than to compute.
+Those of NumPy start sooner than those of torch, and one eigendecomposition serves the noise of the
+residuals, every lambda and the condition number. Symbols are those of ``solver``, to which results
+are equal up to rounding (tested).
 """
 
 from __future__ import annotations
@@ -35,24 +36,26 @@ def propose_on_host(
     max_extrapolation: float,
     lag_compensation: float,
     look_ahead_cycles: float,
-) -> tuple[Array, ...]:
-    """The fields of ``solver.Proposal``, one candidate for each of L lambdas."""
+) -> tuple[Array, Array]:
+    """``jumps`` and ``numbers`` of ``solver.Proposal``, one candidate for each of L lambdas."""
     columns = [k for k, is_residual in enumerate(linked) if is_residual]
-    k = gram if all(linked) else gram[columns][:, columns]
+    m, whole = len(columns), all(linked)
+    k = gram if whole else gram[columns][:, columns]
     with np.errstate(all="ignore"):  # whether a result is usable is in the result itself
         squares = k.diagonal()
-        mean_square = squares.sum() / len(columns)
-        share = _noisy_share(_residual_noise(k, squares))
-        grid = np.array([NOISY_LAMBDA * share] if regularization is None else regularization)
-        alpha = _mixing_weights(k, squares, grid)
-        remaining = np.minimum(alpha[0] @ k @ alpha[0] / mean_square, 1.0) * len(columns)
-        ages = np.arange(len(columns) - 1, -1, -1.0)
-        lag = np.maximum(alpha @ ages, 0.0)
-        advance = np.minimum(lag_compensation * remaining, 1.0) * lag
-        drift = np.minimum(np.maximum(remaining - 1.0, 0.0), 1.0)
-        advance[-1] += look_ahead_cycles * drift / np.maximum(np.sqrt(alpha[-1] @ alpha[-1]), 1.0)
-        of_differences = np.zeros((len(alpha), len(linked)))
-        of_differences[:, columns] = alpha
+        mean_square = squares.sum() / m
+        condition, share, lambdas, alpha = _mixtures(k, squares, regularization)
+        first, last = alpha[0], alpha[-1]
+        # in this order the NaN of the first argument is kept
+        remaining = min(first @ k @ first / mean_square, 1.0) * m
+        lag = np.maximum(alpha @ np.arange(m - 1, -1, -1.0), 0.0)
+        advance = min(lag_compensation * remaining, 1.0) * lag
+        drift = min(max(remaining - 1.0, 0.0), 1.0)
+        advance[-1] += look_ahead_cycles * drift / max(np.sqrt(last @ last), 1.0)
+        of_differences = alpha
+        if not whole:
+            of_differences = np.zeros((len(alpha), len(linked)))
+            of_differences[:, columns] = alpha
         # p_k + (beta + theta) delta_k = p_q + (beta + theta) delta_k - sum_{i >= k} delta_i
         jumps = (relaxation + advance)[:, None] * of_differences - of_differences.cumsum(axis=1)
         residual_norm = np.sqrt(mean_square)
@@ -61,40 +64,39 @@ def propose_on_host(
         shrink = np.minimum(max_extrapolation * residual_norm / norms, 1.0)
         jumps *= shrink[:, None]
         reaches = np.abs(jumps) @ np.sqrt(gram.diagonal())
-        return (
-            jumps,
-            norms * shrink,
-            reaches,
-            np.asarray(remaining),
-            np.asarray(share * (1.0 - drift)),
-            grid,
-            np.asarray(residual_norm),
-            k,
-        )
+        numbers = (residual_norm, share * (1.0 - drift), remaining, condition)
+        return jumps, np.concatenate([numbers, norms * shrink, reaches, lambdas])
 
 
-def _residual_noise(k: Array, squares: Array) -> float:
-    moved = (squares > 0).astype(np.float64)
-    try:
-        inverse = np.linalg.inv(k / (squares.sum() / moved.sum()) + np.diag(ROUNDING + 1.0 - moved))
-    except np.linalg.LinAlgError:  # singular
-        return 0.0
-    noise = moved.sum() / (inverse.diagonal() @ moved)
-    return np.minimum(np.maximum(noise, ROUNDING), 1.0)
+def _mixtures(
+    k: Array,  # (m, m)
+    squares: Array,  # (m,)
+    regularization: Sequence[float] | None,
+) -> tuple[float, float, Array, Array]:
+    """Condition number of K, share of noise, lambdas (L,), and mixing weights (L, m)."""
+    moved = squares != 0  # a residual of zero carries no direction: it gets no weight
+    if not moved.all() and moved.any():
+        _, share, lambdas, of_moved = _mixtures(k[moved][:, moved], squares[moved], regularization)
+        alpha = np.zeros((len(lambdas), len(k)))
+        alpha[:, moved] = of_moved
+        return math.inf, share, lambdas, alpha
+    values, vectors = _eigendecomposition(k, squares)
+    noise = len(k) / (1.0 / (values + ROUNDING)).sum()
+    share = min(min(max(noise, ROUNDING), 1.0) / NOISE, 1.0) ** 2
+    lambdas = np.array([NOISY_LAMBDA * share] if regularization is None else regularization)
+    ridged = values + np.maximum(lambdas, len(k) * _EPS)[:, None]
+    z = (vectors.sum(axis=0) / ridged) @ vectors.T
+    return values[-1] / values[0], share, lambdas, z / z.sum(axis=1, keepdims=True)
 
 
-def _noisy_share(noise: float) -> float:
-    return np.square(np.minimum(noise / NOISE, 1.0))
-
-
-def _mixing_weights(k: Array, squares: Array, grid: Array) -> Array:  # (L, m)
-    m = len(k)
-    moved = (squares > 0).astype(np.float64)
-    ridged = np.empty((len(grid), m, m))
-    ridged[:] = k / (squares.sum() / moved.sum())
-    ridged.reshape(len(grid), -1)[:, :: m + 1] += np.maximum(grid, m * _EPS)[:, None]
-    try:
-        z = np.linalg.solve(ridged, moved[None, :, None])[:, :, 0]
-    except np.linalg.LinAlgError:  # singular
-        return np.full((len(grid), m), math.nan)
-    return z / z.sum(axis=1, keepdims=True)
+def _eigendecomposition(k: Array, squares: Array) -> tuple[Array, Array]:  # (m,), (m, m)
+    """Eigenvalues relative to their mean, ascending, and eigenvectors; NaN where there are none."""
+    mean = squares.sum() / len(k)
+    if 0.0 < mean < math.inf:
+        try:
+            values, vectors = np.linalg.eigh(k / mean)
+        except np.linalg.LinAlgError:  # did not converge
+            pass
+        else:
+            return np.maximum(values, 0.0), vectors
+    return np.full(len(k), math.nan), np.full(k.shape, math.nan)

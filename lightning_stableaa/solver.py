@@ -160,13 +160,46 @@ class Proposal(NamedTuple):
     """Candidates formed from one Gram, best understood as jumps from the newest point."""
 
     jumps: Tensor  # (L, q), weights of the consecutive differences, one row for each lambda
-    norms: Tensor  # (L,), lengths of the jumps, after the cap
-    reaches: Tensor  # (L,), lengths of their terms together: no partial sum is longer
-    remaining: Tensor  # (), rho, see ``remaining_residual``, of the first lambda
-    noisiness: Tensor  # (), 1 where residuals are noise, 0 where eliminated or a steady drift
-    lambdas: Tensor  # (L,)
-    residual_norm: Tensor  # (), sqrt(tr(K)/m), root of the mean squared residual norm
-    residual_gram: Tensor  # (m, m), K
+    numbers: Tensor  # (4 + 3 L,), everything below, to be read back at once
+    residual_gram: Tensor | None = None  # (m, m), K, where ``condition`` is yet to be found
+
+    @property
+    def residual_norm(self) -> Tensor:  # ()
+        """sqrt(tr(K)/m), root of the mean squared residual norm."""
+        return self.numbers[0]
+
+    @property
+    def noisiness(self) -> Tensor:  # ()
+        """1 where residuals are noise, 0 where eliminated or a steady drift."""
+        return self.numbers[1]
+
+    @property
+    def remaining(self) -> Tensor:  # ()
+        """rho, see ``remaining_residual``, of the first lambda."""
+        return self.numbers[2]
+
+    @property
+    def condition(self) -> Tensor:  # ()
+        """Condition number of K; NaN where it would take a wait for the device."""
+        return self.numbers[3]
+
+    @property
+    def norms(self) -> Tensor:  # (L,)
+        """Lengths of the jumps, after the cap."""
+        return self._of_candidates(0)
+
+    @property
+    def reaches(self) -> Tensor:  # (L,)
+        """Lengths of their terms together: no partial sum is longer."""
+        return self._of_candidates(1)
+
+    @property
+    def lambdas(self) -> Tensor:  # (L,)
+        """As they were used."""
+        return self._of_candidates(2)
+
+    def _of_candidates(self, which: int) -> Tensor:
+        return self.numbers[4:].view(3, -1)[which]
 
 
 def propose(
@@ -200,9 +233,8 @@ def propose(
         "look_ahead_cycles": look_ahead_cycles,
     }
     if gram.device.type == "cpu":
-        return Proposal(
-            *map(torch.from_numpy, propose_on_host(gram.numpy(), linked, regularization, **options))
-        )
+        found = propose_on_host(gram.numpy(), linked, regularization, **options)
+        return Proposal(*map(torch.from_numpy, found))
     return propose_on_device(gram, linked, regularization, **options)
 
 
@@ -239,7 +271,9 @@ def propose_on_device(
     shrink = (max_extrapolation * residual_norm / norms).clamp_max(1.0)
     jumps = jumps * shrink[:, None]
     reaches = jumps.abs() @ gram.diagonal().sqrt()
-    return Proposal(jumps, norms * shrink, reaches, remaining, noisiness, lambdas, residual_norm, k)
+    unknown = torch.full_like(remaining, math.nan)
+    numbers = torch.stack([residual_norm, noisiness, remaining, unknown])
+    return Proposal(jumps, torch.cat([numbers, norms * shrink, reaches, lambdas]), k)
 
 
 def condition_number(gram: Tensor) -> float:
