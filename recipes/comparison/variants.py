@@ -1,8 +1,6 @@
 """From names such as ``anderson`` and ``plain@cosine@3x`` to the settings of single runs."""
 
-import hashlib
 import inspect
-import json
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -10,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra import compose
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-import lightning_stableaa
 from lightning_stableaa.recipes.comparison.cost import Mode
+from lightning_stableaa.recipes.comparison.fingerprint import fingerprint_of
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.mistakes import check_options
 
@@ -261,7 +258,7 @@ def _jobs(run: DictConfig, variant: str, seeds: Sequence[int], folder: Path) -> 
         settings: Any = OmegaConf.to_container(run, resolve=True, throw_on_missing=True)
         if seed == seeds[0]:
             check_options(settings)
-        fingerprint = _fingerprint(settings)
+        fingerprint = fingerprint_of(settings)
         # a folder per configuration: results of other settings stay, and are found again
         own = folder / "runs" / variant / f"seed{seed}-{fingerprint}"
         jobs.append(Job(variant, seed, fingerprint, own, _place(settings, str(own / TRAINING))))
@@ -289,34 +286,3 @@ QUIET_TRAINER = {
     "enable_model_summary": False,
     "log_every_n_steps": 50,  # writing is no part of the method; callbacks log all the same
 }
-
-
-def _sources(settings: dict[str, Any]) -> dict[str, str]:
-    """By path, a hash of each file of the user's own that makes the module or the data.
-
-    Those of the two classes and what lies beside them, which they may import; installed packages
-    have a version instead.
-    """
-    hashes: dict[str, str] = {}
-    for key in ("module", "data"):
-        target = (settings.get(key) or {}).get("_target_", "")
-        package = target.split(".")[0]
-        source = inspect.getsourcefile(get_object(target)) if target else None
-        if source is None or package == "lightning_stableaa" or "site-packages" in source:
-            continue
-        folder = Path(source).parent
-        for path in sorted(folder.glob("*.py")):
-            hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return hashes
-
-
-def _fingerprint(settings: dict[str, Any]) -> str:
-    decisive = {
-        "settings": settings,
-        "lightning_stableaa": lightning_stableaa.__version__,
-        "torch": torch.__version__,
-    }
-    if own := _sources(settings):
-        decisive["sources"] = own
-    text = json.dumps(decisive, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -278,6 +278,16 @@ def test_an_edited_module_is_another_run(plan: MakePlan, tmp_path: Path, monkeyp
     )
 
 
+def test_other_data_are_another_run(plan: MakePlan, tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    fingerprints = []
+    for text in ("1,2\n", "1,3\n", "1,2\n"):
+        table.write_text(text)
+        made = plan("recipe=admissions_mlp", f"data.csv={table}", variants="plain")
+        fingerprints.append(made.jobs[0].fingerprint)
+    assert fingerprints[0] == fingerprints[2] != fingerprints[1]
+
+
 def test_a_run_that_fails_does_not_stop_the_others(plan: MakePlan, tmp_path: Path) -> None:
     options = [
         *BURGERS,

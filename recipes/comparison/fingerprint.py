@@ -1,0 +1,76 @@
+"""What decides the outcome of a run: only where all of it is the same is a finished one kept."""
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import get_object
+
+import lightning_stableaa
+
+
+def fingerprint_of(settings: dict[str, Any]) -> str:
+    """Of the settings, the user's own sources, the data files that settings name, and versions."""
+    decisive = {
+        "settings": settings,
+        "lightning_stableaa": lightning_stableaa.__version__,
+        "torch": torch.__version__,
+    }
+    for name, paths in (("sources", _sources(settings)), ("files", _data_files(settings))):
+        if hashes := {label: _hash(path) for label, path in paths}:
+            decisive[name] = hashes
+    text = json.dumps(decisive, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _sources(settings: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    """The files of the user's own that make the module and the data.
+
+    Those of the two classes and what lies beside them, which they may import; installed packages
+    have a version instead.
+    """
+    for key in ("module", "data"):
+        target = (settings.get(key) or {}).get("_target_", "")
+        package = target.split(".")[0]
+        source = inspect.getsourcefile(get_object(target)) if target else None
+        if source is None or package == "lightning_stableaa" or "site-packages" in source:
+            continue
+        for path in sorted(Path(source).parent.glob("*.py")):
+            yield f"{key}/{path.name}", path
+
+
+def _data_files(settings: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    """The files that the module and the data are given; folders are not looked into."""
+    for key in ("module", "data"):
+        for text in _texts(settings.get(key)):
+            if os.path.isfile(text):  # False of what cannot be a path, where Path.is_file raises
+                yield text, Path(text)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _texts(one)
+
+
+def _hash(path: Path) -> str:
+    found = path.stat()
+    return _hash_of_content(path, found.st_mtime_ns, found.st_size)
+
+
+@functools.cache
+def _hash_of_content(path: Path, *_: int) -> str:
+    """Once for all runs, as long as time and size stay."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
