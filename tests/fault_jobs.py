@@ -96,6 +96,7 @@ class Training:
         self.problem = Minimisation(LAYOUTS[layout], torch.float64, **where | cycle | options)
         self.engine = self.problem.accelerator
         self.statuses: list[str] = []
+        self.payoffs: list[list[float]] = []  # sums and counts after each step
 
     def train(self, steps: int, disturb: Callable[[int, bool], None] = lambda *_: None) -> None:
         """``disturb(step, early)`` is called early, before the engine's step, and after it."""
@@ -107,6 +108,8 @@ class Training:
             step = len(self.statuses) + 1
             disturb(step, True)
             self.statuses.append(self.engine.step(problem.loss).status.value)
+            cycles = self.engine._cycles
+            self.payoffs.append([] if cycles is None else cycles._payoff.state_dict()[:4])
             disturb(step, False)
 
     def seen(self) -> dict[str, Any]:
@@ -114,6 +117,7 @@ class Training:
         state = self.engine.state_dict()
         return {
             "statuses": self.statuses,
+            "payoffs": self.payoffs,
             "counters": state["counters"],
             "outcomes": state["outcomes"],
             "links": state["points"] and state["points"]["history"]["links"],

@@ -55,6 +55,19 @@ def test_no_residual_leads_across_a_write_on_one_rank(ranks: Ranks) -> None:
         assert seen["at an update"]["links"][:6] == [False, True, True, True, False, True]
 
 
+def test_a_change_across_a_write_on_one_rank_says_nothing_of_candidates(ranks: Ranks) -> None:
+    for placement in PLACEMENTS:
+        for moment in ("in a cycle", "at an update"):
+            seen = ranks[0]["edited"][placement, "guarded"][moment]
+            statuses, payoffs = seen["statuses"], seen["payoffs"]
+            changed = statuses.index("weights_changed")
+            attempts = [k for k, one in enumerate(statuses) if one.startswith(("acc", "rej"))]
+            before = max((k for k in attempts if k < changed), default=0)
+            first, second = [k for k in attempts if k > changed][:2]
+            assert payoffs[first] == payoffs[before], moment
+            assert payoffs[second] != payoffs[first], moment
+
+
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_write_while_weights_are_evaluated_is_no_write_to_those_of_training(
     ranks: Ranks, placement: str
