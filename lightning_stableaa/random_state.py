@@ -40,32 +40,20 @@ class RandomState:
 class _NumpyState:
     """The state of NumPy's global generator.
 
-    NumPy takes as long as a few layers of a small network to give it, and again to set it. So what
-    was drawn from it is told from its words in memory: where they are those of the last state, it
-    is taken for that state, and where nothing was drawn, nothing is set. (A normal variate that it
-    keeps for the next call moves no word; where there is one, both is done every time.)
+    NumPy takes as long as a few layers of a small network to set it. So what was drawn from it is
+    told from its words in memory, and where nothing was, nothing is set. (A normal variate that it
+    keeps for the next call moves no word; where there is one, it is set every time.)
     """
 
-    _last: _NumpyState | None = None
-
     def __init__(self) -> None:
-        words, last = _words_of_numpy(), _NumpyState._last
-        if last is not None and last._is_of(words):
-            self._state, self._words = last._state, last._words
-            return
-        self._state: dict[str, Any] = sys.modules["numpy"].random.get_state(legacy=False)
-        self._words: Any = None
-        if words is not None and not self._state["has_gauss"] and _are_of(words, self._state):
-            self._words = words.copy()
-        _NumpyState._last = self
+        self._state = sys.modules["numpy"].random.get_state(legacy=False)
+        words = None if self._state["has_gauss"] else _words_of_numpy()
+        self._words = None if words is None or not _are_of(words, self._state) else words.copy()
 
     def restore(self) -> None:
-        if not self._is_of(_words_of_numpy()):
+        words = None if self._words is None else _words_of_numpy()
+        if words is None or not bool((words == self._words).all()):
             sys.modules["numpy"].random.set_state(self._state)
-
-    def _is_of(self, words: Any) -> bool:
-        comparable = self._words is not None and words is not None
-        return comparable and bool((words == self._words).all())
 
 
 def _words_of_numpy() -> Any:  # (625,) uint32, in place; None of another generator than MT19937

@@ -83,19 +83,3 @@ def test_a_generator_at_rest_is_not_written(monkeypatch: pytest.MonkeyPatch) -> 
     np.random.rand()
     state.restore()
     assert len(calls) == 1
-
-
-def test_a_generator_at_rest_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    RandomState(CPU)
-    calls: list[Any] = []
-    own = np.random.get_state
-    monkeypatch.setattr(np.random, "get_state", lambda **how: calls.append(how) or own(**how))
-    state = RandomState(CPU)
-    assert not calls
-    expected = own()
-    np.random.rand()
-    state.restore()
-    assert same(own(), expected)
-    np.random.rand()
-    RandomState(CPU)
-    assert len(calls) == 1
