@@ -1,11 +1,11 @@
 """What AndersonCallback adds to a step of a Lightning Trainer, on small models.
 
-    python benchmarks/in_trainer.py               # a table
-    python benchmarks/in_trainer.py --json FILE   # the same, for machines
+    python -m benchmarks.in_trainer               # figures
+    python -m benchmarks.in_trainer --json FILE   # the same, to a file
 
 Fits without a callback, with one that does nothing, and with ``AndersonCallback`` by its defaults
-take turns. Times are those of the processor, of one thread, medians over the turns; ratios are taken
-within a turn. A callback that does nothing shows what Lightning itself takes to call its hooks.
+take turns. Times are those of the processor, of one thread, medians over the turns; ratios are
+taken within a turn. A callback that does nothing shows what Lightning itself takes to call hooks.
 """
 
 from __future__ import annotations

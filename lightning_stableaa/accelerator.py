@@ -31,7 +31,7 @@ from lightning_stableaa.report import StepReport
 from lightning_stableaa.safeguard import Judge, LossFunction, as_judge
 from lightning_stableaa.status import Status
 from lightning_stableaa.watch import StepWatch, unwrap_optimizers
-from lightning_stableaa.weights import trainable_parameters
+from lightning_stableaa.weights import has_lazy_parameters, trainable_parameters
 
 _COUNTERS = (
     "optimizer_steps",
@@ -139,6 +139,7 @@ class AndersonAccelerator:
         self._optimizers = unwrap_optimizers(optimizer)
         # now, and later after a step: between, toggle_optimizer may hide those of the others
         self._parameters = trainable_parameters(self._optimizers)
+        self._some_are_lazy = has_lazy_parameters(self._optimizers)
         check_placement(history, split=is_split(self._parameters))
         self.optimizer_steps = 0
         self.attempted = 0
@@ -181,6 +182,8 @@ class AndersonAccelerator:
         cycles = self._cycles
         if cycles is None:
             self._parameters = trainable_parameters(self._optimizers)
+            if self._some_are_lazy:
+                return StepReport(status=Status.PARAMETERS_CHANGED)
             return StepReport(status=self._builder.why_not or Status.OUT_OF_MEMORY)
         self._steps_since_attempt += 1
         try:
@@ -284,6 +287,11 @@ class AndersonAccelerator:
             return
         try:
             if self._cycles is None:
+                if self._some_are_lazy:
+                    self._some_are_lazy = has_lazy_parameters(self._optimizers)
+                    if self._some_are_lazy:  # until the closure of this step has seen a batch
+                        return
+                    self._parameters = trainable_parameters(self._optimizers)
                 state, self._loaded = self._loaded, None
                 self._cycles = self._builder.build(self._parameters, state)
             if self._cycles is None:
@@ -334,10 +342,10 @@ class AndersonAccelerator:
 
     def _begin_anew(self, disturbance: Status) -> StepReport:
         """What disturbed any of the ranks undoes as much on all of them."""
-        if disturbance is Status.WEIGHTS_CHANGED:
+        if disturbance is not Status.OUT_OF_MEMORY:
             self.outcomes[disturbance] += 1
-        elif disturbance is Status.PARAMETERS_CHANGED:
-            self._cycles = None  # built anew at the next step
+            if disturbance is Status.PARAMETERS_CHANGED:
+                self._cycles = None  # built anew at the next step
         else:
             assert self._cycles is not None
             self._builder.move_to_host(self._cycles.points.communicator.shortage, self._device)

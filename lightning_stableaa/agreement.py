@@ -68,7 +68,7 @@ class Agreement:
 
 def same_everywhere(communicator: Communicator, device: torch.device, *texts: str) -> list[bool]:
     """Which of the texts are the same on all ranks; a collective call."""
-    codes = torch.tensor([zlib.crc32(text.encode()) for text in texts], dtype=torch.float64)
-    bounds = torch.stack([codes, -codes]).to(device)
+    codes = [float(zlib.crc32(text.encode())) for text in texts]
+    bounds = torch.tensor([codes, [-one for one in codes]], dtype=torch.float64, device=device)
     communicator.max(bounds)
     return (bounds[0] == -bounds[1]).tolist()

@@ -18,7 +18,7 @@ from lightning_stableaa.report import StepReport
 from lightning_stableaa.smoother import DEFAULT_WINDOW, Smoother
 from lightning_stableaa.status import Status
 from lightning_stableaa.watch import StepWatch, unwrap_optimizers
-from lightning_stableaa.weights import FlatTensors, trainable_parameters
+from lightning_stableaa.weights import FlatTensors, has_lazy_parameters, trainable_parameters
 
 
 class WeightSmoother:
@@ -87,6 +87,7 @@ class WeightSmoother:
             "disturbed": self._agreement is not None and self._agreement.disturbed,
             "smoothing": dataclasses.asdict(self.smoothing),
             "layout": None if self._weights is None else self._weights.signature(),
+            "weights": None if self._weights is None else self._weights.checksum(),
             "smoother": None if self._smoother is None else self._smoother.state_dict(),
         }
 
@@ -99,6 +100,8 @@ class WeightSmoother:
         self._weights = None
 
     def _before_step(self) -> None:
+        if self._weights is None and has_lazy_parameters(self._optimizers):
+            return
         parameters = trainable_parameters(self._optimizers)
         weights, smoother, agreement = self._weights, self._smoother, self._agreement
         if weights is None or smoother is None or agreement is None:
@@ -144,7 +147,11 @@ class WeightSmoother:
         if state is None:
             return
         same_options = state["smoothing"] == dataclasses.asdict(self.smoothing)
-        if same_options and state["layout"] == weights.signature():
+        same_weights = (state["layout"], state.get("weights", weights.checksum())) == (
+            weights.signature(),
+            weights.checksum(),
+        )
+        if same_options and same_weights:
             self._position = int(state["position"])
             if state.get("disturbed"):
                 self._agreement.note(Status.WEIGHTS_CHANGED)

@@ -5,7 +5,7 @@ optimizer's path had brought them, so evaluation mode no longer describes the ne
 passes on training batches mend that.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import TypeVar
 
 import torch
@@ -31,10 +31,12 @@ def recalibrate_batch_norm(
     module: nn.Module,
     batches: Iterable[Batch],
     forward: Callable[[Batch], object],
+    *,
+    trained: Collection[nn.Module] | None = None,
 ) -> int:
     """Replaces running statistics by the plain average over ``batches``.
 
-    The module computes in training mode meanwhile; its modes, the momentum of each layer and the
+    The module computes as it is trained meanwhile; its modes, the momentum of each layer and the
     random state are as before when the function returns or raises, and the old statistics come
     back when it raises. It costs one forward pass a batch. Every rank of a distributed run
     averages its own batches, with ``SyncBatchNorm`` those of all.
@@ -43,6 +45,8 @@ def recalibrate_batch_norm(
         module: network with layers of ``BatchNorm*d`` or ``SyncBatchNorm``.
         batches: training batches, on the device of the module.
         forward: runs the network on one batch; what it returns is not used.
+        trained: those of its modules that are in training mode when it is trained; ``None`` is all
+            of them. Layers that are kept in evaluation mode keep their statistics as well.
 
     Returns:
         The number of layers recalibrated; without any, ``batches`` is not touched.
@@ -53,7 +57,9 @@ def recalibrate_batch_norm(
     Source: as torch.optim.swa_utils.update_bn (Izmailov et al. 2018, Averaging Weights Leads to
     Wider Optima and Better Generalization, section 3.2).
     """
-    layers = list(batch_norm_layers(module).values())
+    if trained is None:
+        trained = list(module.modules())
+    layers = [one for one in batch_norm_layers(module).values() if one in trained]
     if not layers:
         return 0
     modes = [(child, child.training) for child in module.modules()]
@@ -62,7 +68,8 @@ def recalibrate_batch_norm(
     # dropout and mixup draw random numbers, which would shift those of the training that goes on
     random = RandomState(next(module.parameters(), torch.empty(0)).device)
     try:
-        module.train()
+        for child, _ in modes:
+            child.training = child in trained
         for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None  # torch's way to ask for a cumulative average

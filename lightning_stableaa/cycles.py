@@ -173,7 +173,7 @@ class Cycles:
     def state_dict(self) -> dict[str, Any]:
         """This rank's vectors, and whether it noted a disturbance that others do not know of."""
         if self.evaluating:  # the state is that of training
-            with self.points.candidate_in_place():
+            with self.points.candidate_in_place(already=True):
                 return self._state()
         return self._state()
 

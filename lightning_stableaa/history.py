@@ -193,7 +193,7 @@ class History:
         order = [self._row(k) for k in range(rows.shape[0])]
         self._rows[order] = rows.to(self._rows.device, self._rows.dtype)
         self._formed = int(state["formed"])
-        of_formed = torch.tensor(order[: self._formed], dtype=torch.long)
+        of_formed = torch.tensor(order[: self._formed], dtype=torch.long, device="cpu")
         self._products[of_formed[:, None], of_formed] = state["products"].to(self._rows.device)
         self._links = [bool(link) for link in state["links"]]
         self._chained = bool(state["chained"])

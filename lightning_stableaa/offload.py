@@ -28,7 +28,9 @@ class HostCopies:
 
     def allocate(self, count: int) -> Tensor:  # (count, n)
         """Pinned memory for so many vectors; torch rounds it up to a power of two of bytes."""
-        return torch.empty(count, len(self._buffer), dtype=self._buffer.dtype, pin_memory=True)
+        return torch.empty(
+            count, len(self._buffer), dtype=self._buffer.dtype, device="cpu", pin_memory=True
+        )
 
     def start(self, write: Callable[[Tensor], object], row: Tensor) -> None:
         """Begin to copy what ``write`` puts into the vector, (n,), that it is given, to ``row``."""

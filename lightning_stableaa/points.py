@@ -188,7 +188,7 @@ class PointStore:
             nonlocal swapped
             if work_space is None:
                 return
-            self.weights.swap(self.candidate, work_space)
+            self.weights.swap(self.candidate, work_space, back=swapped)
             swapped = not swapped
 
         def form_and_swap(jump: Tensor) -> None:
@@ -204,14 +204,18 @@ class PointStore:
                 swap()
 
     @contextmanager
-    def candidate_in_place(self) -> Iterator[None]:
-        """The weights hold the candidate inside, and what they held before outside."""
+    def candidate_in_place(self, *, already: bool = False) -> Iterator[None]:
+        """The weights hold the candidate inside, and what they held before outside.
+
+        Args:
+            already: inside of another one: it is undone for a while.
+        """
         work_space = self.weights.work_space()  # before anything moves: it may not fit
-        self.weights.swap(self.candidate, work_space)
+        self.weights.swap(self.candidate, work_space, back=already)
         try:
             yield
         finally:
-            self.weights.swap(self.candidate, work_space)
+            self.weights.swap(self.candidate, work_space, back=not already)
 
     def mix_momentum(self, jump: Tensor) -> None:
         """Move the momentum buffers by the same mixture; overwrites ``candidate``.

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from lightning_stableaa.dtensors import whole
+from lightning_stableaa.dtensors import is_dtensor, whole
 from lightning_stableaa.memory import out_of_memory
+from lightning_stableaa.weights import is_dense
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +81,7 @@ def loss_value(
     """
     try:
         # enabled: the loss of a PINN differentiates the network itself
-        with torch.enable_grad():
+        with torch.enable_grad(), _without_casts():
             loss = loss_fn()
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
@@ -97,7 +99,7 @@ def loss_value(
         loss = None
     if loss is None:
         return torch.full((), float("nan"), dtype=torch.float64, device=device)
-    loss = whole(torch.as_tensor(loss)).detach()
+    loss = whole(loss if isinstance(loss, Tensor) else torch.as_tensor(loss)).detach()
     if loss.numel() != 1:
         raise ValueError(
             f"loss_fn must return a single number, got shape {tuple(loss.shape)}; "
@@ -107,26 +109,38 @@ def loss_value(
 
 
 @contextmanager
+def _without_casts() -> Iterator[None]:
+    """Autocast around the caller keeps casts of weights, which are others inside than outside."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()
+
+
+@contextmanager
 def undo_side_effects(module: nn.Module) -> Iterator[None]:
     """Restore the buffers and metric states of ``module`` on leaving, also after an error.
 
     A training step in train mode updates running statistics (BatchNorm) and metrics; evaluating
     a candidate must not. Tensors and lists keep their identity, since others may share them, and
-    are put back where ``module`` replaced them.
+    are put back where ``module`` replaced them. What holds the memory of a weight is the weight's.
     """
     saved = [
         (names, name, value, _copy(value))
         for names in _changeable(module)
         for name, value in names.items()
     ]
+    has_tensors = any(isinstance(value, Tensor) for _, _, value, _ in saved)
+    weights = {_address(one) for one in module.parameters()} if has_tensors else set()
     try:
         yield
     finally:
         with torch.no_grad():
             for names, name, value, content in saved:
                 if isinstance(value, Tensor):
-                    if not value.is_inference():  # those of validation; nothing here can write them
-                        value.copy_(content)
+                    if _address(value) not in weights - {None}:
+                        _put_back(value, content)
                 elif isinstance(value, list):
                     value[:] = content
                 names[name] = value
@@ -144,6 +158,25 @@ def _is_metric(module: nn.Module) -> bool:
     # a metric exists only where torchmetrics, which imports matplotlib, was imported already
     torchmetrics = sys.modules.get("torchmetrics")
     return torchmetrics is not None and isinstance(module, torchmetrics.Metric)
+
+
+def _put_back(tensor: Tensor, content: Tensor) -> None:
+    if tensor.is_inference():  # those of validation; nothing here can write them
+        return
+    if is_dense(tensor) and any(
+        step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
+    ):  # expanded: nothing can
+        return
+    # on a CPU a look is as cheap as a copy, and memory that was not written to may be read-only
+    if tensor.device.type != "cpu" or not is_dense(tensor) or not torch.equal(tensor, content):
+        tensor.copy_(content)
+
+
+def _address(tensor: Tensor) -> int | None:
+    """Where the memory of a tensor begins; None where there is no such place."""
+    if is_dtensor(tensor) or not is_dense(tensor) or is_lazy(tensor):
+        return None
+    return tensor.untyped_storage().data_ptr() or None
 
 
 def _copy(value: Any) -> Any:

@@ -44,7 +44,7 @@ def gather(
             return value
         if name in _SLICES:
             rows = value.reshape(-1, value.shape[-1])
-            whole = torch.empty(len(rows), length if communicator.rank == 0 else 0)
+            whole = torch.empty(len(rows), length if communicator.rank == 0 else 0, device="cpu")
             whole = whole.to(value.dtype)
             for row, target in zip(rows, whole, strict=True):
                 parts = communicator.to_first(row.to(device))
@@ -53,7 +53,7 @@ def gather(
             return whole.reshape(*value.shape[:-1], whole.shape[-1])
         if name in _PARTIAL_SUMS:
             parts = communicator.to_first(value.to(device))
-            return torch.stack(parts).cpu() if parts else torch.empty(0)
+            return torch.stack(parts).cpu() if parts else torch.empty(0, device="cpu")
         return value
 
     return _map(state, leaf)

@@ -86,7 +86,7 @@ def mixing_weights(gram: Tensor, *, regularization: float | Sequence[float] | Te
         for value in grid:
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"regularization must be finite and >= 0, got {value}")
-        regularization = torch.tensor(grid, dtype=torch.float64)
+        regularization = torch.tensor(grid, dtype=torch.float64, device="cpu")
 
     m = gram.shape[0]
     k = gram.to(torch.float64)
@@ -130,7 +130,7 @@ def jump_weights(
     # p_k + beta delta_k = p_q - (1 - beta) delta_k - sum_{i > k} delta_i
     unit_jumps = [[0.0] * k + [relaxation - 1.0] + [-1.0] * (len(linked) - k - 1) for k in columns]
     residuals = [[float(i == k) for i in range(len(linked))] for k in columns]
-    basis = torch.tensor([unit_jumps, residuals], dtype=alpha.dtype)
+    basis = torch.tensor([unit_jumps, residuals], dtype=alpha.dtype, device="cpu")
     basis = basis.to(alpha.device, non_blocking=True)  # (2, m, q)
     jumps = alpha @ basis[0]
     return jumps if advance is None else jumps + (advance[..., None] * alpha) @ basis[1]
@@ -257,7 +257,8 @@ def propose_on_device(
     if regularization is None:
         lambdas = suitable_lambda(noise)[None]
     else:
-        lambdas = torch.tensor(regularization, dtype=k.dtype).to(k.device, non_blocking=True)
+        lambdas = torch.tensor(regularization, dtype=k.dtype, device="cpu")
+        lambdas = lambdas.to(k.device, non_blocking=True)
     alpha = mixing_weights(k, regularization=lambdas)
     remaining = remaining_residual(alpha[0], k)
     advance = (lag_compensation * remaining).clamp_max(1.0) * lag(alpha)

@@ -63,6 +63,12 @@ _REMEDIES = {
         "the candidate was beyond the range of the weights' precision: raise regularization or "
         "lower max_extrapolation"
     ),
+    Status.PARAMETERS_CHANGED: (
+        "the parameters that are trained were others at the end of a cycle, or in other memory, "
+        "and the history began anew: freeze and unfreeze them less often than every "
+        "store_every_n_steps, and write new values into them (one.copy_(other)) in place of giving "
+        "them other memory (one.data = other)"
+    ),
     Status.WEIGHTS_CHANGED: (
         "something other than the optimizer changed the weights before a cycle was complete, and "
         "no residual is formed across such a change: do it less often than every "

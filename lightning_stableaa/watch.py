@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from operator import add, attrgetter, sub
+from typing import Any
 
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
@@ -14,6 +15,9 @@ from lightning_stableaa.dtensors import is_dtensor, local_part
 
 # Steps alike in a row from which the habits of an optimizer are taken to be known.
 _LEARNED_AFTER = 10
+
+# Classes of Lightning, Fabric and Accelerate that pass a step on to the ``optimizer`` inside.
+_WRAPPERS = {"LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer"}
 
 # Weights looked at before every step once habits are known: all of a small model.
 _GLANCES = 8
@@ -29,7 +33,7 @@ def unwrap_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimi
         ValueError: none at all, or LBFGS.
     """
     given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    unwrapped = [getattr(one, "optimizer", one) for one in given]
+    unwrapped = [_unwrapped(one) for one in given]
     if not unwrapped:
         raise ValueError("optimizer must be one optimizer or several, got an empty list")
     for one in unwrapped:
@@ -41,6 +45,12 @@ def unwrap_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimi
                 "step and extrapolates on its own; use SGD or Adam"
             )
     return unwrapped
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """What a wrapper steps; optimizers of their own kind may have an inner one as well."""
+    names = {kind.__name__ for kind in type(optimizer).__mro__}
+    return optimizer.optimizer if names & _WRAPPERS else optimizer
 
 
 class StepWatch:

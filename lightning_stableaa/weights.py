@@ -7,11 +7,12 @@ every parameter stay, so nothing recompiles and channels_last survives.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_stableaa.dtensors import (
@@ -30,19 +31,32 @@ _SWAP_CHUNK = 1 << 20
 
 
 def trainable_parameters(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    """The parameters that the optimizers can move: unique, non-empty, requiring a gradient.
+    """The parameters that the optimizers can move: unique, non-empty, that have a gradient or will.
+
+    One that is frozen while it keeps its gradient, as a discriminator while its generator is
+    trained, moves with the next step. Those of lazy modules are there after their first batch.
 
     Raises:
         ValueError: parameters of FSDP1 or of DeepSpeed, which are not what they seem to be.
     """
-    unique = dict.fromkeys(
-        parameter
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
+    unique = dict.fromkeys(_all_parameters(optimizers))
     refuse_hidden_weights(unique)
-    return [one for one in unique if one.requires_grad and one.numel() > 0]
+    return [
+        one
+        for one in unique
+        if (one.requires_grad or one.grad is not None) and not is_lazy(one) and one.numel() > 0
+    ]
+
+
+def has_lazy_parameters(optimizers: Iterable[Optimizer]) -> bool:
+    """Whether some are without a shape until their module has seen a batch."""
+    return any(is_lazy(one) for one in _all_parameters(optimizers))
+
+
+def _all_parameters(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
 
 
 class FlatTensors:
@@ -106,7 +120,7 @@ class FlatTensors:
 
     def checksum(self) -> int:
         """Tells whether these are, bit for bit, the weights that they were elsewhere."""
-        vector = torch.empty(self.length, dtype=self.dtype)
+        vector = torch.empty(self.length, dtype=self.dtype, device="cpu")
         self.read(vector)
         return zlib.crc32(vector.view(torch.uint8).numpy().data)
 
@@ -167,15 +181,25 @@ class FlatTensors:
         return torch.empty(size, dtype=self.dtype, device=self.device)
 
     @torch.no_grad()
-    def swap(self, vector: Tensor, work_space: Tensor) -> None:
-        """Exchange the contents of the tensors and of ``vector``; allocates nothing."""
+    def swap(self, vector: Tensor, work_space: Tensor, *, back: bool = False) -> None:
+        """Exchange the contents of the tensors and of ``vector``; allocates nothing.
+
+        Args:
+            vector: (length,) or longer.
+            work_space: what ``work_space`` returns.
+            back: undo an exchange, in the opposite order: tensors may share memory.
+        """
         theirs = vector[: self.length].split(self._sizes)
-        for tensor, piece in zip(self._segments, theirs, strict=True):
-            for one, other in zip(tensor.split(_SWAP_CHUNK), piece.split(_SWAP_CHUNK), strict=True):
-                kept = work_space[: one.numel()]
-                kept.copy_(one)
-                one.copy_(other)
-                other.copy_(kept)
+        pairs = [
+            pair
+            for tensor, piece in zip(self._segments, theirs, strict=True)
+            for pair in zip(tensor.split(_SWAP_CHUNK), piece.split(_SWAP_CHUNK), strict=True)
+        ]
+        for one, other in reversed(pairs) if back else pairs:
+            kept = work_space[: one.numel()]
+            kept.copy_(one)
+            one.copy_(other)
+            other.copy_(kept)
         if self._is_split:
             drop_gathered()
 
@@ -197,11 +221,12 @@ def momentum_tensors(optimizers: Iterable[Optimizer], parameters: Sequence[Tenso
     """The first moments of the parameters, in their order.
 
     ``momentum_buffer`` (SGD) or ``exp_avg`` (the Adam family). Second moments are step sizes, and
-    no mixture of them is known to stay positive. Empty where some parameter has none yet.
+    no mixture of them is known to stay positive. Empty where some parameter has none yet, or a
+    sparse one.
     """
     states = [optimizer.state for optimizer in optimizers]
     found = [_momentum(parameter, states) for parameter in parameters]
-    momenta = [one for one in found if one is not None]
+    momenta = [one for one in found if one is not None and one.layout is torch.strided]
     return momenta if len(momenta) == len(parameters) else []
 
 
@@ -222,6 +247,11 @@ def _momentum(parameter: Tensor, states: Iterable[Mapping[Tensor, Any]]) -> Tens
             if isinstance(buffer, Tensor):
                 return buffer
     return None
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its entries are plain numbers in memory: not sparse, nested or quantized."""
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def _not_finite(low: Tensor, high: Tensor, dtype: torch.dtype) -> Tensor:

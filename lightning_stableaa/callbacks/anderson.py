@@ -19,7 +19,7 @@ from lightning_stableaa.callbacks.judge import (
     JudgeSamples,
     has_own_loss,
 )
-from lightning_stableaa.callbacks.samples import samples_in
+from lightning_stableaa.callbacks.samples import own_copy, samples_in
 from lightning_stableaa.callbacks.smoothing import SmoothingMonitor, log_smoothing
 from lightning_stableaa.callbacks.summary import summary
 from lightning_stableaa.callbacks.support import (
@@ -140,10 +140,15 @@ class AndersonCallback(LightningCallback):
         self._fitted: weakref.ref[Any] | None = None
         self._evaluation: EvaluationModel | None = None
         self._judge_samples: JudgeSamples = judge_samples
+        self._batch: Any = None  # while it is trained on
         self._batches = Experience()
         self._judged_batches = 0.0
         self._told_judging = False
         self._told_placement = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a copy in another process, which has not fitted any module."""
+        return vars(self) | {"_fitted": None}
 
     @property
     def judged_batches(self) -> float:
@@ -175,7 +180,8 @@ class AndersonCallback(LightningCallback):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Follow the optimizers where they were replaced."""
+        """Follow the optimizers where they were replaced; keep what the step is about to get."""
+        self._batch = own_copy(batch)
         if trainer.optimizers != self._optimizers:
             self._stop()
             self._start(trainer, pl_module)
@@ -187,6 +193,7 @@ class AndersonCallback(LightningCallback):
         engine, evaluation = self._engine, self._evaluation
         assert engine is not None  # on_train_start ran
         assert evaluation is not None
+        batch, self._batch = self._batch, None  # before the step took anything out of it
         evaluation.keep(batch, batch_idx)
         if self.options.safeguard == "none":
             report = engine.step()
@@ -236,10 +243,13 @@ class AndersonCallback(LightningCallback):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Leave the candidate in the module, where candidates are for evaluation."""
+        self._loaded_from_checkpoint = False
         evaluation = self._evaluation
         if evaluation is None:  # there was nothing left to train
             if self.options.apply_to == "evaluation":
                 restore(pl_module, self._shown_by_checkpoint)
+            self._shown_by_checkpoint = {}
+            self._fitted = weakref.ref(pl_module)
             return
         own = self._own_state()
         self._stop()

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_stableaa.callbacks.samples import is_dense, tensors_in
+from lightning_stableaa.callbacks.samples import tensors_in
+from lightning_stableaa.weights import is_dense
 
 # Entries of a tensor that are looked at, its first ones.
 LOOKED_AT = 1 << 16
@@ -42,7 +43,7 @@ class BatchWatch:
         changed_before, self._changed = self._changed, True
         if before.shape == self._marks.shape:
             change = (self._marks - before.to(self._marks.device)).abs()
-            self._changed = (change > TOLERANCE).any()
+            self._changed = (~(change <= TOLERANCE)).any()  # also where a mark is NaN
         return self._changed & changed_before
 
     def state_dict(self) -> dict[str, Any]:
@@ -53,7 +54,9 @@ class BatchWatch:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` returned; an empty one is that of the beginning."""
         marks = state.get("marks")
-        self._marks = None if marks is None else torch.tensor(marks, dtype=torch.float64)
+        self._marks = (
+            None if marks is None else torch.tensor(marks, dtype=torch.float64, device="cpu")
+        )
         self._changed = state.get("changed", True)
 
 

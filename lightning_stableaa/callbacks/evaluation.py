@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections import deque
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.batch_norm import batch_norm_layers, recalibrate_batch_norm
 from lightning_stableaa.callbacks.judge import loss_of_batch, silenced
+from lightning_stableaa.callbacks.samples import own_copy
 from lightning_stableaa.dtensors import drop_gathered, is_split, whole, write_whole
 from lightning_stableaa.safeguard import loss_value, undo_side_effects
+
+log = logging.getLogger(__name__)
 
 
 class EvaluationModel:
@@ -49,6 +53,7 @@ class EvaluationModel:
         self._recent: deque[tuple[Any, int]] = deque(
             maxlen=batches if batch_norm_layers(module) else 0
         )
+        self._trained: set[nn.Module] = set()  # modules in training mode while batches are kept
         self.recalibrated_at = recalibrated_at
         self._of_candidate: dict[str, Tensor] = {}  # statistics that only evaluation sees
         self._of_training: dict[str, Tensor] = {}  # those of the module, while it is evaluated
@@ -63,6 +68,7 @@ class EvaluationModel:
         """Remember a training batch; it stays on its device until later ones push it out."""
         if self._recent.maxlen:
             self._recent.append((batch, batch_idx))
+            self._trained = {one for one in self._module.modules() if one.training}
 
     def place(self) -> None:
         """Before a validation."""
@@ -133,8 +139,9 @@ class EvaluationModel:
         device = next(self._module.parameters()).device
 
         def forward(kept: tuple[Any, int]) -> None:
+            batch = own_copy(kept[0], of_tensors=True)  # it may be needed again
             loss_value(
-                lambda: loss_of_batch(self._trainer, self._module, *kept),
+                lambda: loss_of_batch(self._trainer, self._module, batch, kept[1]),
                 device,
                 collective=is_split(self._module.parameters()),
             )
@@ -145,7 +152,7 @@ class EvaluationModel:
             undo_side_effects(self._module),
             silenced(self._module),
         ):
-            recalibrate_batch_norm(self._module, self._recent, forward)
+            recalibrate_batch_norm(self._module, self._recent, forward, trained=self._trained)
             return _statistics(self._module)
 
     def replacements(self) -> dict[str, Tensor]:
@@ -200,6 +207,14 @@ def _replace(state: dict[str, Any], replacements: Mapping[str, Tensor]) -> None:
     writes: the others have an empty state dict.
     """
     of_parts = is_split(state.values())
+    missing = [name for name in replacements if name not in state] if state else []
+    if missing:
+        log.warning(
+            "the checkpoint holds the weights of training in place of the candidate where the "
+            "module saves them under other names: %s and so on; save under the names of "
+            "named_parameters, or choose apply_to='training'",
+            missing[0],
+        )
     for name, tensor in replacements.items():
         value = tensor if of_parts else whole(tensor)
         if name in state:

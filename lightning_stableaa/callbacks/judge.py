@@ -11,12 +11,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_stableaa.callbacks.batches import BatchWatch
-from lightning_stableaa.callbacks.samples import ends_in_classes, first_samples, samples_in
+from lightning_stableaa.callbacks.samples import (
+    ends_in_classes,
+    first_samples,
+    own_copy,
+    samples_in,
+    versions_of,
+)
 from lightning_stableaa.memory import out_of_memory
 from lightning_stableaa.safeguard import Judge, undo_side_effects
 
@@ -38,15 +43,17 @@ class Experience:
 
     watch: BatchWatch = field(default_factory=BatchWatch)
     indivisible: bool = False  # the module failed on a part of one
+    alters: bool = False  # the module writes to the tensors of one
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
-        return self.watch.state_dict() | {"indivisible": self.indivisible}
+        return self.watch.state_dict() | {"indivisible": self.indivisible, "alters": self.alters}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` returned; an empty one is that of the beginning."""
         self.watch.load_state_dict(state)
         self.indivisible = state.get("indivisible", False)
+        self.alters = state.get("alters", False)
 
 
 class BatchLoss(Judge):
@@ -55,12 +62,14 @@ class BatchLoss(Judge):
     ``anderson_loss(batch)`` of the LightningModule where it is defined, ``training_step``
     otherwise: on the bare module, since DDP's forward would wait for a backward pass. The first
     call saves buffers and metric states, and leaving the context restores them: batches on which
-    nothing is due cost nothing. What was asked is counted in ``judged``, in whole batches.
+    nothing is due cost nothing. Every call has dicts and lists of its own; where it writes to the
+    tensors in them, later ones have copies of these. What was asked is counted in ``judged``, in
+    whole batches.
 
     Args:
         trainer: for the precision plugin's context.
         module: the LightningModule.
-        batch: as given to ``on_train_batch_end``.
+        batch: as given to ``on_train_batch_start``.
         batch_idx: as given to ``on_train_batch_end``.
         samples: of the batch that judge, its first ones; ``None`` takes all, ``"auto"`` what
             ``samples_that_judge`` says.
@@ -83,11 +92,12 @@ class BatchLoss(Judge):
         self._batch_idx = batch_idx
         self._samples: JudgeSamples = samples
         self._undo: ExitStack | None = None  # from the first call on
-        self._arguments: tuple[Any, ...] = ()
+        self._part: Any = batch  # that judges
         self._judging: int | None = None  # samples that judge; None is all
         self._share = 1.0  # of the batch
         self._earlier = earlier or Experience()
         self._of_sample: bool | Tensor = False
+        self._spoiled = False  # no further loss of this batch means anything
         self.judged = 0.0
 
     def __enter__(self) -> BatchLoss:
@@ -108,9 +118,13 @@ class BatchLoss(Judge):
             self._take_part(self._judging)
             self._of_sample = self._share < 1.0 or self._is_one_of_many()
         self.judged += self._share
-        if self._share == 1.0:
-            return loss_of_arguments(self._trainer, self._module, self._arguments)
-        return self._loss_of_part()
+        if self._spoiled:  # by the loss before this one
+            return torch.tensor(math.nan)
+        before = versions_of(self._part)
+        loss = self._loss_of(self._part) if self._share == 1.0 else self._loss_of_part()
+        if versions_of(self._part) != before:
+            self._notice_alteration()
+        return loss
 
     @property
     def of_sample(self) -> bool | Tensor:
@@ -129,11 +143,10 @@ class BatchLoss(Judge):
         # all ranks confirm, or none, whatever the size of their own batches
         if self._judging * ranks >= ENOUGH_SAMPLES or (self._share == 1.0 and ranks == 1):
             return None
-        arguments = loss_arguments(self._module, self._batch, self._batch_idx)
 
         def loss() -> Tensor:
             self.judged += 1.0
-            return loss_of_arguments(self._trainer, self._module, arguments)
+            return self._loss_of(self._batch)
 
         return loss
 
@@ -148,27 +161,42 @@ class BatchLoss(Judge):
         if samples is not None and not self._earlier.indivisible:
             held = samples_in(batch)
         if samples is not None and held is not None and samples < held:
-            batch, self._share = first_samples(batch, samples), samples / held
-        self._arguments = loss_arguments(self._module, batch, self._batch_idx)
+            try:
+                self._part, self._share = first_samples(batch, samples), samples / held
+            except Exception as error:  # of the constructor of a container
+                self._notice_indivisible(error)
+
+    def _loss_of(self, batch: Any) -> Tensor:
+        own = own_copy(batch, of_tensors=self._earlier.alters)
+        return loss_of_batch(self._trainer, self._module, own, self._batch_idx)
 
     def _loss_of_part(self) -> Tensor:
         """NaN, which rejects, where the module cannot work on a part: then later ones are whole."""
-        if self._earlier.indivisible:  # since the loss before this one
-            return torch.tensor(math.nan)
         try:
-            return loss_of_arguments(self._trainer, self._module, self._arguments)
+            return self._loss_of(self._part)
         except Exception as error:
             if out_of_memory(error):
                 raise
-            self._earlier.indivisible = True
-            log.warning(
-                "judging a candidate on the first %s samples of the batch failed (%s: %s); from "
-                "now on whole batches judge, as with judge_samples=None",
-                self._judging,
-                type(error).__name__,
-                error,
-            )
+            self._notice_indivisible(error)
+            self._spoiled = True
             return torch.tensor(math.nan)
+
+    def _notice_indivisible(self, error: Exception) -> None:
+        self._earlier.indivisible = True
+        log.warning(
+            "judging a candidate on the first %s samples of the batch failed (%s: %s); from now "
+            "on whole batches judge, as with judge_samples=None",
+            self._judging,
+            type(error).__name__,
+            error,
+        )
+
+    def _notice_alteration(self) -> None:
+        self._earlier.alters = self._spoiled = True
+        log.warning(
+            "training_step writes to the tensors of its batch, so that no two losses of a batch "
+            "are comparable; from now on each candidate is judged on a copy of what the step left"
+        )
 
 
 def samples_that_judge(
@@ -193,35 +221,28 @@ def trains_on_mini_batches(trainer: Any) -> bool:
     One without automatic batching is not known to: its dataset may give all points of a PINN at
     every step.
     """
-    collates: list[bool] = []
-    loaders = trainer.train_dataloader
-    apply_to_collection(
-        loaders, DataLoader, lambda one: collates.append(one.batch_sampler is not None)
-    )
+    collates = [one.batch_sampler is not None for one in _loaders(trainer.train_dataloader)]
     return any(collates) and trainer.num_training_batches > 1
+
+
+def _loaders(given: Any) -> Iterator[DataLoader[Any]]:
+    """The DataLoaders among them; a loader of another kind may be a sequence of batches."""
+    if isinstance(given, DataLoader):
+        yield given
+    elif isinstance(given, dict | list | tuple):
+        for one in given.values() if isinstance(given, dict) else given:
+            yield from _loaders(one)
 
 
 def loss_of_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Any:
     """The module's own loss where it has one, else that of its training step."""
-    return loss_of_arguments(trainer, module, loss_arguments(module, batch, batch_idx))
-
-
-def loss_arguments(module: Any, batch: Any, batch_idx: int) -> tuple[Any, ...]:
-    """What the loss of the module takes of these."""
-    if has_own_loss(module):
-        return (batch,)
-    # like Lightning, by position: the second parameter need not be called batch_idx
-    parameters = inspect.signature(module.training_step).parameters.values()
-    both = len(parameters) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
-    return (batch, batch_idx) if both else (batch,)
-
-
-def loss_of_arguments(trainer: Any, module: Any, arguments: tuple[Any, ...]) -> Any:
-    """``loss_of_batch`` of what it takes."""
     with trainer.precision_plugin.train_step_context():
         if has_own_loss(module):
-            return module.anderson_loss(*arguments)
-        output = module.training_step(*arguments)
+            return module.anderson_loss(batch)
+        # like Lightning, by position: the second parameter need not be called batch_idx
+        parameters = inspect.signature(module.training_step).parameters.values()
+        both = len(parameters) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
+        output = module.training_step(*((batch, batch_idx) if both else (batch,)))
         return output["loss"] if isinstance(output, Mapping) else output
 
 

@@ -10,6 +10,8 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_stableaa.weights import is_dense
+
 # Leaves of which a batch has one, whatever its size.
 _SINGLE = (type(None), bool, int, float, complex, str, bytes)
 
@@ -59,15 +61,31 @@ def first_samples(batch: Any, count: int) -> Any:
     return apply_to_collection(batch, Tensor, lambda one: one[:count] if one.ndim else one)
 
 
+def own_copy(batch: Any, *, of_tensors: bool = False) -> Any:
+    """The batch in dicts, lists and tuples of its own, from which a training step may take things.
+
+    Args:
+        batch: what is in other containers stays as it is.
+        of_tensors: those are copied as well, for a training step that writes to them.
+    """
+    if type(batch) is dict:
+        return {name: own_copy(one, of_tensors=of_tensors) for name, one in batch.items()}
+    if type(batch) is list or type(batch) is tuple:
+        return type(batch)(own_copy(one, of_tensors=of_tensors) for one in batch)
+    if of_tensors and isinstance(batch, Tensor):
+        return batch.detach().clone().requires_grad_(batch.requires_grad)
+    return batch
+
+
+def versions_of(batch: Any) -> list[int]:
+    """How often each tensor of a batch was written to, where that is known."""
+    return [one._version for one in tensors_in(batch) if not one.is_inference()]
+
+
 def ends_in_classes(batch: Any) -> bool:
     """Whether the last tensor is one of integers, as classes and tokens are."""
     tensors = tensors_in(batch)
     return len(tensors) > 0 and tensors[-1].dtype is torch.int64
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether its entries are plain numbers in memory: not sparse, nested or quantized."""
-    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 def _parts(batch: Any) -> Sequence[Any]:

@@ -52,10 +52,14 @@ class SmoothingMonitor(LightningCallback):
         self._engine: WeightSmoother | None = None
         self._optimizers: list[Any] = []
         self._loaded: dict[str, Any] = {}
+        self._loaded_from_checkpoint = False  # else an earlier fit left it
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work before anything is trained."""
         if stage == "fit":
+            self._stop()  # where an exception ended the fit before
+            if not self._loaded_from_checkpoint:
+                self._loaded = {}  # a new fit begins a new window
             check_supported(trainer, pl_module, type(self).__name__)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -82,8 +86,12 @@ class SmoothingMonitor(LightningCallback):
         if report.rsd is not None:
             log_smoothing(trainer, pl_module, report.rsd, on=bool(report.smoothing_on))
 
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """What a checkpoint held is of no use to another fit, also where nothing was trained."""
+        self._loaded_from_checkpoint = False
+
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the optimizers, keeping the state for a checkpoint or another fit."""
+        """Let go of the optimizers, keeping the state for a checkpoint."""
         self._stop()
 
     def state_dict(self) -> dict[str, Any]:
@@ -93,6 +101,7 @@ class SmoothingMonitor(LightningCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state, on the CPU, until the optimizers exist."""
         self._loaded = state_dict
+        self._loaded_from_checkpoint = True
 
     def _start(self, trainer: Any) -> None:
         self._optimizers = list(trainer.optimizers)
@@ -100,6 +109,7 @@ class SmoothingMonitor(LightningCallback):
         if self._loaded:
             self._engine.load_state_dict(self._loaded)
             self._loaded = {}
+        self._loaded_from_checkpoint = False
 
     def _stop(self) -> None:
         if self._engine is not None:

@@ -15,9 +15,16 @@ def summary(engine: AndersonAccelerator) -> tuple[int, str]:
         f"Anderson acceleration: {accepted} of {attempted} extrapolations accepted in "
         f"{engine.optimizer_steps} optimizer steps"
     )
-    breaks = engine.outcomes[Status.WEIGHTS_CHANGED]
-    if attempted == 0 and breaks:
-        return logging.WARNING, f"{head}: {breaks} times {Status.WEIGHTS_CHANGED.remedy}."
+    if engine.optimizer_steps == 0:
+        return logging.WARNING, (
+            f"{head}: no step with gradients was seen of the optimizers of the Trainer; check that "
+            "configure_optimizers returns those that are stepped, and that gradients are still "
+            "there when their step ends."
+        )
+    breaks = (Status.PARAMETERS_CHANGED, Status.WEIGHTS_CHANGED)
+    why = max(breaks, key=lambda status: engine.outcomes[status])
+    if attempted == 0 and engine.outcomes[why]:
+        return logging.WARNING, f"{head}: {engine.outcomes[why]} times {why.remedy}."
     if attempted == 0:
         return logging.WARNING, (
             f"{head}: none was due with two residuals in the history; train longer, or lower "
