@@ -41,6 +41,7 @@ from lightning_stableaa.recipes.mistakes import (
 )
 from lightning_stableaa.recipes.pictures import draw_run
 from lightning_stableaa.recipes.preemption import checkpoint_to_resume
+from lightning_stableaa.recipes.resuming import tell_differences
 
 
 def train(config: DictConfig) -> dict[str, float]:
@@ -85,6 +86,8 @@ def train(config: DictConfig) -> dict[str, float]:
         expect_kind(trainer, "Trainer", "trainer")
         if isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(module, RecipeModule):
             module.configure_model = module.shard_weights  # a module of the user's own has its own
+        if checkpoint is not None and trainer.is_global_zero:
+            tell_differences(checkpoint, settings)
         with _late_refusals(config.resume_from):
             trainer.fit(module, data, ckpt_path=checkpoint)
     if config.pictures and isinstance(module, RecipeModule) and trainer.is_global_zero:
@@ -177,7 +180,7 @@ def _late_refusals(resume_from: str | None) -> Iterator[None]:
     except (KeyError, RuntimeError) as error:
         if resume_from is None or not _while_loading(error):
             raise
-        reason = str(error).strip().splitlines()[0]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
             f"resume_from={resume_from}: was written by another model or optimizer than those "
             f"configured, or not by a Trainer ({reason}); resume with the same model, data and "
