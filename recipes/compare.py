@@ -1,7 +1,10 @@
 """``stableaa-compare``: variants x seeds of one recipe, and a verdict."""
 
 import os
+import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import hydra
@@ -14,13 +17,12 @@ from lightning_stableaa.recipes.comparison.drawing import draw
 from lightning_stableaa.recipes.comparison.report import write_report
 from lightning_stableaa.recipes.comparison.runner import LOG, Run, read_run, run_all
 from lightning_stableaa.recipes.comparison.summary import Summary, summarise
-from lightning_stableaa.recipes.comparison.variants import Plan, make_plan
+from lightning_stableaa.recipes.comparison.variants import OWN_MODULE, Plan, make_plan
 from lightning_stableaa.recipes.comparison.verdict import verdict
 from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.files import locked
 from lightning_stableaa.recipes.mistakes import mistakes_in_one_sentence
 from lightning_stableaa.recipes.train import add_recipe_to_show, quieten
-
-OWN_MODULE = "recipe=_own"
 
 
 def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
@@ -37,7 +39,18 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
     options = config.compare
     if type(options.jobs) is not int or options.jobs < 0:
         raise UserError(f"compare.jobs={options.jobs}: expected a whole number >= 0")
-    plan = make_plan(config, overrides, title)
+    try:
+        plan = make_plan(config, overrides, title)
+        with _alone_in(plan.folder):
+            return _compare(plan, config, overrides)
+    except UserError as error:
+        if options.module is None:
+            raise
+        raise UserError(_of_own_module(str(error))) from error
+
+
+def _compare(plan: Plan, config: DictConfig, overrides: list[str]) -> Summary:
+    options = config.compare
     runs: list[Run] = []
     console = Console(stderr=True)
     kept = sum(read_run(job) is not None for job in plan.jobs)
@@ -58,6 +71,54 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
     if summary is None:
         raise UserError(f"no run was finished, and there is nothing to report; {_logs(plan)}")
     return summary
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """The folder is this comparison's alone, and can be written to."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"compare.folder={folder}: is a file; choose another folder")
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            yield
+        if made:
+            _remove_empty(folder)
+    except UserError:
+        if made:
+            _remove_empty(folder)
+        raise
+    except BlockingIOError:
+        raise UserError(
+            f"compare.folder={folder}: another comparison is at work there; wait for it, or choose "
+            "another folder"
+        ) from None
+    except OSError as error:
+        if error.filename is not None and not _concerns(str(error.filename), folder):
+            raise
+        raise UserError(
+            f"compare.folder={folder}: {error.strerror}; make room or choose another folder"
+        ) from error
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # not empty: something was written
+        folder.rmdir()
+        folder.parent.rmdir()
+
+
+def _concerns(path: str, folder: Path) -> bool:
+    absolute = Path(path).absolute()
+    return absolute.is_relative_to(folder.absolute()) or absolute in folder.absolute().parents
+
+
+def _of_own_module(message: str) -> str:
+    """With the names that its options have on the command line."""
+    message = re.sub(r"^module(?=:|\._target_)", "compare.module", message)
+    message = re.sub(r"^data(?=:|\._target_)", "compare.datamodule", message)
+    message = re.sub(r"^module\.", "compare.module_args.", message)
+    return re.sub(r"^data\.", "compare.datamodule_args.", message)
 
 
 def _refuse_without_baseline(run: Run, plan: Plan) -> None:
@@ -117,12 +178,18 @@ def main() -> None:
     """Entry point of ``stableaa-compare``; a mistake ends in one sentence and exit code 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.path.insert(0, str(Path.cwd()))  # a module of the user's own, as python -m would find it
-    names = {argument.split("=")[0] for argument in sys.argv[1:]}
+    names = {argument.split("=")[0].lstrip("+") for argument in sys.argv[1:]}
     if "compare.module" in names and "recipe" not in names:
-        sys.argv.append(OWN_MODULE)
+        sys.argv.insert(1, OWN_MODULE)
     add_recipe_to_show(sys.argv)
     quieten()
     with mistakes_in_one_sentence("stableaa-compare"):
+        for argument in sys.argv[1:]:
+            if argument in ("-m", "--multirun"):  # before Hydra writes what belongs to a sweep
+                raise UserError(
+                    f"{argument}: a comparison makes its own runs, and the points of a sweep would "
+                    "overwrite one report; call it once for each, with compare.folder"
+                )
         try:
             _compare_from_command_line()
         except KeyboardInterrupt:

@@ -1,8 +1,10 @@
 """Files that are whole whenever something reads them."""
 
+import fcntl
 import os
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -27,3 +29,19 @@ def write_atomically(path: Path, contents: str | bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder is this process's alone, as far as others ask in the same way.
+
+    Raises:
+        BlockingIOError: it is another process's.
+    """
+    path = folder / ".lock"
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)

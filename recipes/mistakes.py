@@ -93,11 +93,32 @@ def explain(error: Exception) -> str:
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
         return f"{where}: {_one_line(problem or error)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: options are written as name=value, lists as name=[1,2]"
+        return _misspelled(error.override or "")
     if isinstance(error, InstantiationException):
         option = re.search(r"full_key: (\S+)", str(error))
-        return f"{option[1] if option else 'configuration'}: {_one_line(cause or error)}"
+        name = option[1] if option else "configuration"
+        return f"{name}: {_raised_elsewhere(cause)}{_one_line(cause or error)}"
     return _one_line(error)
+
+
+def _misspelled(override: str) -> str:
+    """An override that Hydra's grammar does not have."""
+    name, equals, value = override.partition("=")
+    if equals and re.fullmatch(r"[+~]*[\w./@:]+", name) and not re.match(r"[\[{'\"]", value):
+        return (
+            f"{override}: a value with blanks, brackets or letters beyond ASCII has quotes of its "
+            f"own inside of those of the shell, as in \"{name}='{value}'\""
+        )
+    return f"{override}: options are written as name=value, lists as name=[1,2]"
+
+
+def _raised_elsewhere(error: BaseException | None) -> str:
+    """Kind and place of an error that is none of a constructor's refusals; else nothing."""
+    if error is None or isinstance(error, (TypeError, ValueError, *MISTAKES)):
+        return ""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = PurePath(frame.f_code.co_filename).name
+    return f"{type(error).__name__} in {place}, line {line}: "
 
 
 def check_run(settings: Mapping[str, Any]) -> None:

@@ -86,7 +86,7 @@ def read_run(job: Job) -> Run | None:
     """The finished run of a job; None where there is none, or one of another configuration."""
     try:
         kept = json.loads((job.folder / RESULT).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
     if kept["fingerprint"] != job.fingerprint:
         return None

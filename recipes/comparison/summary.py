@@ -27,9 +27,9 @@ DEFINITIONS = (
     "Cost to keep: cost from which on a seed's validations all are at least as good as that value, "
     "over the cost of the whole plain run; no lucky validation counts.",
     "Final: the last validation of the run. Every variant takes as many optimizer steps as plain "
-    "(L-BFGS as many gradients). At equal cost: the last validation at or below the cost of the "
-    "plain run with the same seed. Best: the best validation up to there, "
-    "which a checkpoint of the best keeps.",
+    "(L-BFGS as many gradients). At equal cost: where the cost is that of the plain run with the "
+    "same seed, linearly between the validations before and after. Best: the best validation up to "
+    "there, which a checkpoint of the best keeps.",
     "Brackets: quartiles over seeds, then the worst seed, or how many seeds never got there.",
     "Rank: median over seeds of the rank by the value at equal cost, 1 is best.",
     "Time: median over seeds of the training time of the whole run, validations left out, over "

@@ -14,10 +14,13 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lightning_stableaa.recipes.comparison.cost import Mode
 from lightning_stableaa.recipes.comparison.fingerprint import fingerprint_of
-from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.errors import UserError, blamed_on
 from lightning_stableaa.recipes.mistakes import check_options
 
 BASELINE = "plain"
+# names of metrics whose direction nobody has to ask for
+LESS_IS_BETTER = r"loss|error|mse|mae|l2|nll|perplexity"
+OWN_MODULE = "recipe=_own"  # what stands for the recipe where there is compare.module
 CHANGES = "lightning_stableaa.recipes.comparison.optimizers"
 RECORDER = "lightning_stableaa.recipes.comparison.recorder.CostRecorder"
 TRAINING = "training"
@@ -62,7 +65,7 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
         UserError, or an error of Hydra or OmegaConf that means a wrong configuration.
     """
     options = config.compare
-    _refuse_conflicts(overrides)
+    _refuse_conflicts(overrides, own_module=options.module is not None)
     if options.module is not None:
         title = options.module.rpartition(".")[2]
     folder = Path(options.folder or Path("comparisons") / title)
@@ -83,15 +86,35 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
     metric, mode = _decisive(runs[BASELINE])
     about = {name: _describe(name, runs[name]) for name in names}
     jobs: list[Job] = []
+    loggers = any(re.match(r"[+~]*logger(\.|=|@|$)", override) for override in overrides)
     for name in names:
-        _prepare(runs[name], metric)
+        _prepare(runs[name], metric, keep_loggers=loggers)
         jobs += _jobs(runs[name], name, seeds, folder)
     jobs.sort(key=lambda job: seeds.index(job.seed))
     return Plan(title, folder, metric, mode, names, seeds, about, jobs)
 
 
-def _refuse_conflicts(overrides: Iterable[str]) -> None:
+# Which options of a recipe have no meaning for a module of the user's own, and what has.
+OF_RECIPES = {
+    r"optimizer|scheduler": "the module brings its own; compare.lr_sweep has rates and schedules",
+    r"module|model|architecture": "write compare.module_args.NAME=VALUE",
+    r"data": "write compare.datamodule_args.NAME=VALUE",
+    r"recipe": "compare.module takes its place; leave one of them out",
+}
+OF_SINGLE_RUNS = r"run_name|run_folder|resume_from"
+
+
+def _refuse_conflicts(overrides: Iterable[str], *, own_module: bool) -> None:
     for override in overrides:
+        if re.match(rf"[+~]*({OF_SINGLE_RUNS})(=|$)", override):
+            raise UserError(
+                f"{override}: a comparison names its own runs and goes on with those that are "
+                "there; choose where by compare.folder"
+            )
+        for names, instead in OF_RECIPES.items() if own_module else ():
+            named = re.match(rf"[+~]*({names})([.=@]|$)", override)
+            if named and override != OWN_MODULE:
+                raise UserError(f"{override}: has no effect beside compare.module; {instead}")
         if re.match(r"[+~]*callbacks(=|$)", override):
             raise UserError(f"{override}: each variant brings its callbacks; see compare.variants")
         if re.match(r"[+~]*seed(=|$)", override):
@@ -112,6 +135,10 @@ def _expand(config: DictConfig) -> list[str]:
         raise UserError(
             f"compare.variants={config.compare.variants}: expected a list such as [plain,anderson]"
         )
+    for option in ("lr_sweep", "lr_sweep_of"):
+        if not isinstance(config.compare[option], ListConfig):
+            value = config.compare[option]
+            raise UserError(f"compare.{option}={value}: expected a list such as [{value}]")
     sweep = [
         f"{base}@{change}"
         for base in config.compare.lr_sweep_of
@@ -190,6 +217,12 @@ def _import(path: str, option: str) -> Any:
 def _modify(composed: DictConfig, name: str) -> DictConfig:
     """A copy with the callbacks that stand for ``@cosine`` and ``@3x``, ahead of its own."""
     _, *modifiers = name.split("@")
+    rates = [one for one in modifiers if one != "cosine"]
+    if len(rates) > 1 or modifiers.count("cosine") > 1:
+        raise UserError(
+            f"compare.variants: {name} has two modifiers of a kind; write one factor of the "
+            "learning rate, and cosine once"
+        )
     added = {}
     for modifier in modifiers:
         if modifier == "cosine":
@@ -224,23 +257,34 @@ def _decisive(run: DictConfig) -> tuple[str, Mode]:
     """Name and direction of the metric that decides."""
     options = run.compare
     module = _import(run.module._target_, "module._target_")
-    metric = options.metric or getattr(module, "decisive_metric", None)
-    mode = options.mode or getattr(module, "decisive_mode", "min")
+    decisive = getattr(module, "decisive_metric", None)
+    metric = options.metric or decisive
     if metric is None:
         raise UserError(
             "compare.metric is not given: name what validation logs, as in "
             "compare.metric=val/loss compare.mode=min"
+        )
+    mode = options.mode
+    if mode is None and metric == decisive:
+        mode = getattr(module, "decisive_mode", "min")
+    if mode is None and re.search(LESS_IS_BETTER, metric.lower()):
+        mode = "min"
+    if mode is None:
+        raise UserError(
+            f"compare.mode is not given: say whether less of {metric} is better "
+            "(compare.mode=min) or more (compare.mode=max)"
         )
     if mode not in ("min", "max"):
         raise UserError(f"compare.mode={mode}: choose min or max")
     return metric, mode
 
 
-def _prepare(run: DictConfig, metric: str) -> None:
+def _prepare(run: DictConfig, metric: str, *, keep_loggers: bool) -> None:
     """Adds what records the run, and leaves out what only a run on its own needs."""
     with open_dict(run):
         run.run_folder = RUN_FOLDER
-        run.logger = {"csv": {**CSV_LOGGER, "save_dir": RUN_FOLDER}}
+        own = {k: v for k, v in (run.logger or {}).items() if k != "csv"} if keep_loggers else {}
+        run.logger = {**own, "csv": {**CSV_LOGGER, "save_dir": RUN_FOLDER}}
         recorder = {"_target_": RECORDER, "metric": metric, "folder": RUN_FOLDER}
         run.callbacks = {"recorder": recorder, **run.callbacks}
         run.trainer.update(QUIET_TRAINER)
@@ -258,11 +302,20 @@ def _jobs(run: DictConfig, variant: str, seeds: Sequence[int], folder: Path) -> 
         settings: Any = OmegaConf.to_container(run, resolve=True, throw_on_missing=True)
         if seed == seeds[0]:
             check_options(settings)
+            _check_callbacks(settings["callbacks"])
         fingerprint = fingerprint_of(settings)
         # a folder per configuration: results of other settings stay, and are found again
         own = folder / "runs" / variant / f"seed{seed}-{fingerprint}"
         jobs.append(Job(variant, seed, fingerprint, own, _place(settings, str(own / TRAINING))))
     return jobs
+
+
+def _check_callbacks(callbacks: dict[str, Any]) -> None:
+    """Values out of range, which would be refused in every run of the variant."""
+    for name, entry in callbacks.items():
+        if entry and entry["_target_"].endswith((".AndersonCallback", ".SmoothingMonitor")):
+            with blamed_on(f"callbacks.{name}"):
+                get_object(entry["_target_"])(**{k: v for k, v in entry.items() if k[0] != "_"})
 
 
 def _place(settings: Any, run_folder: str) -> Any:

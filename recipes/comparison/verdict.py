@@ -42,6 +42,13 @@ def is_anderson(name: str) -> bool:
     return name.split("@")[0].startswith(ANDERSON)
 
 
+def is_unchanged(one: VariantSummary, summary: Summary) -> bool:
+    """Whether no candidate was accepted, and every run ended exactly where plain's did."""
+    plain = summary.variants[summary.baseline].seeds
+    same = all(result.final == plain[seed].final for seed, result in one.seeds.items())
+    return one.attempted > 0 and one.accepted == 0 and same
+
+
 def best_averaging(summary: Summary) -> VariantSummary | None:
     """The variant that only averages and has the best median at equal cost."""
     averaging = [
@@ -85,6 +92,11 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
         if one.seeds:
             why = f"{summary.metric} did not end in a finite number in any seed finished by both"
         return f"{one.name}: {why} it and {plain.name}, so nothing is known."
+    if is_unchanged(one, summary):
+        return (
+            f"{one.name} changed nothing: of {one.attempted} candidates none entered training, so "
+            f"that its runs are those of {plain.name}, at {one.extra_cost:.1%} more cost."
+        )
     ends = _ends(one, summary)
     parts = [
         f"{one.name} {outcome(one, summary)}: {_reached(one.cost_ratio, plain.name, summary)}, "
@@ -103,8 +115,7 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
         parts.append(_beside(one, averaging, summary))
     if summary.best_swept != summary.baseline:
         parts.append(_against_swept(one, summary))
-    few = one.cost_ratio.count < 5
-    return "; ".join(parts) + ("; fewer than five seeds prove little." if few else ".")
+    return "; ".join(parts) + _caution(one.cost_ratio)
 
 
 def _tuned_sentence(one: VariantSummary, summary: Summary) -> str:
@@ -114,13 +125,25 @@ def _tuned_sentence(one: VariantSummary, summary: Summary) -> str:
         return f"{one.name}: no seed was finished by both it and {swept.name}."
     ends = _ends(one, summary, summary.best_swept)
     beaten = one.swept_ratio.median < 1 - MARGIN and ends.wins >= ends.losses
-    return (
+    is_swept = any(name.startswith(f"{summary.baseline}@") for name in summary.variants)
+    rival = "the best-swept plain run" if is_swept else f"{swept.name} at its own rate"
+    parts = [
         f"{one.name}, the best accelerated run with another learning rate or schedule, "
-        f"{'beat' if beaten else 'did not beat'} the best-swept plain run: "
-        f"{_reached(one.swept_ratio, swept.name, summary)}; at equal cost {summary.metric} is "
-        f"{one.equal_cost.median:.3g} against {swept.equal_cost.median:.3g}, better in "
-        f"{_of(ends.wins, one)}."
-    )
+        f"{'beat' if beaten else 'did not beat'} {rival}: "
+        f"{_reached(one.swept_ratio, swept.name, summary)}",
+        f"at equal cost {summary.metric} is {one.equal_cost.median:.3g} against "
+        f"{swept.equal_cost.median:.3g}, better in {_of(ends.wins, one)}",
+    ]
+    if not is_swept:
+        parts.append(
+            f"{swept.name} was not tried with other rates, which compare.lr_sweep_of=[plain,"
+            "anderson] does"
+        )
+    return "; ".join(parts) + _caution(one.swept_ratio)
+
+
+def _caution(spread: Spread) -> str:
+    return "; fewer than five seeds prove little." if spread.count < 5 else "."
 
 
 def _reached(spread: Spread, target: str, summary: Summary) -> str:
@@ -170,13 +193,15 @@ def _against_swept(one: VariantSummary, summary: Summary) -> str:
 
 
 def _best(summary: Summary) -> str:
-    best = _least(summary.variants.values(), summary)
+    changed = [one for one in summary.variants.values() if not is_unchanged(one, summary)]
+    best = _least(changed, summary)
     if best is None:
         return "No run was finished."
     if not math.isfinite(best.equal_cost.median):
         return f"Of no variant was the median {summary.metric} at equal cost a finite number."
     return (
-        f"The best median {summary.metric} at equal cost was that of {best.name} "
+        f"The best median {summary.metric} at equal cost "
+        f"({'less' if summary.mode == 'min' else 'more'} is better) was that of {best.name} "
         f"({best.equal_cost.median:.3g})."
     )
 

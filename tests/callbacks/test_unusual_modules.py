@@ -181,24 +181,24 @@ def test_a_lazy_module_is_trained_from_its_first_batch_on(make: Any) -> None:
         assert state["layout"]
 
 
-class Batches(Sequence):
+class Batches(Sequence[Any]):
     """A loader of its own kind, which makes its batches when asked for them."""
 
-    def __init__(self, *, count: int, size: int) -> None:
-        self.count, self.size, self.made = count, size, 0
+    def __init__(self, *, length: int, size: int) -> None:
+        self.length, self.size, self.made = length, size, 0
 
     def __len__(self) -> int:
-        return self.count
+        return self.length
 
-    def __getitem__(self, index: int) -> Any:
-        if index >= self.count:
+    def __getitem__(self, index: Any) -> Any:
+        if index >= self.length:
             raise IndexError(index)
         self.made += 1
         return rows(self.size, seed=index).tensors
 
 
 def test_a_loader_that_is_a_sequence_is_not_read_by_anybody_else() -> None:
-    loader = Batches(count=2, size=8)
+    loader = Batches(length=2, size=8)
     callback = anderson()
     fit(Regression(), loader, callback, max_epochs=EPOCHS)
     assert loader.made == 2 * EPOCHS

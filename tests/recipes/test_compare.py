@@ -1,6 +1,7 @@
 """A comparison from configuration to report, its continuation, and mistakes."""
 
 import csv
+import fcntl
 import json
 import multiprocessing
 import os
@@ -288,6 +289,22 @@ def test_other_data_are_another_run(plan: MakePlan, tmp_path: Path) -> None:
     assert fingerprints[0] == fingerprints[2] != fingerprints[1]
 
 
+@pytest.mark.usefixtures("plan")
+def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
+    options = [*BURGERS, *ONE_RUN, f"compare.folder={tmp_path}"]
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another comparison is at work there"):
+            compare(hydra.compose("compare", options), options, "burgers2d")
+
+
+def test_loggers_that_were_asked_for_are_kept(plan: MakePlan) -> None:
+    for options, names in (([], ["csv"]), (["logger=tensorboard"], ["tensorboard", "csv"])):
+        job = plan("recipe=burgers2d", *options, variants="plain").jobs[0]
+        assert list(job.settings["logger"]) == names
+        assert all(one["save_dir"].endswith("training") for one in job.settings["logger"].values())
+
+
 def test_a_run_that_fails_does_not_stop_the_others(plan: MakePlan, tmp_path: Path) -> None:
     options = [
         *BURGERS,
@@ -415,7 +432,7 @@ OWN = ["compare.module=tests.recipes.own_module.Module", "compare.metric=val/los
         ),
         (
             [*OWN, *ONE_RUN, "+compare.module_args.depth=3"],
-            r"module.depth: there is no such option; did you mean width\?",
+            r"compare.module_args.depth: there is no such option; did you mean width\?",
         ),
         (
             [*OWN, *ONE_RUN, "compare.module_args.width=3"],
@@ -434,6 +451,45 @@ OWN = ["compare.module=tests.recipes.own_module.Module", "compare.metric=val/los
                 *ONE_RUN,
             ],
             r"compare.metric=val/mse: validation does not log it; choose one of val/loss",
+        ),
+        (
+            [*BURGERS, *ONE_RUN, "compare.metric=val/top1"],
+            r"compare.mode is not given: say whether less of val/top1 is better .*",
+        ),
+        (
+            [*BURGERS, "compare.variants=[plain@3x@2x]"],
+            r"compare.variants: plain@3x@2x has two modifiers of a kind; .*",
+        ),
+        (
+            [*BURGERS, "compare.variants=[lr_sweep]", "compare.lr_sweep=3x"],
+            r"compare.lr_sweep=3x: expected a list such as \[3x\]",
+        ),
+        (
+            [*BURGERS, "run_name=mine"],
+            r"run_name=mine: a comparison names its own runs .*; choose where by compare.folder",
+        ),
+        (
+            [*OWN, "optimizer=adam"],
+            r"optimizer=adam: has no effect beside compare.module; the module brings its own; .*",
+        ),
+        (
+            [*OWN, "+data.batch_size=4"],
+            r"\+data.batch_size=4: has no effect .*; write compare.datamodule_args.NAME=VALUE",
+        ),
+        ([*BURGERS, "-m"], r"-m: a comparison makes its own runs, and the points of a sweep .*"),
+        (
+            [*BURGERS, *ONE_RUN, "compare.folder=/proc/nowhere"],
+            r"compare.folder=/proc/nowhere: .*; make room or choose another folder",
+        ),
+        (
+            [
+                *BURGERS,
+                "compare.variants=[anderson]",
+                "compare.seeds=1",
+                "compare.jobs=0",
+                "callbacks.anderson.history_depth=0",
+            ],
+            r"callbacks.anderson: history_depth must be >= 2, got 0",
         ),
         (
             [*BURGERS, *ONE_RUN, "trainer.val_check_interval=50", "data.redraw_every=50"],

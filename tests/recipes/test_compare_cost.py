@@ -62,8 +62,12 @@ def test_cost_to_reach_is_that_of_the_first_validation_as_good(
 def test_value_within_a_budget() -> None:
     made = curve([4, 3, 2, 1], losses=1)
     assert made.costs[2] == pytest.approx(31)
-    assert value_within(made, 31, "min") == 2
-    assert value_within(made, 30.9, "min") == 3
+    assert value_within(made, 31, "min") == pytest.approx(2)
+    assert value_within(made, 31 - 31 / 12, "min") == pytest.approx(2.25)
+    assert value_within(made, 1000, "min") == 1
+    broken = curve([4, 3, math.nan, 1], losses=1)
+    assert value_within(broken, 30, "min") == 3
+    assert value_within(broken, 32, "min") == INF
     assert value_within(made, 1, "min") == INF
     assert value_within(made, 1, "max") == -INF
 
@@ -148,8 +152,8 @@ def test_summary_of_two_seeds() -> None:
     assert [plain.seeds[seed].keep_ratio for seed in (0, 1)] == [1, 1]
     assert [anderson.seeds[seed].seconds_ratio for seed in (0, 1)] == [1 / 2, 4 / 4]
     assert [anderson.seeds[seed].swept_ratio for seed in (0, 1)] == [INF, INF]
-    # of 40 gradients, its third validation cost 36 and its fourth 48
-    assert [anderson.seeds[seed].equal_cost for seed in (0, 1)] == [2, 9]
+    # of 40 gradients, its third validation cost 36 and its fourth 48: a third of the way
+    assert [anderson.seeds[seed].equal_cost for seed in (0, 1)] == [2, 9 - 8 / 3]
     assert [anderson.seeds[seed].best for seed in (0, 1)] == [2, 9]
     assert [plain.seeds[seed].best for seed in (0, 1)] == [2, 1]
     assert astuple(anderson.cost_ratio) == pytest.approx((0.9, 0.75, 1.05, 1.2, 0, 2))  # rounded

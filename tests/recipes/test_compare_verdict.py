@@ -1,5 +1,6 @@
 """The sentences of the verdict, for curves made by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -29,7 +30,7 @@ def test_helped() -> None:
         "anderson helped: it reached the final val/mse of plain at 0.50 of the cost (median; "
         "quartiles 0.50 to 0.50; worst 0.50), cheaper in 5 of 5 seeds (sign test p = 0.062); "
         "at equal cost val/mse is 0.25 against 1, better in 5 of 5 seeds.",
-        "The best median val/mse at equal cost was that of anderson (0.25).",
+        "The best median val/mse at equal cost (less is better) was that of anderson (0.25).",
     ]
 
 
@@ -39,8 +40,27 @@ def test_did_not_help() -> None:
         "quartiles 1.00 to 1.00; worst 1.00), cheaper in 0 of 2 seeds (sign test p = 1); "
         "at equal cost val/mse is 1 against 1, better in 0 of 2 seeds; "
         "fewer than five seeds prove little.",
-        "The best median val/mse at equal cost was that of plain (1).",
+        "The best median val/mse at equal cost (less is better) was that of plain (1).",
     ]
+
+
+def test_changed_nothing() -> None:
+    """Where no candidate is accepted, the last validation that cost as much says nothing."""
+    same = dataclasses.replace(curve([8.0, 4.0, 2.0, 1.0], losses=1), attempted=[1, 2, 3, 4])
+    assert verdict(compare({"anderson": same})) == [
+        "anderson changed nothing: of 20 candidates none entered training, so that its runs are "
+        "those of plain, at 3.3% more cost.",
+        "The best median val/mse at equal cost (less is better) was that of plain (1).",
+    ]
+    another = dataclasses.replace(same, values=[8.0, 4.0, 2.0, 1.5])
+    assert "made it worse" in verdict(compare({"anderson": another}))[0]
+
+
+def test_plain_that_was_not_swept_is_no_swept_rival() -> None:
+    sentence = verdict(compare({"anderson@3x": [4, 1, 0.5, 0.25]}, seeds=2))[0]
+    assert "beat plain at its own rate" in sentence
+    assert "plain was not tried with other rates" in sentence
+    assert sentence.endswith("fewer than five seeds prove little.")
 
 
 def test_made_it_worse() -> None:
@@ -48,7 +68,7 @@ def test_made_it_worse() -> None:
         "anderson made it worse: it never reached the final val/mse of plain in 5 of 5 seeds, "
         "cheaper in 0 of 5 seeds (sign test p = 0.062); "
         "at equal cost val/mse is 8 against 1, better in 0 of 5 seeds.",
-        "The best median val/mse at equal cost was that of plain (1).",
+        "The best median val/mse at equal cost (less is better) was that of plain (1).",
     ]
 
 
