@@ -30,7 +30,7 @@ from benchmarks.cost import LARGE_MODEL, STEPS, Row, machine, models
 from lightning_stableaa import AndersonCallback
 from lightning_stableaa.recipes.files import write_atomically
 
-TURNS = 12
+TURNS = 24
 WARM_UP = 3 * STEPS  # steps of each fit that are not timed: the history fills
 TIMED = 10 * STEPS
 
