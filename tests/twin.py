@@ -445,7 +445,14 @@ class Drive:
     def _lambdas(self) -> Sequence[float]:
         """Of all candidates that a judge sees."""
         grid = self.options.regularization_grid
-        return grid or self.points.lambdas([g - x for x, g in self.points.pairs()])
+        if grid:
+            return grid
+        with np.errstate(all="ignore"):
+            residuals = [g - x for x, g in self.points.pairs()]
+            squares = np.array([one @ one for one in residuals])
+            usable = np.isfinite(squares).all() and squares.any()
+        # of one that is not finite, or of none that moved, there is one candidate and no lambda
+        return self.points.lambdas(residuals) if usable else [math.nan]
 
     def _check_lambda(self, report: StepReport, expected: float) -> None:
         if self.options.regularization is not None:
