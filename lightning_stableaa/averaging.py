@@ -147,11 +147,8 @@ class WeightSmoother:
         if state is None:
             return
         same_options = state["smoothing"] == dataclasses.asdict(self.smoothing)
-        same_weights = (state["layout"], state.get("weights", weights.checksum())) == (
-            weights.signature(),
-            weights.checksum(),
-        )
-        if same_options and same_weights:
+        same_layout = state["layout"] == weights.signature()
+        if same_options and same_layout and state.get("weights") in (None, weights.checksum()):
             self._position = int(state["position"])
             if state.get("disturbed"):
                 self._agreement.note(Status.WEIGHTS_CHANGED)

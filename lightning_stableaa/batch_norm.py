@@ -58,7 +58,7 @@ def recalibrate_batch_norm(
     Wider Optima and Better Generalization, section 3.2).
     """
     if trained is None:
-        trained = list(module.modules())
+        trained = set(module.modules())
     layers = [one for one in batch_norm_layers(module).values() if one in trained]
     if not layers:
         return 0

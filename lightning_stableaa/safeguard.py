@@ -132,14 +132,14 @@ def undo_side_effects(module: nn.Module) -> Iterator[None]:
         for name, value in names.items()
     ]
     has_tensors = any(isinstance(value, Tensor) for _, _, value, _ in saved)
-    weights = {_address(one) for one in module.parameters()} if has_tensors else set()
+    weights = {_address(one) for one in module.parameters()} - {None} if has_tensors else set()
     try:
         yield
     finally:
         with torch.no_grad():
             for names, name, value, content in saved:
                 if isinstance(value, Tensor):
-                    if _address(value) not in weights - {None}:
+                    if _address(value) not in weights:
                         _put_back(value, content)
                 elif isinstance(value, list):
                     value[:] = content

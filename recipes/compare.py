@@ -20,7 +20,7 @@ from lightning_stableaa.recipes.comparison.summary import Summary, summarise
 from lightning_stableaa.recipes.comparison.variants import OWN_MODULE, Plan, make_plan
 from lightning_stableaa.recipes.comparison.verdict import verdict
 from lightning_stableaa.recipes.errors import UserError
-from lightning_stableaa.recipes.files import locked
+from lightning_stableaa.recipes.files import locked, refusals_of_the_disk
 from lightning_stableaa.recipes.mistakes import mistakes_in_one_sentence
 from lightning_stableaa.recipes.train import add_recipe_to_show, quieten
 
@@ -79,38 +79,21 @@ def _alone_in(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"compare.folder={folder}: is a file; choose another folder")
     made = not folder.exists()
-    try:
+    with refusals_of_the_disk("compare.folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            yield
-        if made:
-            _remove_empty(folder)
-    except UserError:
-        if made:
-            _remove_empty(folder)
-        raise
-    except BlockingIOError:
-        raise UserError(
-            f"compare.folder={folder}: another comparison is at work there; wait for it, or choose "
-            "another folder"
-        ) from None
-    except OSError as error:
-        if error.filename is not None and not _concerns(str(error.filename), folder):
-            raise
-        raise UserError(
-            f"compare.folder={folder}: {error.strerror}; make room or choose another folder"
-        ) from error
-
-
-def _remove_empty(folder: Path) -> None:
-    with suppress(OSError):  # not empty: something was written
-        folder.rmdir()
-        folder.parent.rmdir()
-
-
-def _concerns(path: str, folder: Path) -> bool:
-    absolute = Path(path).absolute()
-    return absolute.is_relative_to(folder.absolute()) or absolute in folder.absolute().parents
+        try:
+            with locked(folder):
+                yield
+        except BlockingIOError:
+            raise UserError(
+                f"compare.folder={folder}: another comparison is at work there; wait for it, or "
+                "choose another folder"
+            ) from None
+        finally:
+            with suppress(OSError):  # not empty: something was written
+                if made:
+                    folder.rmdir()
+                    folder.parent.rmdir()
 
 
 def _of_own_module(message: str) -> str:

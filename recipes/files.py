@@ -1,11 +1,17 @@
 """Files that are whole whenever something reads them."""
 
+import errno
 import fcntl
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from lightning_stableaa.recipes.errors import UserError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
@@ -45,3 +51,30 @@ def locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def refusals_of_the_disk(option: str, folder: Path) -> Iterator[None]:
+    """A folder that cannot be written to, before the work or in its midst.
+
+    Raises:
+        UserError: in place of what the system says, with the option that names the folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        path = Path(str(error.filename)).absolute()
+        within = error.filename is None or path.is_relative_to(folder.absolute())
+        named = str(error.filename) in {str(folder), *map(str, folder.parents)}
+        if error.errno in _FULL or (error.errno in _REFUSED and (within or named)):
+            raise UserError(
+                f"{option}={folder}: {error.strerror}; make room or choose another folder"
+            ) from error
+        raise
+    except RuntimeError as error:  # how torch.save says that the disk is full
+        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
+            raise UserError(
+                f"{option}={folder}: a checkpoint could not be written, the disk may be full; "
+                "make room and resume, or choose another folder"
+            ) from error
+        raise

@@ -1,6 +1,5 @@
 """``stableaa-train``: one training run, described by the configuration groups in ``conf/``."""
 
-import errno
 import logging
 import math
 import os
@@ -32,7 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 from lightning_stableaa import AndersonCallback
 from lightning_stableaa.recipes.base import RecipeModule
 from lightning_stableaa.recipes.errors import UserError, blamed_on, expect_kind
-from lightning_stableaa.recipes.files import write_atomically
+from lightning_stableaa.recipes.files import refusals_of_the_disk, write_atomically
 from lightning_stableaa.recipes.launch import check_launch, check_sweep, join_submitit
 from lightning_stableaa.recipes.mistakes import (
     MISTAKES,
@@ -56,7 +55,10 @@ def train(config: DictConfig) -> dict[str, float]:
     """
     if not isinstance(config.run_folder, str) or not config.run_folder:
         raise UserError(f"run_folder={config.run_folder}: expected the path of a folder")
-    with _nothing_left_behind(Path(config.run_folder)) as folder, _refusals_of_the_disk(folder):
+    with (
+        _nothing_left_behind(Path(config.run_folder)) as folder,
+        refusals_of_the_disk("run_folder", folder),
+    ):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         check_run(settings)
         _check_trainer(settings["trainer"])
@@ -91,7 +93,7 @@ def train(config: DictConfig) -> dict[str, float]:
         with _late_refusals(config.resume_from):
             trainer.fit(module, data, ckpt_path=checkpoint)
     if config.pictures and isinstance(module, RecipeModule) and trainer.is_global_zero:
-        with _refusals_of_the_disk(folder):
+        with refusals_of_the_disk("run_folder", folder):
             draw_run(folder, module.decisive_metric)
             module.draw(folder / "pictures")
     return _results(trainer, callbacks)
@@ -139,32 +141,6 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
     for name in ("accumulate_grad_batches", "val_check_interval"):
         if trainer.get(name) == 0:
             raise UserError(f"trainer.{name}=0: expected at least 1")
-
-
-@contextmanager
-def _refusals_of_the_disk(folder: Path) -> Iterator[None]:
-    """A run folder that cannot be written to, before the run or in its midst."""
-    try:
-        yield
-    except OSError as error:
-        within = error.filename is None or Path(error.filename).is_relative_to(folder.absolute())
-        named = str(error.filename) in {str(folder), *map(str, folder.parents)}
-        if error.errno in _FULL or (error.errno in _REFUSED and (within or named)):
-            raise UserError(
-                f"run_folder={folder}: {error.strerror}; make room or choose another folder"
-            ) from error
-        raise
-    except RuntimeError as error:  # how torch.save says that the disk is full
-        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
-            raise UserError(
-                f"run_folder={folder}: a checkpoint could not be written, the disk may be full; "
-                "make room and resume, or choose another folder"
-            ) from error
-        raise
-
-
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_REFUSED = {errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
 
 
 @contextmanager

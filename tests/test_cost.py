@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from benchmarks import cost
+from benchmarks import cost, in_trainer
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CPU = torch.device("cpu")
@@ -67,3 +67,19 @@ def test_sizes_beyond_the_memory_are_left_out() -> None:
 def test_the_exponent_is_that_of_a_power_law() -> None:
     rows: list[cost.Row] = [{"n": n, "update_ms": 3e-6 * n**1.25} for n in (10, 10**6, 10**7)]
     assert cost.exponent(rows, "update_ms") == pytest.approx(1.25)
+
+
+def test_the_callback_is_timed_in_a_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = (nn.Linear(3, 1), lambda: (torch.randn(8, 3), torch.randn(8, 1)), mse_loss, 3)
+    monkeypatch.setattr(in_trainer, "models", lambda: {"a line": line})
+    monkeypatch.setattr(in_trainer, "TURNS", 1)
+    threads = torch.get_num_threads()
+    try:
+        in_trainer.main(["--json", str(tmp_path / "in_trainer.json")])
+    finally:
+        torch.set_num_threads(threads)
+    (row,) = json.loads((tmp_path / "in_trainer.json").read_text())["in a Trainer"]
+    assert row["step_ms"] > 0
+    assert min(row["AndersonCallback"], row["callback that does nothing"]) > -1

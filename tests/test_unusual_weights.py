@@ -224,15 +224,13 @@ def test_the_default_device_is_not_that_of_the_host() -> None:
     torch.set_default_device("meta")
     try:
         state = training.accelerator.state_dict()
-        again = Training.__new__(Training)
-        again.__dict__ = {**vars(training)}
-        again.accelerator = AndersonAccelerator(training.optimizer, **SETTING)
         training.accelerator.detach()
-        again.accelerator.load_state_dict(state)
-        again.train(4)
+        training.accelerator = AndersonAccelerator(training.optimizer, **SETTING)
+        training.accelerator.load_state_dict(state)
+        training.train(4)
     finally:
         torch.set_default_device("cpu")
-    assert again.accelerator.attempted == 3
+    assert training.accelerator.attempted == 3
 
 
 def test_new_batches_with_missing_values_are_new_batches() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lightning_stableaa.recipes.comparison.cost import Mode
 from lightning_stableaa.recipes.comparison.fingerprint import fingerprint_of
-from lightning_stableaa.recipes.errors import UserError, blamed_on
+from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.mistakes import check_options
 
 BASELINE = "plain"
@@ -302,7 +302,7 @@ def _jobs(run: DictConfig, variant: str, seeds: Sequence[int], folder: Path) -> 
         settings: Any = OmegaConf.to_container(run, resolve=True, throw_on_missing=True)
         if seed == seeds[0]:
             check_options(settings)
-            _check_callbacks(settings["callbacks"])
+            _build_callbacks(run)
         fingerprint = fingerprint_of(settings)
         # a folder per configuration: results of other settings stay, and are found again
         own = folder / "runs" / variant / f"seed{seed}-{fingerprint}"
@@ -310,12 +310,11 @@ def _jobs(run: DictConfig, variant: str, seeds: Sequence[int], folder: Path) -> 
     return jobs
 
 
-def _check_callbacks(callbacks: dict[str, Any]) -> None:
-    """Values out of range, which would be refused in every run of the variant."""
-    for name, entry in callbacks.items():
+def _build_callbacks(run: DictConfig) -> None:
+    """Refuses values out of range, which would be refused in every run of the variant."""
+    for entry in run.callbacks.values():
         if entry and entry["_target_"].endswith((".AndersonCallback", ".SmoothingMonitor")):
-            with blamed_on(f"callbacks.{name}"):
-                get_object(entry["_target_"])(**{k: v for k, v in entry.items() if k[0] != "_"})
+            instantiate(entry, _convert_="all")
 
 
 def _place(settings: Any, run_folder: str) -> Any:

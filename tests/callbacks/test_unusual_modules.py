@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader
 
-from lightning_stableaa import AndersonAccelerator, SmoothingMonitor
+from lightning_stableaa import SmoothingMonitor
 from tests.callbacks.regression import (
     INPUTS,
     QUIET,
@@ -35,30 +35,43 @@ from tests.callbacks.regression import (
 EPOCHS = 24
 
 
-def losses_of(callback: Any) -> Record:
-    """Losses before and after, of every extrapolation."""
-    record = Record(lambda *_: None)
-    step = AndersonAccelerator.step
+class Losses(Callback):
+    """Before and after, of every extrapolation; to stand behind the callback that it watches."""
 
-    def watched(self: AndersonAccelerator, loss_fn: Any = None) -> Any:
-        report = step(self, loss_fn)
-        if report.attempted:
-            record.values.append((report.loss_before, report.loss_after))
-        return report
+    def __init__(self, callback: Any) -> None:
+        self.callback = callback
+        self.values: list[tuple[float, float]] = []
 
-    def start(trainer: Any, module: Any) -> None:
-        callback.accelerator.step = watched.__get__(callback.accelerator)
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        engine = self.callback.accelerator
+        step = engine.step
 
-    record.on_train_start = start  # pyright: ignore[reportAttributeAccessIssue]
-    record.on_train_batch_end = lambda *_: None  # pyright: ignore[reportAttributeAccessIssue]
-    return record
+        def watched(*arguments: Any) -> Any:
+            report = step(*arguments)
+            if report.attempted:
+                self.values.append((report.loss_before, report.loss_after))
+            return report
+
+        engine.step = watched
+
+
+class SizeOfBatch(Callback):
+    """Sum of the magnitudes of the inputs, as the callbacks before it leave them."""
+
+    def __init__(self) -> None:
+        self.values: list[float] = []
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.values.append(float(batch[0].abs().sum()))
 
 
 def attempts(module: Any, loader: Any = None, **options: Any) -> list[tuple[float, float]]:
     callback = anderson(**options)
-    record = losses_of(callback)
-    fit(module, loader or batches(1), callback, record, max_epochs=EPOCHS)
-    return record.values
+    losses = Losses(callback)
+    fit(module, loader or batches(1), callback, losses, max_epochs=EPOCHS)
+    return losses.values
 
 
 class TakesOut(Regression):
@@ -101,17 +114,13 @@ def test_a_training_step_that_writes_to_its_batch_is_judged_on_equal_ones(
 ) -> None:
     """One extrapolation is given up to notice it; then both losses are of the same inputs."""
     module, callback = Halves(), anderson(judge_samples=samples)
-    record, left = losses_of(callback), Record(lambda *_: None)
-    seen: list[float] = []
-    left.on_train_batch_end = (  # pyright: ignore[reportAttributeAccessIssue]
-        lambda trainer, module, outputs, batch, index: seen.append(float(batch[0].abs().sum()))
-    )
-    fit(module, batches(1), callback, record, left, max_epochs=EPOCHS)
+    losses, left = Losses(callback), SizeOfBatch()
+    fit(module, batches(1), callback, losses, left, max_epochs=EPOCHS)
     assert "training_step writes to the tensors of its batch" in caplog.text
-    (_, after), *others = record.values
+    (_, after), *others = losses.values
     assert np.isnan(after)
     assert np.isfinite(others).all()
-    assert len(set(seen[4:])) == 1, "judging left the batch as the step did"
+    assert len(set(left.values[4:])) == 1, "judging left the batch as the step did"
     assert any(after < before for before, after in others)
 
 
@@ -135,7 +144,9 @@ def test_a_buffer_in_the_memory_of_a_weight_goes_with_the_weight() -> None:
     module.register_buffer("shared", module.network[0].weight.data)
     plain = Regression()
     for one in (module, plain):
-        fit(one, batches(1), anderson(safeguard="loss"), max_epochs=EPOCHS)
+        callback = anderson()
+        fit(one, batches(1), callback, max_epochs=EPOCHS)
+        assert counters(callback)["accepted"] > 0
     assert torch.equal(weights(module.network), weights(plain.network))
 
 
