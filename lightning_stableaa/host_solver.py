@@ -64,7 +64,9 @@ def propose_on_host(
         shrink = np.minimum(max_extrapolation * residual_norm / norms, 1.0)
         jumps *= shrink[:, None]
         reaches = np.abs(jumps) @ np.sqrt(gram.diagonal())
-        numbers = (residual_norm, share * (1.0 - drift), remaining, condition)
+        # NaN as well where a difference across a break is not finite: every candidate would be
+        known_norm = residual_norm + 0.0 * gram.trace()
+        numbers = (known_norm, share * (1.0 - drift), remaining, condition)
         return jumps, np.concatenate([numbers, norms * shrink, reaches, lambdas])
 
 

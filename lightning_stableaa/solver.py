@@ -165,7 +165,10 @@ class Proposal(NamedTuple):
 
     @property
     def residual_norm(self) -> Tensor:  # ()
-        """sqrt(tr(K)/m), root of the mean squared residual norm."""
+        """sqrt(tr(K)/m), root of the mean squared residual norm.
+
+        Not finite where a difference is not, be it a residual or not.
+        """
         return self.numbers[0]
 
     @property
@@ -273,7 +276,9 @@ def propose_on_device(
     jumps = jumps * shrink[:, None]
     reaches = jumps.abs() @ gram.diagonal().sqrt()
     unknown = torch.full_like(remaining, math.nan)
-    numbers = torch.stack([residual_norm, noisiness, remaining, unknown])
+    # NaN as well where a difference across a break is not finite: every candidate would be
+    known_norm = residual_norm + 0.0 * gram.trace()
+    numbers = torch.stack([known_norm, noisiness, remaining, unknown])
     return Proposal(jumps, torch.cat([numbers, norms * shrink, reaches, lambdas]), k)
 
 

@@ -325,7 +325,7 @@ class Drive:
     def _expected_status(self, guarded: bool, report: StepReport) -> tuple[Status, int, bool]:
         """Status, best candidate, and whether it replaces the weights."""
         replaces = self.options.apply_to != "evaluation"
-        if not math.isfinite(self.squares.mean()):
+        if not (np.isfinite(self.squares.mean()) and self._all_differences_are_finite()):
             return Status.REJECTED_NON_FINITE_HISTORY, 0, False
         if self.squares.sum() == 0:
             return Status.REJECTED_STAGNATION, 0, False
@@ -594,6 +594,11 @@ class Drive:
         of_remaining = 2 * m * np.abs(first).sum() * m
         share = options.lag_compensation * reference.lag(alpha) + options.look_ahead_cycles
         return float(1 + m + share * of_remaining)
+
+    def _all_differences_are_finite(self) -> bool:
+        """Also across breaks, and their squares."""
+        points = torch.from_numpy(np.array(self.points.points)).to(self._dtype())
+        return bool(points.diff(dim=0).double().square().sum().isfinite())
 
     def _residual_squares(self) -> Vector:
         """Squared norms of the residuals, as formed in the precision of the points."""
