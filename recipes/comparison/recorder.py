@@ -58,6 +58,7 @@ class CostRecorder(Callback):
         self.gradients = 0
         self.clocks = Clocks(0.0, 0.0)  # what training has taken so far
         self.started = Clocks(0.0, 0.0)
+        self.before: Any = None  # what the last validation that logged the metric left of it
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -76,34 +77,13 @@ class CostRecorder(Callback):
     ) -> None:
         """Stops the clock: how often to validate is no property of the variant."""
         self.clocks += Clocks.now() - self.started
+        self.before = trainer.callback_metrics.get(self.metric)
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Takes down the metric and its cost, and starts the clock again."""
-        logged = trainer.callback_metrics
-        if self.metric not in logged:
-            raise UserError(
-                f"compare.metric={self.metric}: validation does not log it; choose one of "
-                f"{', '.join(sorted(logged)) or 'those that validation_step logs, and log one'}"
-            )
-        losses = attempted = accepted = 0
-        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # "callbacks" is set by a connector
-            if isinstance(callback, AndersonCallback) and callback.accelerator is not None:
-                losses += callback.judged_batches
-                attempted += callback.accelerator.attempted
-                accepted += callback.accelerator.accepted
-        row: dict[str, Any] = {
-            "gradients": self.gradients,
-            "losses": losses,
-            "seconds": round(self.clocks.wall, 4),
-            "processor_seconds": round(self.clocks.processor, 4),
-            "values": logged[self.metric].item(),
-            "attempted": attempted,
-            "accepted": accepted,
-        }
-        for name, value in row.items():
-            getattr(self.curve, name).append(value)
+        """Takes down the metric, where this validation logged it, and its cost."""
+        self._take_down(trainer)
         self.started = Clocks.now()
 
     def on_train_end(
@@ -125,3 +105,30 @@ class CostRecorder(Callback):
                 "(trainer.val_check_interval, trainer.check_val_every_n_epoch)"
             )
         write_atomically(self.path, json.dumps(dataclasses.asdict(self.curve)))
+
+    def _take_down(self, trainer: lightning.Trainer) -> None:
+        logged = trainer.callback_metrics
+        if self.metric not in logged:
+            raise UserError(
+                f"compare.metric={self.metric}: validation does not log it; choose one of "
+                f"{', '.join(sorted(logged)) or 'those that validation_step logs, and log one'}"
+            )
+        if logged[self.metric] is self.before:  # Lightning keeps what earlier ones logged
+            return
+        losses = attempted = accepted = 0
+        for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # "callbacks" is set by a connector
+            if isinstance(callback, AndersonCallback) and callback.accelerator is not None:
+                losses += callback.judged_batches
+                attempted += callback.accelerator.attempted
+                accepted += callback.accelerator.accepted
+        row: dict[str, Any] = {
+            "gradients": self.gradients,
+            "losses": losses,
+            "seconds": round(self.clocks.wall, 4),
+            "processor_seconds": round(self.clocks.processor, 4),
+            "values": logged[self.metric].item(),
+            "attempted": attempted,
+            "accepted": accepted,
+        }
+        for name, value in row.items():
+            getattr(self.curve, name).append(value)

@@ -64,6 +64,15 @@ class Diverges(Module):
         self.log("val/loss", torch.tensor(torch.nan))
 
 
+class LogsNowAndThen(Module):
+    """Validates to something every other time."""
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        """The number of the epoch."""
+        if self.current_epoch % 2 == 0:
+            self.log("val/loss", torch.tensor(float(self.current_epoch)))
+
+
 class Skips(Module):
     """Never gives a loss."""
 

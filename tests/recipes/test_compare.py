@@ -261,6 +261,24 @@ def test_a_metric_that_is_not_finite_is_called_so(plan: MakePlan, tmp_path: Path
     ]
 
 
+def test_a_metric_counts_where_validation_logs_it(plan: MakePlan, tmp_path: Path) -> None:
+    options = [
+        "recipe=_own",
+        f"compare.module={OWN_MODULE}.LogsNowAndThen",
+        f"compare.datamodule={OWN_MODULE}.Data",
+        "compare.metric=val/loss",
+        f"compare.folder={tmp_path}",
+        "compare.variants=[anderson]",
+        "compare.seeds=1",
+        "compare.jobs=0",
+        "trainer.max_epochs=6",
+    ]
+    compare(hydra.compose("compare", options), options, "own")
+    curve = json.loads((tmp_path / "results.json").read_text())["runs"][0]["curve"]
+    assert curve["values"] == [0.0, 2.0, 4.0]
+    assert curve["gradients"] == [5, 15, 25]
+
+
 def test_an_edited_module_is_another_run(plan: MakePlan, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     source = (Path(__file__).parent / "own_module.py").read_text()
