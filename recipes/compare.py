@@ -22,7 +22,7 @@ from lightning_stableaa.recipes.comparison.verdict import verdict
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.files import locked, refusals_of_the_disk
 from lightning_stableaa.recipes.mistakes import mistakes_in_one_sentence
-from lightning_stableaa.recipes.train import add_recipe_to_show, quieten
+from lightning_stableaa.recipes.train import perhaps_only_showing, quieten
 
 
 def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
@@ -164,9 +164,8 @@ def main() -> None:
     names = {argument.split("=")[0].lstrip("+") for argument in sys.argv[1:]}
     if "compare.module" in names and "recipe" not in names:
         sys.argv.insert(1, OWN_MODULE)
-    add_recipe_to_show(sys.argv)
     quieten()
-    with mistakes_in_one_sentence("stableaa-compare"):
+    with mistakes_in_one_sentence("stableaa-compare"), perhaps_only_showing(sys.argv):
         for argument in sys.argv[1:]:
             if argument in ("-m", "--multirun"):  # before Hydra writes what belongs to a sweep
                 raise UserError(

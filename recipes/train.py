@@ -219,10 +219,13 @@ def _remove_empty(folder: Path) -> None:
                 one.rmdir()
 
 
-def _name_or_time(name: str | None) -> str:
+def _name_or_time(name: str | int | None) -> str:
     """The run's name, or its start, the same on every process of a torchrun job."""
     if name is not None:
-        return name
+        path = Path(str(name))
+        if path.is_absolute() or not path.parts or ".." in path.parts:
+            raise UserError(f"run_name={name}: expected the name of a folder below runs/RECIPE")
+        return str(name)
     now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     if not is_torchelastic_launched():
         return now
@@ -288,20 +291,29 @@ def quieten() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def add_recipe_to_show(arguments: list[str]) -> None:
-    """A configuration that is only shown needs a recipe as well: the first of them."""
-    shows = {"--help", "-h", "--cfg", "-c", "--info", "-i"} & set(arguments)
-    if shows and not any(one.startswith("recipe=") for one in arguments):
+@contextmanager
+def perhaps_only_showing(arguments: list[str]) -> Iterator[None]:
+    """A configuration that is shown needs a recipe as well, and may be read to its first lines."""
+    if not {"--help", "-h", "--cfg", "-c", "--info", "-i"} & set(arguments):
+        yield
+        return
+    if not any(one.startswith("recipe=") for one in arguments):
         arguments.append("recipe=admissions_mlp")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # and what is left over has to go somewhere when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:
     """Entry point of ``stableaa-train``; a mistake ends in one sentence and exit code 2."""
     # makes Hydra raise its errors instead of printing them itself and exiting with code 1
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    add_recipe_to_show(sys.argv)
     quieten()
-    with mistakes_in_one_sentence("stableaa-train"):
+    with mistakes_in_one_sentence("stableaa-train"), perhaps_only_showing(sys.argv):
         _train_from_command_line()
 
 

@@ -1,6 +1,8 @@
 """The Graduate Admissions table: reading, splitting, standardising."""
 
 import csv
+import itertools
+import math
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -119,4 +121,7 @@ def read_table(path: Path) -> tuple[Tensor, Tensor]:
         raise UserError(f"data.csv={path} is not a table of numbers: {error}") from error
     if not rows:
         raise UserError(f"data.csv={path} has no rows; give the path of {FILE_NAME}")
+    for number, row in enumerate(zip(features, targets, strict=True), start=1):
+        if not all(map(math.isfinite, itertools.chain(*row))):
+            raise UserError(f"data.csv={path}: row {number} of the table holds NaN or infinity")
     return torch.tensor(features), torch.tensor(targets)

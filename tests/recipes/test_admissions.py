@@ -42,6 +42,7 @@ def test_real_table() -> None:
         ("\n".join([",".join(HEADER), "1,337,118,4,4.5,4.5,high,1,0.92"]), "to float: 'high'"),
         ("\n".join([",".join(HEADER), "1,337,118"]), "is not a table of numbers"),
         (",".join(HEADER), "has no rows"),
+        ("\n".join([",".join(HEADER), "1,337,118,4,4.5,4.5,nan,1,0.92"]), "row 1 of the table h"),
     ],
 )
 def test_wrong_table_is_refused(content: str, message: str, tmp_path: Path) -> None:

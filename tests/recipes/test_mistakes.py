@@ -2,6 +2,7 @@
 
 import contextlib
 import enum
+import os
 import sys
 import typing
 from pathlib import Path
@@ -248,6 +249,11 @@ def notes(empty_folder: Path) -> None:
             [*ADMISSIONS, "trainer.max_stps=4"],
             r"trainer.max_stps: there is no such option; did you mean max_steps\?",
         ),
+        (
+            [*ADMISSIONS, "run_name=.."],
+            r"run_name=\.\.: expected the name of a folder below runs/RECIPE",
+        ),
+        ([*ADMISSIONS, "run_name="], r"run_name=: expected the name of a folder below .*"),
         ([*ADMISSIONS, "sed=4"], r"sed: there is no such option; did you mean seed\?"),
         (
             [*ADMISSIONS, "callbacks.anderson.histroy_depth=5"],
@@ -401,6 +407,19 @@ def test_what_there_is_can_be_shown_without_a_recipe(
         main()
     assert "store_every_n_steps: 10" in capfd.readouterr().out
     assert not list(empty_folder.glob("runs")) + list(empty_folder.glob("comparisons"))
+
+
+@pytest.mark.parametrize("main", [main, compare_main])
+def test_what_is_shown_may_be_read_to_its_first_line(
+    main: typing.Any, empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "argv", ["stableaa", "--help"])
+    with open(writing, "w") as nobody_reads:
+        monkeypatch.setattr(sys, "stdout", nobody_reads)
+        with contextlib.suppress(SystemExit):
+            main()
 
 
 @pytest.mark.parametrize(
