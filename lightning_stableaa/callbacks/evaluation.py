@@ -180,6 +180,7 @@ class _SaveHook:
     def __init__(self, evaluation: EvaluationModel | None, own: Any) -> None:
         self._evaluation = evaluation
         self._own = own
+        self._said_what_is_missing = False
 
     def remove_from(self, module: nn.Module) -> None:
         """Leave what stood there before: the method of its class, or somebody else's function."""
@@ -190,7 +191,15 @@ class _SaveHook:
 
     def __call__(self, checkpoint: dict[str, Any]) -> None:
         if self._evaluation is not None and self._evaluation.in_charge:
-            _replace(checkpoint["state_dict"], self._evaluation.replacements())
+            missing = _replace(checkpoint["state_dict"], self._evaluation.replacements())
+            if missing and not self._said_what_is_missing:
+                self._said_what_is_missing = True
+                log.warning(
+                    "checkpoints hold the weights of training in place of the candidate where the "
+                    "module saves them under other names: %s and so on; save under the names of "
+                    "named_parameters, or choose apply_to='training'",
+                    missing[0],
+                )
         self._own(checkpoint)
 
     def __deepcopy__(self, memo: Any) -> _SaveHook:
@@ -200,25 +209,21 @@ class _SaveHook:
         return _SaveHook, (None, self._own)
 
 
-def _replace(state: dict[str, Any], replacements: Mapping[str, Tensor]) -> None:
+def _replace(state: dict[str, Any], replacements: Mapping[str, Tensor]) -> list[str]:
     """Put the replacements into a state dict: parts into parts, wholes into the first process's.
 
     Collective where weights are split and the checkpoint is one file, which the first process
     writes: the others have an empty state dict.
+
+    Returns:
+        Names of replacements that the state dict has not.
     """
     of_parts = is_split(state.values())
-    missing = [name for name in replacements if name not in state] if state else []
-    if missing:
-        log.warning(
-            "the checkpoint holds the weights of training in place of the candidate where the "
-            "module saves them under other names: %s and so on; save under the names of "
-            "named_parameters, or choose apply_to='training'",
-            missing[0],
-        )
     for name, tensor in replacements.items():
         value = tensor if of_parts else whole(tensor)
         if name in state:
             state[name] = value.to(state[name].device)
+    return [name for name in replacements if name not in state] if state else []
 
 
 def restore(module: nn.Module, state: Mapping[str, Tensor]) -> None:
