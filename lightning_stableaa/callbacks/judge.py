@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import math
@@ -239,11 +240,20 @@ def loss_of_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Any:
     with trainer.precision_plugin.train_step_context():
         if has_own_loss(module):
             return module.anderson_loss(batch)
-        # like Lightning, by position: the second parameter need not be called batch_idx
-        parameters = inspect.signature(module.training_step).parameters.values()
-        both = len(parameters) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
-        output = module.training_step(*((batch, batch_idx) if both else (batch,)))
+        step = module.training_step
+        method = getattr(step, "__func__", None)  # which unlike the module may be kept
+        takes_both = _parameters_of(step) > 1 if method is None else _kept_parameters(method) > 2
+        output = step(batch, batch_idx) if takes_both else step(batch)
         return output["loss"] if isinstance(output, Mapping) else output
+
+
+def _parameters_of(function: Callable[..., Any]) -> float:
+    """How many positions it takes; like Lightning, not by name: none need be called batch_idx."""
+    parameters = inspect.signature(function).parameters.values()
+    return math.inf if any(p.kind is p.VAR_POSITIONAL for p in parameters) else len(parameters)
+
+
+_kept_parameters = functools.lru_cache(maxsize=8)(_parameters_of)
 
 
 def has_own_loss(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_stableaa import AndersonCallback, Status
-from lightning_stableaa.callbacks.batches import BatchWatch
+from lightning_stableaa.callbacks.batches import BatchWatch, mark, mark_on_host
 from tests.callbacks.regression import Regression, anderson, fit, rows
 
 
@@ -60,6 +60,23 @@ def test_another_order_is_no_other_sample(count: int) -> None:
     shuffled = first._replace(inside=first.inside[order])
     assert seen([first, shuffled, first]) == [False] * 3
     assert seen([first, points(1, count=count), first]) == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.rand(40, 7),
+        torch.arange(5),
+        torch.rand(2, 3, 8, 8, dtype=torch.float16),
+        torch.tensor(3.0),
+        torch.rand(9, 1 << 17),
+        torch.tensor([True, False]),
+        torch.rand(4, 4, requires_grad=True),
+        torch.zeros(4, 2),
+    ],
+)
+def test_marks_of_host_and_device_are_equal(tensor: Tensor) -> None:
+    assert abs(mark_on_host(tensor.detach()) - float(mark(tensor.detach()))) < 1e-8
 
 
 def latin(draw: np.random.Generator, count: int) -> np.ndarray:
