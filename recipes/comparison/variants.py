@@ -68,7 +68,8 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
     _refuse_conflicts(overrides, own_module=options.module is not None)
     if options.module is not None:
         title = options.module.rpartition(".")[2]
-    folder = Path(options.folder or Path("comparisons") / title)
+    # the whole path of a module: many a package has a class of the same name
+    folder = Path(options.folder or Path("comparisons") / (options.module or title))
     seeds = _seeds(options.seeds)
     fixed, of_callbacks = _split(overrides)
     names = list(dict.fromkeys([BASELINE, *_expand(config)]))

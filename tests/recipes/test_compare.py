@@ -169,7 +169,7 @@ def test_own_module_becomes_a_report(
     monkeypatch.setattr(sys, "argv", ["stableaa-compare", *options])
     main()
     said = capsys.readouterr().out.splitlines()
-    folder = tmp_path / "comparisons" / "Module"
+    folder = tmp_path / "comparisons" / "tests.recipes.own_module.Module"
     report = json.loads((folder / "results.json").read_text())
     assert report["verdict"] == said
     assert said[0].startswith("anderson ")
