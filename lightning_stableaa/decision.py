@@ -42,8 +42,8 @@ class Decision(NamedTuple):
     replaces: bool = False
 
 
-def decide(known: Known, options: Options, payoff: Payoff) -> Decision:
-    """Of the best candidate."""
+def decide(known: Known, options: Options, payoff: Payoff, *, held: bool) -> Decision:
+    """Of the best candidate; ``held`` keeps what a sample agrees to out of training."""
     if not math.isfinite(known.residual_norm):
         return Decision(Status.REJECTED_NON_FINITE_HISTORY)
     if known.residual_norm == 0:
@@ -58,6 +58,8 @@ def decide(known: Known, options: Options, payoff: Payoff) -> Decision:
     noise_decides = asked > 0 and known.noisiness >= MOSTLY_NOISE
     if decision.replaces and noise_decides and not payoff.pays:
         return _only_evaluated(Status.REJECTED_WITHOUT_PAYOFF, options)
+    if decision.replaces and known.of_sample and held:
+        return _only_evaluated(Status.REJECTED_BY_VALIDATION, options)
     return decision
 
 

@@ -84,7 +84,9 @@ def extrapolate(
         payoff.forget_last()
     payoff.observe(known.loss_before)
     before, after = known.loss_before, known.losses_after[best] if losses else None
-    status, replaces = Decision(disturbance) if disturbance else decide(known, options, payoff)
+    held = judge is not None and judge.validation_got_worse
+    decision = decide(known, options, payoff, held=held)
+    status, replaces = Decision(disturbance) if disturbance else decision
     formed = len(losses) - 2  # the candidate that was judged last
     confirming = judge.confirming() if judge is not None and replaces else None
     if confirming is not None:

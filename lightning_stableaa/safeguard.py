@@ -39,6 +39,14 @@ class Judge(ABC):
         """
         return False
 
+    @property
+    def validation_got_worse(self) -> bool:
+        """Whether validation is worse than at its best; equal on all ranks.
+
+        Then candidates that a sample lets into training would take it further into overfitting.
+        """
+        return False
+
     def confirming(self) -> LossFunction | None:
         """The loss that has to agree to a candidate for training; ``None`` where none has to."""
         return None

@@ -19,6 +19,7 @@ class Status(Enum):
     REJECTED_LOSS = "rejected_loss"
     REJECTED_SMALL_DECREASE = "rejected_small_decrease"
     REJECTED_WITHOUT_PAYOFF = "rejected_without_payoff"
+    REJECTED_BY_VALIDATION = "rejected_by_validation"
     REJECTED_NON_FINITE_LOSS = "rejected_non_finite_loss"
     REJECTED_NON_FINITE_HISTORY = "rejected_non_finite_history"
     REJECTED_NON_FINITE_CANDIDATE = "rejected_non_finite_candidate"
@@ -50,6 +51,11 @@ _REMEDIES = {
         "cycles that began with a candidate had lowered the loss by less than the others, so "
         "training was left alone for a while: lower the learning rate, or set "
         "sufficient_decrease=0 to take candidates all the same"
+    ),
+    Status.REJECTED_BY_VALIDATION: (
+        "validation was worse than at its best, and what lowers the loss of a batch would have "
+        "taken training further into overfitting, so it was left alone: stop earlier, or set "
+        "monitor=None to take candidates all the same"
     ),
     Status.REJECTED_NON_FINITE_LOSS: (
         "the loss was not finite, with or without the candidate: lower the learning rate, clip "

@@ -27,6 +27,7 @@ from lightning_stableaa.callbacks.support import (
     check_other_averages,
     check_supported,
 )
+from lightning_stableaa.callbacks.validation import Mode, check_monitor
 from lightning_stableaa.options import (
     ApplyTo,
     HistoryPlacement,
@@ -65,6 +66,12 @@ class AndersonCallback(LightningCallback):
             ends in classes or tokens (int64), and all elsewhere; where fewer than 256 let a
             candidate into training, the whole batch has to confirm it. Without effect on batches
             whose tensors differ in length.
+        monitor: metric of validation. While it is worse than at its best, candidates by the loss
+            of a sample (mini-batches, new points at every step) stay out of training, which they
+            would take further into overfitting. ``"auto"``: that of EarlyStopping or
+            ModelCheckpoint, else the first that has a loss or an error in its name; ``None``:
+            validation has no say.
+        monitor_mode: ``"min"`` where less of a metric that is named is better, or ``"max"``.
 
     With ``apply_to="evaluation"`` or ``"both"``, validation inside fit, checkpoints and the module
     after fit hold the candidate; a resumed fit goes on with the weights of training.
@@ -108,10 +115,13 @@ class AndersonCallback(LightningCallback):
         process_group: Any = None,
         recalibrate_batch_norm: int = 0,
         judge_samples: JudgeSamples = "auto",
+        monitor: str | None = "auto",
+        monitor_mode: Mode = "min",
     ) -> None:
         check_integer("recalibrate_batch_norm", recalibrate_batch_norm, 0)
         if judge_samples not in (None, "auto"):
             check_integer("judge_samples", judge_samples, 1)
+        check_monitor(monitor, monitor_mode)
         self.options = Options(
             history_depth=history_depth,
             store_every_n_steps=store_every_n_steps,
@@ -140,6 +150,9 @@ class AndersonCallback(LightningCallback):
         self._fitted: weakref.ref[Any] | None = None
         self._evaluation: EvaluationModel | None = None
         self._judge_samples: JudgeSamples = judge_samples
+        self._monitor = monitor
+        self._monitor_mode: Mode = monitor_mode
+        self._logged_before: dict[str, Any] = {}  # the validation that runs
         self._batch: Any = None  # while it is trained on
         self._batches = Experience()
         self._judged_batches = 0.0
@@ -229,12 +242,18 @@ class AndersonCallback(LightningCallback):
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
         """Show validation the candidate, where candidates are for evaluation."""
         if self._evaluation is not None and trainer.state.fn == "fit":
+            self._logged_before = dict(trainer.callback_metrics)
             self._evaluation.place()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Give training its own weights back."""
+        """Give training its own weights back, and look at what became of the metric."""
         if self._evaluation is not None:
             self._evaluation.remove()
+            if trainer.state.fn == "fit":
+                self._batches.validation.see(
+                    trainer, self._logged_before, self._monitor, self._monitor_mode
+                )
+                self._logged_before = {}
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Give training its own weights back, whatever happened."""

@@ -23,6 +23,7 @@ from lightning_stableaa.callbacks.samples import (
     samples_in,
     versions_of,
 )
+from lightning_stableaa.callbacks.validation import BestValidation
 from lightning_stableaa.memory import out_of_memory
 from lightning_stableaa.safeguard import Judge, undo_side_effects
 
@@ -40,21 +41,27 @@ ENOUGH_SAMPLES = 256
 
 @dataclass
 class Experience:
-    """What the batches of a run told so far."""
+    """What the batches of a run, and its validations, told so far."""
 
     watch: BatchWatch = field(default_factory=BatchWatch)
     indivisible: bool = False  # the module failed on a part of one
     alters: bool = False  # the module writes to the tensors of one
+    validation: BestValidation = field(default_factory=BestValidation)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return self.watch.state_dict() | {"indivisible": self.indivisible, "alters": self.alters}
+        """Plain values."""
+        return self.watch.state_dict() | {
+            "indivisible": self.indivisible,
+            "alters": self.alters,
+            "validation": self.validation.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from what ``state_dict`` returned; an empty one is that of the beginning."""
         self.watch.load_state_dict(state)
         self.indivisible = state.get("indivisible", False)
         self.alters = state.get("alters", False)
+        self.validation.load_state_dict(state.get("validation", {}))
 
 
 class BatchLoss(Judge):
@@ -74,7 +81,7 @@ class BatchLoss(Judge):
         batch_idx: as given to ``on_train_batch_end``.
         samples: of the batch that judge, its first ones; ``None`` takes all, ``"auto"`` what
             ``samples_that_judge`` says.
-        earlier: what the batches of earlier extrapolations told; this one adds to it.
+        earlier: what earlier batches and validations told; this one adds to it.
     """
 
     def __init__(
@@ -135,6 +142,11 @@ class BatchLoss(Judge):
         process, whose state a checkpoint has.
         """
         return self._of_sample
+
+    @property
+    def validation_got_worse(self) -> bool:
+        """By the metric that is monitored, as the first process knows it."""
+        return self._earlier.validation.got_worse
 
     def confirming(self) -> Callable[[], Tensor] | None:
         """The loss of the whole batch, where ``"auto"`` left the first say to a part of it."""

@@ -12,6 +12,7 @@ from hydra import compose
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from lightning_stableaa.callbacks.validation import LESS_IS_BETTER
 from lightning_stableaa.recipes.comparison.cost import Mode
 from lightning_stableaa.recipes.comparison.fingerprint import fingerprint_of
 from lightning_stableaa.recipes.errors import UserError
@@ -19,7 +20,6 @@ from lightning_stableaa.recipes.mistakes import check_options
 
 BASELINE = "plain"
 # names of metrics whose direction nobody has to ask for
-LESS_IS_BETTER = r"loss|error|mse|mae|l2|nll|perplexity"
 OWN_MODULE = "recipe=_own"  # what stands for the recipe where there is compare.module
 CHANGES = "lightning_stableaa.recipes.comparison.optimizers"
 RECORDER = "lightning_stableaa.recipes.comparison.recorder.CostRecorder"

@@ -33,7 +33,7 @@ def defaults(cls: type, *left_out: str) -> dict[str, tuple[Any, Any]]:
 def test_the_callback_takes_the_options_of_the_accelerator() -> None:
     options = defaults(Options)
     assert defaults(AndersonAccelerator, "optimizer", "process_group") == options
-    own = ("process_group", "recalibrate_batch_norm", "judge_samples")
+    own = ("process_group", "recalibrate_batch_norm", "judge_samples", "monitor", "monitor_mode")
     assert defaults(AndersonCallback, *own) == options
     assert set(options) == {one.name for one in dataclasses.fields(Options)}
 
