@@ -11,6 +11,9 @@ from typing import Any, Literal
 # In the names of metrics of which less is better.
 LESS_IS_BETTER = r"loss|error|mse|mae|l2|nll|perplexity"
 
+# That which is minimised, and not a part of it.
+WHOLE_LOSS = r"^(val(id(ation)?)?[-_/. ]*)?loss(_epoch)?$"
+
 Mode = Literal["min", "max"]
 
 
@@ -76,15 +79,16 @@ class BestValidation:
 def choose_metric(trainer: Any, logged: Mapping[str, Any]) -> tuple[str | None, Mode]:
     """What validation is judged by where nobody says so, among the metrics that it logged.
 
-    That of EarlyStopping, else of ModelCheckpoint, else the first with a loss or an error in its
-    name.
+    That of EarlyStopping, else of ModelCheckpoint, else the first that is called a loss, or has a
+    loss, or an error in its name.
     """
     for callback in [*trainer.early_stopping_callbacks, *trainer.checkpoint_callbacks]:
         monitor = getattr(callback, "monitor", None)
         if monitor in logged:
             return monitor, callback.mode
-    for pattern in ("loss", LESS_IS_BETTER):
-        for name in logged:
+    of_whole = [name for name in logged if not name.endswith("_step")]  # not of its last batch
+    for pattern in (WHOLE_LOSS, "loss", LESS_IS_BETTER):
+        for name in of_whole:
             if re.search(pattern, name.lower()):
                 return name, "min"
     return None, "min"

@@ -135,6 +135,10 @@ def test_what_the_trainer_monitors_comes_first() -> None:
 def test_a_name_says_that_less_is_better() -> None:
     trainer = Trainer(**QUIET)
     assert choose_metric(trainer, {"val/acc": 0.5, "val/MSE": 1.0}) == ("val/MSE", "min")
+    parts = {"val_loss_step": 1.0, "val/kl_loss": 1.0, "val/l2": 1.0}
+    assert choose_metric(trainer, parts) == ("val/kl_loss", "min")
+    for whole in ("val_loss", "loss", "valid/loss", "validation loss", "val_loss_epoch"):
+        assert choose_metric(trainer, parts | {whole: 2.0}) == (whole, "min")
     assert choose_metric(trainer, {"val/acc": 0.5})[0] is None
 
 
