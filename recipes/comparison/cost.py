@@ -99,8 +99,9 @@ def value_within(curve: Curve, budget: float, mode: Mode) -> float:
 
 
 def best_within(curve: Curve, budget: float, mode: Mode) -> float:
-    """The metric at the best validation that cost at most ``budget``."""
-    finite = [value for value in _within(curve, budget) if math.isfinite(value)]
+    """The metric at the best validation that cost at most ``budget``, or there, by the line."""
+    known = [*_within(curve, budget), value_within(curve, budget, mode)]
+    finite = [value for value in known if math.isfinite(value)]
     return (min if mode == "min" else max)(finite, default=worst_value(mode))
 
 

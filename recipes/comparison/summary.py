@@ -29,7 +29,7 @@ DEFINITIONS = (
     "Final: the last validation of the run. Every variant takes as many optimizer steps as plain "
     "(L-BFGS as many gradients). At equal cost: where the cost is that of the plain run with the "
     "same seed, linearly between the validations before and after. Best: the best validation up to "
-    "there, which a checkpoint of the best keeps.",
+    "there, or the value there, which a checkpoint of the best keeps.",
     "Brackets: quartiles over seeds, then the worst seed, or how many seeds never got there.",
     "Rank: median over seeds of the rank by the value at equal cost, 1 is best.",
     "Time: median over seeds of the training time of the whole run, validations left out, over "

@@ -154,7 +154,8 @@ def test_summary_of_two_seeds() -> None:
     assert [anderson.seeds[seed].swept_ratio for seed in (0, 1)] == [INF, INF]
     # of 40 gradients, its third validation cost 36 and its fourth 48: a third of the way
     assert [anderson.seeds[seed].equal_cost for seed in (0, 1)] == [2, 9 - 8 / 3]
-    assert [anderson.seeds[seed].best for seed in (0, 1)] == [2, 9]
+    # a run whose last validation costs a little more than plain's has got nearly as far
+    assert [anderson.seeds[seed].best for seed in (0, 1)] == [2, 9 - 8 / 3]
     assert [plain.seeds[seed].best for seed in (0, 1)] == [2, 1]
     assert astuple(anderson.cost_ratio) == pytest.approx((0.9, 0.75, 1.05, 1.2, 0, 2))  # rounded
     assert anderson.swept_ratio == Spread(INF, INF, INF, INF, 2, 2)
