@@ -80,9 +80,9 @@ def messages(
     sizes = [world * min(piece, part - low) for low in range(0, part, piece)]
     gather = [Message("all_gather_into_tensor", size, size * itemsize) for size in sizes]
     gram = Message("all_reduce", differences**2, 8 * differences**2)
-    # what a rank noted, norm and noisiness of the residuals, whether losses are those of samples,
-    # and with a judge the losses
-    numbers = 5 + candidates if candidates else 4
+    # what a rank noted, norm, noisiness and rest of the residuals, whether losses are those of
+    # samples, and with a judge the losses
+    numbers = 6 + candidates if candidates else 5
     decision = Message("all_reduce", numbers, 8 * numbers)
     jump = Message("broadcast", differences, 8 * differences)
     finite = Message("all_reduce", 1, 4)

@@ -65,8 +65,10 @@ class AndersonAccelerator:
         lag_compensation: c >= 0. A mixture of points lags behind the newest one; it makes up
             this share of the lag, times what it leaves of the residuals and at most 1, along its
             mixed residual. 0 is textbook Anderson acceleration; see ``docs/method.md``.
-        look_ahead_cycles: with a safeguard, the candidate of the last lambda goes on by so many
-            cycles where residuals are a steady drift, by less or not at all where they are not.
+        look_ahead_cycles: with a safeguard, the candidate of the last lambda goes on by up to so
+            many cycles where residuals are a steady drift, by less or not at all where they are
+            not; by less after one that did not lower the loss, and by more again after one that
+            did.
         regularization: lambda >= 0, relative to the mean squared residual norm; one value, or a
             grid from which the safeguard takes the best candidate, at a loss more for each.
             ``None``: one value by the noise of the residuals, 3e-2 where they have some.

@@ -15,6 +15,7 @@ from lightning_stableaa import saved
 from lightning_stableaa.agreement import Agreement
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.extrapolation import Extrapolation, extrapolate
+from lightning_stableaa.look_ahead import LookAhead
 from lightning_stableaa.options import Options
 from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
@@ -91,6 +92,7 @@ class Cycles:
                 skipped=self.points.skipped,
             )
         self._payoff = Payoff()
+        self._look_ahead = LookAhead(options.look_ahead_cycles)
         self.steps = 0  # taken in the open cycle
         self.has_evaluation_weights = False
         self.evaluating = False  # parameters and candidate have changed places
@@ -198,6 +200,7 @@ class Cycles:
             self.has_evaluation_weights = shows and state["evaluation"] is not None
             if state.get("payoff"):
                 self._payoff.load_state_dict(state["payoff"])
+            self._look_ahead.share = float(state.get("look_ahead", 1.0))
             if state.get("disturbed"):
                 self._agreement.note(Status.WEIGHTS_CHANGED)
         return different
@@ -209,6 +212,7 @@ class Cycles:
         return vectors | {
             "disturbed": self._agreement.disturbed,
             "payoff": self._payoff.state_dict(),
+            "look_ahead": self._look_ahead.share,
         }
 
     def _restart(self) -> None:
@@ -253,7 +257,9 @@ class Cycles:
 
     def _extrapolate(self, judge: Judge | None) -> Extrapolation:
         self.has_evaluation_weights = False
-        found = extrapolate(self.points, self._options, judge, self._agreement, self._payoff)
+        found = extrapolate(
+            self.points, self._options, judge, self._agreement, self._payoff, self._look_ahead
+        )
         self._watch.mark()  # candidates came and went: the weights are the optimizer's again
         if found.status is Status.REJECTED_NON_FINITE_HISTORY:
             self.points.clear()

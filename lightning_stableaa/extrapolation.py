@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_stableaa.agreement import DISTURBANCES, Agreement
 from lightning_stableaa.decision import Decision, Known, decide, decide_by_losses
+from lightning_stableaa.look_ahead import LookAhead
 from lightning_stableaa.options import Options
 from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
@@ -16,6 +17,13 @@ from lightning_stableaa.random_state import RandomState
 from lightning_stableaa.safeguard import Judge, LossFunction, loss_value
 from lightning_stableaa.solver import Proposal, condition_number, propose
 from lightning_stableaa.status import Status
+
+# Of a candidate that went on along a drift, what says that a nearer one might have been better.
+TOO_FAR = (
+    Status.REJECTED_LOSS,
+    Status.REJECTED_SMALL_DECREASE,
+    Status.REJECTED_NON_FINITE_LOSS,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +59,7 @@ def extrapolate(
     judge: Judge | None,
     agreement: Agreement,
     payoff: Payoff,
+    look_ahead: LookAhead,
 ) -> Extrapolation:
     """Form the candidates, and choose the one of least loss if it is an advance.
 
@@ -64,6 +73,7 @@ def extrapolate(
         judge: ``None`` accepts the first candidate, if it is finite.
         agreement: what this rank noted since the last one, and with whom it decides.
         payoff: of earlier candidates; takes note of what came of the last one.
+        look_ahead: how far they go on along a drift; takes note of what becomes of this one.
     """
     proposal = propose(
         points.gram(),
@@ -72,7 +82,7 @@ def extrapolate(
         relaxation=options.relaxation,
         max_extrapolation=options.max_extrapolation,
         lag_compensation=options.lag_compensation,
-        look_ahead_cycles=0.0 if judge is None else options.look_ahead_cycles,
+        look_ahead_cycles=0.0 if judge is None else look_ahead.cycles,
     )
     losses = [] if judge is None else _losses(points, proposal.jumps, judge)
     of_sample = judge is not None and judge.of_sample
@@ -105,7 +115,9 @@ def extrapolate(
     accepted = jump is not None
     payoff.begin(candidate=accepted and replaces)
     is_last = best == len(known.lambdas) - 1
-    looks_ahead = options.look_ahead_cycles > 0 and known.remaining > 1 and is_last
+    drifts = judge is not None and options.look_ahead_cycles > 0 and known.remaining > 1
+    if drifts and (status in TOO_FAR or (accepted and is_last)):
+        look_ahead.note(accepted=accepted)
     return Extrapolation(
         status=status,
         jump=jump,
@@ -114,7 +126,7 @@ def extrapolate(
         jump_norm=known.norms[best] if accepted else max(known.norms),
         condition=known.condition,
         regularization=known.lambdas[best] if accepted else None,
-        looked_ahead=accepted and judge is not None and looks_ahead,
+        looked_ahead=accepted and drifts and is_last,
         noisiness=known.noisiness,
         loss_before=before,
         loss_after=after,
@@ -144,19 +156,20 @@ def _shared(
     losses: list[Tensor],
     agreement: Agreement,
 ) -> Tensor:
-    """What all have to decide alike on, (4,) or (5 + L,).
+    """What all have to decide alike on, (5,) or (6 + L,).
 
-    What was noted, residual norm, noisiness, whether losses are those of samples, losses.
+    What was noted, residual norm, noisiness, remaining residual, whether losses are those of
+    samples, losses.
 
     Means over ranks. What is NaN on one rank is NaN on all: a rank that rejects alone would leave
     the others waiting.
     """
     device = points.weights.device
-    norm, noisiness = proposal.residual_norm.to(device), proposal.noisiness.to(device)
+    norm, *others = (one.to(device) for one in proposal.numbers[:3])
     noted = torch.full_like(norm, agreement.number)
     if not isinstance(of_sample, Tensor):
         of_sample = torch.full_like(norm, of_sample)
-    return _mean(points, torch.stack([noted, norm, noisiness, of_sample.to(norm), *losses]))
+    return _mean(points, torch.stack([noted, norm, *others, of_sample.to(norm), *losses]))
 
 
 def _mean(points: PointStore, values: Tensor) -> Tensor:
@@ -168,13 +181,13 @@ def _mean(points: PointStore, values: Tensor) -> Tensor:
 def _read_back(proposal: Proposal, shared: Tensor) -> Known:
     """In one transfer."""
     gram = proposal.residual_gram
-    parts = [shared.to(proposal.numbers.device), proposal.numbers[2:]]
+    parts = [shared.to(proposal.numbers.device), proposal.numbers[3:]]
     if gram is not None:
         parts.append(gram.flatten())
     values = torch.cat(parts).cpu()
     together, numbers, *flat_gram = values.split([part.numel() for part in parts])
-    noted, residual_norm, noisiness, of_sample, *losses = together.tolist()
-    remaining, condition, *of_candidates = numbers.tolist()
+    noted, residual_norm, noisiness, remaining, of_sample, *losses = together.tolist()
+    condition, *of_candidates = numbers.tolist()
     count = len(of_candidates) // 3
     before, *after = losses or (None,)
     return Known(

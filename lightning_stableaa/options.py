@@ -107,7 +107,7 @@ class Options:
     warmup_steps: int = 0
     relaxation: float = 1.0
     lag_compensation: float = 0.75
-    look_ahead_cycles: float = 20.0
+    look_ahead_cycles: float = 40.0
     regularization: float | Sequence[float] | None = None
     max_extrapolation: float = 1000.0
     safeguard: Safeguard = "loss"

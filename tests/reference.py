@@ -17,6 +17,9 @@ Equations are numbered as in docs/method.md:
         not while earlier ones gained less than none
     (7) gains: 2 (loss(x') - loss(x)) / (|loss(x)| + |loss(x')|) from one extrapolation to the next,
         means that forget a twentieth at each, of at least 2.5 with a candidate and without
+    (8) where rho > 1, ``look_ahead_cycles`` counts for 1.4 times as much, at most all, after a
+        candidate of the last lambda, and for 0.6 times as much, at least a twentieth, where the
+        loss was too large or not finite
 """
 
 from __future__ import annotations
@@ -111,6 +114,11 @@ def shorten(new: Vector, current: Vector, residuals: Sequence[Vector], cap: floa
     return current + jump * (longest / length) if length > longest else new
 
 
+def next_share(share: float, *, accepted: bool) -> float:
+    """Equation (8): of ``look_ahead_cycles``."""
+    return min(1.0, max(0.05, share * (1.4 if accepted else 0.6)))
+
+
 @dataclass
 class ReferenceAccelerator:
     """Observe, extrapolate, accept or reject; ``step`` takes the weights and returns them."""
@@ -123,13 +131,15 @@ class ReferenceAccelerator:
     warmup_steps: int = 0
     max_extrapolation: float = math.inf
     lag_compensation: float = 0.75
-    look_ahead_cycles: float = 20.0
+    look_ahead_cycles: float = 40.0
+    look_ahead_share: float = 1.0
     sufficient_decrease: float | None = None
     points: list[Vector] = field(default_factory=list)
     linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
     decisions: list[bool] = field(default_factory=list)
     changes: list[tuple[bool, float, float]] = field(default_factory=list)  # (7)
     last: tuple[bool, float] | None = None
+    waited: bool = False
     steps: int = 0
     cycle: int = 0
     since_attempt: int = 0
@@ -169,6 +179,10 @@ class ReferenceAccelerator:
         best = candidates[0] if loss is None else min(candidates, key=loss)
         accepted = loss is None or self.judge(residuals, loss(x), loss(best))
         self.decisions.append(accepted)
+        left = remaining(residuals, mixing_weights(residuals, self.lambdas(residuals)[0]))
+        too_far = not accepted and not self.waited
+        if loss is not None and left > 1 and (too_far or (accepted and best is candidates[-1])):
+            self.look_ahead_share = next_share(self.look_ahead_share, accepted=accepted)
         if not accepted:
             return x
         self.start(best)
@@ -187,7 +201,9 @@ class ReferenceAccelerator:
         asked = self.sufficient_decrease or 0.0
         waits = asked > 0 and noisy >= 0.5 and known is not None and known[0] > known[1]
         share = asked * noisy
-        accepted = after < before - share * abs(before) and not waits
+        enough = after < before - share * abs(before)
+        self.waited = enough and waits
+        accepted = enough and not waits
         self.last = accepted, before
         return accepted
 
@@ -202,7 +218,8 @@ class ReferenceAccelerator:
         if look_ahead:
             alpha, theta = found[-1]
             drift = min(1.0, max(0.0, left - 1.0)) / max(1.0, float(np.linalg.norm(alpha)))
-            found[-1] = alpha, theta + self.look_ahead_cycles * drift
+            cycles = self.look_ahead_cycles * self.look_ahead_share
+            found[-1] = alpha, theta + cycles * drift
         return found
 
     def add(self, x: Vector, *, linked: bool) -> None:

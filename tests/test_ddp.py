@@ -93,10 +93,10 @@ def test_replicated_updates_send_a_few_numbers_whatever_n_is(ranks: Ranks) -> No
         small, large = (rank["traffic"]["replicated", n, 1] for n in (51, 5001))
         assert small == large
         assert small["between"] == BETWEEN
-        # what was noted, norm and noisiness of the residuals, whether a sample judges, the loss
-        # before and after; the jump over four differences: of six points an accepted candidate
+        # what was noted, norm, noisiness and rest of the residuals, whether a sample judges, the
+        # loss before and after; the jump over four differences: of six points an accepted candidate
         # starts anew; if it is finite
-        update = [("all_reduce", 6), ("broadcast", 4), ("all_reduce", 1)]
+        update = [("all_reduce", 7), ("broadcast", 4), ("all_reduce", 1)]
         assert small["updates"] == [(True, update)] * 3
 
 
@@ -106,7 +106,7 @@ def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -
         for n, candidates in itertools.product((51, 5001), (1, 5)):
             seen = rank["traffic"]["sharded", n, candidates]
             gather = ("all_gather_into_tensor", n + 1)  # padded to two slices of equal size
-            judged = [("all_reduce", 4 * 4), *[gather] * candidates, ("all_reduce", 5 + candidates)]
+            judged = [("all_reduce", 4 * 4), *[gather] * candidates, ("all_reduce", 6 + candidates)]
             accepted = [("broadcast", 4), *[gather] * (candidates > 1), ("all_reduce", 1)]
             assert seen["between"] == BETWEEN
             assert seen["updates"] == [(True, judged + accepted)] * 3

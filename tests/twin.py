@@ -25,6 +25,11 @@ from tests.reference import ReferenceAccelerator, Vector
 HYSTERESIS = 0.8
 # Beyond it the first-order bound says nothing: then a result must only be finite and short enough.
 UNINFORMATIVE = 0.05
+TOO_FAR = (
+    Status.REJECTED_LOSS,
+    Status.REJECTED_SMALL_DECREASE,
+    Status.REJECTED_NON_FINITE_LOSS,
+)
 
 
 @dataclass(frozen=True)
@@ -314,6 +319,7 @@ class Drive:
             assert not report.accepted
             assert not report.replaced
             self._unchanged(own)
+        self._follow_look_ahead(status, best)
         if status is Status.REJECTED_NON_FINITE_HISTORY:
             self.points.points.clear()
             self.points.linked.clear()
@@ -542,6 +548,17 @@ class Drive:
             return {True, False}
         left, error = self._remaining([g - x for x, g in self.points.pairs()])
         return {left + error > 1, left - error > 1}
+
+    def _follow_look_ahead(self, status: Status, best: int) -> None:
+        """How far the next candidate goes on; the engine's word where rounding decides."""
+        assert self.engine._cycles is not None
+        found = self.engine._cycles._look_ahead.share
+        accepted, last = status is Status.ACCEPTED, len(self._lambdas()) - 1
+        tells = status in TOO_FAR or (accepted and best == last)
+        follows = reference.next_share(self.points.look_ahead_share, accepted=accepted)
+        allowed = {True: follows, False: self.points.look_ahead_share}
+        assert found in {allowed[drifts and tells] for drifts in self._may_look_ahead(last)}
+        self.points.look_ahead_share = found
 
     def _note_change(self, loss: float) -> None:
         if self.last is not None and math.isfinite(loss):

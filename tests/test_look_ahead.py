@@ -1,0 +1,126 @@
+"""A candidate on a drift goes on about as far as has paid off lately."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_stableaa import AndersonAccelerator, Status, StepReport
+from lightning_stableaa.look_ahead import LEAST, LONGER, SHORTER, LookAhead
+
+DRIFT = torch.tensor([[1.0, 0.1], [1.0, -0.1]])  # with some noise
+NOISE = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+BETTER, WORSE, UNKNOWN = 0.5, 2.0, float("nan")  # losses of candidates; before it is 1
+CYCLES = 10.0
+
+
+class Walk:
+    """A weight that goes the same two steps again and again, and losses that are given."""
+
+    def __init__(self, steps: Tensor = DRIFT, **options: Any) -> None:
+        self.steps = steps
+        self.x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.optimizer = torch.optim.SGD([self.x], lr=1.0)
+        self.options = {
+            "history_depth": 2,
+            "store_every_n_steps": 1,
+            "accelerate_every_n_steps": 2,
+            "look_ahead_cycles": CYCLES,
+            "lag_compensation": 0.0,
+            **options,
+        }
+        self.accelerator = AndersonAccelerator(self.optimizer, **self.options)
+
+    def extrapolate(self, after: float) -> tuple[StepReport, float]:
+        """Two steps, and by how much further than the newest point the candidate was."""
+        seen: list[Tensor] = []
+
+        def loss() -> Tensor:
+            seen.append(self.x.detach().clone())
+            return torch.tensor(1.0 if len(seen) == 1 else after)
+
+        report = StepReport(status=Status.NO_OPTIMIZER_STEP)
+        for step in self.steps:
+            self.x.grad = -step.double()
+            self.optimizer.step()
+            report = self.accelerator.step(loss)
+        newest, candidate = seen
+        return report, float(candidate[0] - newest[0])
+
+    def reaches(self, losses: Iterable[float]) -> list[float]:
+        return [self.extrapolate(after)[1] for after in losses]
+
+    def resumed(self) -> Walk:
+        """Another engine that goes on from a file."""
+        file = io.BytesIO()
+        torch.save(self.accelerator.state_dict(), file)
+        file.seek(0)
+        self.accelerator.detach()
+        self.accelerator = AndersonAccelerator(self.optimizer, **self.options)
+        self.accelerator.load_state_dict(torch.load(file, weights_only=True))
+        return self
+
+
+def cycles_of(reaches: list[float]) -> list[float]:
+    """In shares of the first."""
+    behind = 0.5  # a mixture of two points lies behind the newest one by half a step
+    return [(one + behind) / (reaches[0] + behind) for one in reaches]
+
+
+def test_it_goes_less_far_after_a_rejection_and_further_after_an_acceptance() -> None:
+    walk = Walk()
+    report, first = walk.extrapolate(WORSE)
+    assert first == pytest.approx(0.98 * CYCLES - 0.5, rel=0.02)
+    assert not report.looked_ahead
+    # an acceptance ends the history: the next attempt has two residuals again
+    reaches = [first, *walk.reaches([UNKNOWN, BETTER, BETTER, BETTER, WORSE])]
+    assert cycles_of(reaches) == pytest.approx([1, 0.6, 0.36, 0.504, 0.7056, 0.98784], rel=1e-3)
+
+
+def test_it_never_goes_further_than_it_may_nor_less_far_than_a_twentieth() -> None:
+    assert cycles_of(Walk().reaches([BETTER] * 4)) == pytest.approx([1] * 4, rel=1e-6)
+    *_, last = cycles_of(Walk().reaches([WORSE] * 9))
+    assert last == pytest.approx(LEAST, rel=1e-3)
+
+
+@pytest.mark.parametrize("accepted", [True, False])
+def test_the_share_stays_between_its_bounds(accepted: bool) -> None:
+    ahead = LookAhead(CYCLES)
+    shares = []
+    for _ in range(20):
+        ahead.note(accepted=accepted)
+        shares.append(ahead.share)
+    assert shares[-1] == (1.0 if accepted else LEAST)
+    assert ahead.cycles == CYCLES * shares[-1]
+    assert SHORTER < 1 < LONGER
+
+
+def test_noise_says_nothing_about_it() -> None:
+    walk = Walk(NOISE)
+    walk.reaches([WORSE] * 3)
+    assert walk.accelerator.state_dict()["look_ahead"] == 1.0
+
+
+def test_a_continuation_goes_as_far() -> None:
+    losses = [WORSE, BETTER, WORSE, WORSE, BETTER]
+    whole, broken = Walk(), Walk()
+    expected = whole.reaches(losses)
+    found = broken.reaches(losses[:3]) + broken.resumed().reaches(losses[3:])
+    assert found == expected
+
+
+def test_a_state_from_before_there_was_a_length_begins_with_the_longest() -> None:
+    walk = Walk()
+    walk.reaches([WORSE])
+    state = walk.accelerator.state_dict()
+    del state["look_ahead"]
+    other = AndersonAccelerator(walk.optimizer, **walk.options)
+    other.load_state_dict(state)
+    walk.accelerator.detach()
+    walk.accelerator = other
+    assert walk.reaches([WORSE])[0] == pytest.approx(0.98 * CYCLES - 0.5, rel=0.02)
