@@ -251,3 +251,21 @@ def test_recalibration_leaves_every_generator_alone(draw: Any) -> None:
     assert counters(callback)["accepted"] > 0
     for one, other in zip(plain.parameters(), recalibrated.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+class Unwilling(Regression):
+    """Likes every loss less than the one before."""
+
+    asked = 0
+
+    def anderson_loss(self, batch: Any) -> Tensor:
+        self.asked += 1
+        return torch.tensor(float(self.asked))
+
+
+def test_another_fit_looks_as_far_ahead_as_the_first_one_did() -> None:
+    module, callback = Unwilling(), anderson()
+    fit(module, batches(8, noise=1.0), callback, max_epochs=4)
+    assert callback.state_dict()["look_ahead"] < 1.0
+    fit(module, batches(8, noise=1.0), callback, max_steps=1, max_epochs=-1)
+    assert callback.state_dict()["look_ahead"] == 1.0
