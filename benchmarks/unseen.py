@@ -19,6 +19,7 @@ import argparse
 import functools
 import importlib
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -326,10 +327,16 @@ def figures(report: Any) -> dict[str, Any]:
     return {
         "steps": curves["plain"][report["seeds"][0]].gradients[-1],
         "plain": statistics.median(ends),
-        **{name: (statistics.median(ratio), max(ratio)) for name, ratio in ratios.items()},
+        **{name: _median_and_worst(ratio) for name, ratio in ratios.items()},
         "accepted": f"{of_anderson['accepted']} of {of_anderson['attempted']}",
         "verdict": report["verdict"][0],
     }
+
+
+def _median_and_worst(ratios: list[float]) -> tuple[float | None, ...]:
+    """``None`` is never."""
+    found = (statistics.median(ratios), max(ratios))
+    return tuple(one if math.isfinite(one) else None for one in found)
 
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:
@@ -337,15 +344,7 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
     rows = [["problem", *(name for name in next(iter(found.values())) if name != "verdict")]]
     rows.append(["---"] * len(rows[0]))
     for name, row in found.items():
-        cells = [
-            f"{value[0]:.2f} ({value[1]:.2f})"
-            if isinstance(value, tuple)
-            else f"{value:.3g}"
-            if isinstance(value, float)
-            else str(value)
-            for key, value in row.items()
-            if key != "verdict"
-        ]
+        cells = [_cell(value) for key, value in row.items() if key != "verdict"]
         rows.append([name, *cells])
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
     verdicts = [f"- {name}: {row['verdict']}" for name, row in found.items()]
@@ -361,6 +360,15 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
             "",
         ]
     )
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, tuple):
+        median, worst = ("never" if one is None else f"{one:.2f}" for one in value)
+        return f"{median} ({worst})"
+    return str(value)
 
 
 def main(words: Sequence[str] | None = None) -> None:
