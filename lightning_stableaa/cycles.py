@@ -200,7 +200,7 @@ class Cycles:
             self.has_evaluation_weights = shows and state["evaluation"] is not None
             if state.get("payoff"):
                 self._payoff.load_state_dict(state["payoff"])
-            self._look_ahead.share = float(state.get("look_ahead", 1.0))
+            self._look_ahead.load_state_dict(state.get("look_ahead") or {})
             if state.get("disturbed"):
                 self._agreement.note(Status.WEIGHTS_CHANGED)
         return different
@@ -212,7 +212,7 @@ class Cycles:
         return vectors | {
             "disturbed": self._agreement.disturbed,
             "payoff": self._payoff.state_dict(),
-            "look_ahead": self._look_ahead.share,
+            "look_ahead": self._look_ahead.state_dict(),
         }
 
     def _restart(self) -> None:

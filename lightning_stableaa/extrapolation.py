@@ -75,6 +75,8 @@ def extrapolate(
         payoff: of earlier candidates; takes note of what came of the last one.
         look_ahead: how far they go on along a drift; takes note of what becomes of this one.
     """
+    # a tensor is waited for with everything else, and told the next candidate
+    known_of_sample = judge is not None and judge.of_sample is True
     proposal = propose(
         points.gram(),
         points.history.linked,
@@ -82,7 +84,7 @@ def extrapolate(
         relaxation=options.relaxation,
         max_extrapolation=options.max_extrapolation,
         lag_compensation=options.lag_compensation,
-        look_ahead_cycles=0.0 if judge is None else look_ahead.cycles,
+        look_ahead_cycles=(0.0 if judge is None else look_ahead.cycles(of_sample=known_of_sample)),
     )
     losses = [] if judge is None else _losses(points, proposal.jumps, judge)
     of_sample = judge is not None and judge.of_sample
@@ -116,7 +118,8 @@ def extrapolate(
     payoff.begin(candidate=accepted and replaces)
     is_last = best == len(known.lambdas) - 1
     drifts = judge is not None and options.look_ahead_cycles > 0 and known.remaining > 1
-    if drifts and (status in TOO_FAR or (accepted and is_last)):
+    look_ahead.of_sample = known.of_sample
+    if drifts and known.of_sample and (status in TOO_FAR or (accepted and is_last)):
         look_ahead.note(accepted=accepted)
     return Extrapolation(
         status=status,

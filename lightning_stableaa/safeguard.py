@@ -31,7 +31,9 @@ class Judge(ABC):
 
     @property
     def of_sample(self) -> bool | Tensor:  # or (), not waited for
-        """Whether others would be asked at another step; known after the first call.
+        """Whether others would be asked at another step.
+
+        Known after the first call; true before it where that is certain.
 
         It counts where any rank says so. Where the loss is the same function of the weights from
         step to step, a decrease is one of what is minimised; of a sample it may be that of the

@@ -31,7 +31,7 @@ NOTHING: dict[str, Any] = {
     "evaluation": None,
     "disturbed": False,
     "payoff": None,
-    "look_ahead": 1.0,
+    "look_ahead": None,
 }
 
 

@@ -17,9 +17,9 @@ Equations are numbered as in docs/method.md:
         not while earlier ones gained less than none
     (7) gains: 2 (loss(x') - loss(x)) / (|loss(x)| + |loss(x')|) from one extrapolation to the next,
         means that forget a twentieth at each, of at least 2.5 with a candidate and without
-    (8) where rho > 1, ``look_ahead_cycles`` counts for 1.4 times as much, at most all, after a
-        candidate of the last lambda, and for 0.6 times as much, at least a twentieth, where the
-        loss was too large or not finite
+    (8) ``look_ahead_cycles`` counts for one half; of the loss of a sample for 1.4 times as much as
+        before, at most all, after a candidate of the last lambda with rho > 1, and for 0.6 times as
+        much, at least a twentieth, where that had too large a loss or none
 """
 
 from __future__ import annotations
@@ -133,6 +133,7 @@ class ReferenceAccelerator:
     lag_compensation: float = 0.75
     look_ahead_cycles: float = 40.0
     look_ahead_share: float = 1.0
+    of_sample: bool = False  # is the loss that of samples?
     sufficient_decrease: float | None = None
     points: list[Vector] = field(default_factory=list)
     linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
@@ -181,7 +182,12 @@ class ReferenceAccelerator:
         self.decisions.append(accepted)
         left = remaining(residuals, mixing_weights(residuals, self.lambdas(residuals)[0]))
         too_far = not accepted and not self.waited
-        if loss is not None and left > 1 and (too_far or (accepted and best is candidates[-1])):
+        if (
+            loss is not None
+            and self.of_sample
+            and left > 1
+            and (too_far or (accepted and best is candidates[-1]))
+        ):
             self.look_ahead_share = next_share(self.look_ahead_share, accepted=accepted)
         if not accepted:
             return x
@@ -218,7 +224,8 @@ class ReferenceAccelerator:
         if look_ahead:
             alpha, theta = found[-1]
             drift = min(1.0, max(0.0, left - 1.0)) / max(1.0, float(np.linalg.norm(alpha)))
-            cycles = self.look_ahead_cycles * self.look_ahead_share
+            share = self.look_ahead_share if self.of_sample else 0.5
+            cycles = self.look_ahead_cycles * share
             found[-1] = alpha, theta + cycles * drift
         return found
 

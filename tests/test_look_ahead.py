@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lightning_stableaa import AndersonAccelerator, Status, StepReport
 from lightning_stableaa.look_ahead import LEAST, LONGER, SHORTER, LookAhead
+from lightning_stableaa.safeguard import WholeLoss
+from tests.judges import OfSample
 
 DRIFT = torch.tensor([[1.0, 0.1], [1.0, -0.1]])  # with some noise
 NOISE = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
@@ -22,8 +24,9 @@ CYCLES = 10.0
 class Walk:
     """A weight that goes the same two steps again and again, and losses that are given."""
 
-    def __init__(self, steps: Tensor = DRIFT, **options: Any) -> None:
+    def __init__(self, steps: Tensor = DRIFT, judge: Any = OfSample, **options: Any) -> None:
         self.steps = steps
+        self.judge = judge
         self.x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
         self.optimizer = torch.optim.SGD([self.x], lr=1.0)
         self.options = {
@@ -48,7 +51,7 @@ class Walk:
         for step in self.steps:
             self.x.grad = -step.double()
             self.optimizer.step()
-            report = self.accelerator.step(loss)
+            report = self.accelerator.step(self.judge(loss))
         newest, candidate = seen
         return report, float(candidate[0] - newest[0])
 
@@ -96,14 +99,37 @@ def test_the_share_stays_between_its_bounds(accepted: bool) -> None:
         ahead.note(accepted=accepted)
         shares.append(ahead.share)
     assert shares[-1] == (1.0 if accepted else LEAST)
-    assert ahead.cycles == CYCLES * shares[-1]
+    assert ahead.cycles(of_sample=True) == CYCLES * shares[-1]
     assert SHORTER < 1 < LONGER
 
 
 def test_noise_says_nothing_about_it() -> None:
     walk = Walk(NOISE)
     walk.reaches([WORSE] * 3)
-    assert walk.accelerator.state_dict()["look_ahead"] == 1.0
+    assert walk.accelerator.state_dict()["look_ahead"]["share"] == 1.0
+
+
+def test_where_the_loss_is_the_whole_it_is_half_as_far_whatever_happens() -> None:
+    reaches = Walk(judge=WholeLoss).reaches([WORSE, BETTER, WORSE, WORSE])
+    assert reaches == pytest.approx([0.98 * CYCLES / 2 - 0.5] * 4, rel=0.02)
+
+
+class KnownLater(OfSample):
+    """Says so after the first loss alone, as a watch of batches does."""
+
+    def __call__(self) -> Tensor:
+        self.told = True
+        return super().__call__()
+
+    @property
+    def of_sample(self) -> bool:
+        return getattr(self, "told", False)
+
+
+def test_what_is_known_late_counts_from_the_next_candidate_on() -> None:
+    first, *others = Walk(judge=KnownLater).reaches([BETTER] * 3)
+    assert first == pytest.approx(0.98 * CYCLES / 2 - 0.5, rel=0.02)
+    assert others == pytest.approx([0.98 * CYCLES - 0.5] * 2, rel=0.02)
 
 
 def test_a_continuation_goes_as_far() -> None:

@@ -554,7 +554,7 @@ class Drive:
         assert self.engine._cycles is not None
         found = self.engine._cycles._look_ahead.share
         accepted, last = status is Status.ACCEPTED, len(self._lambdas()) - 1
-        tells = status in TOO_FAR or (accepted and best == last)
+        tells = self.points.of_sample and (status in TOO_FAR or (accepted and best == last))
         follows = reference.next_share(self.points.look_ahead_share, accepted=accepted)
         allowed = {True: follows, False: self.points.look_ahead_share}
         assert found in {allowed[drifts and tells] for drifts in self._may_look_ahead(last)}

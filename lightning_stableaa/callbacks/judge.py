@@ -141,6 +141,8 @@ class BatchLoss(Judge):
         As far as loaders tell, or the batches of the last three extrapolations: those of the first
         process, whose state a checkpoint has.
         """
+        if self._undo is None:  # nobody was asked yet
+            return trains_on_mini_batches(self._trainer)
         return self._of_sample
 
     @property

@@ -266,6 +266,6 @@ class Unwilling(Regression):
 def test_another_fit_looks_as_far_ahead_as_the_first_one_did() -> None:
     module, callback = Unwilling(), anderson()
     fit(module, batches(8, noise=1.0), callback, max_epochs=4)
-    assert callback.state_dict()["look_ahead"] < 1.0
+    assert callback.state_dict()["look_ahead"]["share"] < 1.0
     fit(module, batches(8, noise=1.0), callback, max_steps=1, max_epochs=-1)
-    assert callback.state_dict()["look_ahead"] == 1.0
+    assert callback.state_dict()["look_ahead"]["share"] == 1.0
