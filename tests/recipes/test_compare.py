@@ -57,6 +57,7 @@ def test_every_variant_runs_and_pays_for_what_it_evaluates(plan: MakePlan) -> No
         "callbacks.anderson.accelerate_every_n_steps=10",
         "callbacks.anderson.regularization=1e-6",
         "callbacks.anderson.sufficient_decrease=0",
+        "callbacks.anderson.monitor=null",
         variants=f"lbfgs,anderson_smoothing,smoothing,lookahead,schedule_free,plain@3x{AVERAGES}",
     )
     runs = run_here(made)
