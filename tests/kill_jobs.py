@@ -123,8 +123,8 @@ def run(folder: str, case: str, death: Death | None, resume: bool) -> None:
         path, "{step}", every_n_train_steps=SAVE_EVERY, save_top_k=1, monitor=None, save_last=True
     )
     options = {"store_every_n_steps": 3, "accelerate_every_n_steps": 3, "history_depth": 4}
-    # a run resumed between an epoch's last step and its validation does not make that up, and so has
-    # nothing of which to remember the best (docs/checkpoints.md)
+    # a run resumed between an epoch's last step and its validation never makes that validation
+    # (docs/checkpoints.md)
     callback = anderson(monitor=None, **options | setting.get("options", {}))
     smoothing = setting.get("smoothing")
     module = Model(setting.get("optimizer", "sgd"), death)
