@@ -129,6 +129,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         losses=draw(LOSSES),
         with_loss=draw(BOOLEANS),
         seed=draw(SEEDS),
+        of_sample=draw(BOOLEANS),
     )
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
 from lightning_stableaa.options import Options
 from tests import reference
+from tests.judges import OfSample
 from tests.reference import ReferenceAccelerator, Vector
 
 HYSTERESIS = 0.8
@@ -45,6 +46,7 @@ class Scenario:
     losses: str
     with_loss: bool  # is a loss given where the safeguard does not need one?
     seed: int
+    of_sample: bool = False  # are the losses those of samples?
 
 
 @dataclass
@@ -189,6 +191,7 @@ class Drive:
             "regularization": options.regularization_grid,
             "lag_compensation": options.lag_compensation,
             "look_ahead_cycles": options.look_ahead_cycles,
+            "of_sample": self.scenario.of_sample,
         }
         self.points = ReferenceAccelerator(**settings)
         self.momenta = ReferenceAccelerator(**settings)
@@ -346,7 +349,7 @@ class Drive:
             return Status.REJECTED_NON_FINITE_LOSS, best, False
         if not after[best] < before:
             return Status.REJECTED_LOSS, best, False
-        asked = (self.options.sufficient_decrease or 0.0) * self._checked_noisiness(report)
+        asked = self._least_decrease() * self._checked_noisiness(report)
         replaces = replaces and after[best] < before - asked * abs(before)
         if self.options.apply_to == "training" and not replaces:
             return Status.REJECTED_SMALL_DECREASE, best, False
@@ -565,11 +568,16 @@ class Drive:
             self.changes.append((*self.last, loss))
         self.last = (False, loss) if math.isfinite(loss) else None
 
+    def _least_decrease(self) -> float:
+        if self.options.sufficient_decrease is None:
+            return 0.1 if self.scenario.of_sample else 0.0
+        return float(self.options.sufficient_decrease)
+
     def _waits(self, report: StepReport) -> bool:
         """Whether earlier candidates did not pay off; the engine's word where rounding decides."""
         noisiness = report.noisiness
         assert noisiness is not None
-        if not self.options.sufficient_decrease or noisiness < 0.5:
+        if not self._least_decrease() or noisiness < 0.5:
             return False
         known = reference.gains(self.changes)
         if known is None:
@@ -629,7 +637,8 @@ class Drive:
         guarded = self.options.safeguard == "loss"
         try:
             if guarded or self.scenario.with_loss:
-                return self.engine.step(self._loss)
+                judge = OfSample(self._loss) if self.scenario.of_sample else self._loss
+                return self.engine.step(judge)
             return self.engine.step()
         except JudgeError:
             self._unchanged(self.seen[0])

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
 # In the names of metrics of which less is better.
 LESS_IS_BETTER = r"loss|error|mse|mae|l2|nll|perplexity"
 
@@ -54,6 +56,11 @@ class BestValidation:
         logged = trainer.callback_metrics
         new = {name: value for name, value in logged.items() if value is not before.get(name)}
         name, mode = choose_metric(trainer, new) if monitor == "auto" else (monitor, mode)
+        if monitor != "auto" and monitor not in logged:
+            rank_zero_warn(
+                f"monitor={monitor}: validation does not log it, and has no say until it does; "
+                f"choose one of {', '.join(sorted(new)) or 'those that it logs'}, 'auto' or None"
+            )
         if name is not None and name in new:
             self._take(name, float(new[name]) if mode == "min" else -float(new[name]))
         self.got_worse = trainer.strategy.broadcast(self.got_worse)

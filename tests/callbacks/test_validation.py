@@ -107,7 +107,8 @@ def test_a_metric_can_be_named() -> None:
     more = [-one for one in VALUES]
     assert waiting(scripted(more, "val/top1"), monitor="val/top1", monitor_mode="max") == WAITING
     assert WAITS not in said(scripted(logged="val/top1"))
-    assert WAITS not in said(scripted(), monitor="val/mse")
+    with pytest.warns(UserWarning, match=r"monitor=val/mse: .*one of val/loss, 'auto' or None"):
+        assert WAITS not in said(scripted(), monitor="val/mse")
 
 
 def test_what_this_validation_did_not_log_says_nothing() -> None:

@@ -211,6 +211,21 @@ def test_own_module_becomes_a_report(
 OWN_MODULE = "tests.recipes.own_module"
 
 
+def own(module: str, folder: Path, *, data: str = "Data", seeds: int, epochs: int) -> list[str]:
+    """Options of a comparison of a module that is no recipe, in this process."""
+    return [
+        "recipe=_own",
+        f"compare.module={OWN_MODULE}.{module}",
+        f"compare.datamodule={OWN_MODULE}.{data}",
+        "compare.metric=val/loss",
+        f"compare.folder={folder}",
+        "compare.variants=[anderson]",
+        f"compare.seeds={seeds}",
+        "compare.jobs=0",
+        f"trainer.max_epochs={epochs}",
+    ]
+
+
 @pytest.mark.parametrize(
     ("module", "data", "sentence"),
     [
@@ -225,17 +240,7 @@ def test_what_plain_cannot_do_ends_the_comparison(
     module: str, data: str, sentence: str, plan: MakePlan, tmp_path: Path
 ) -> None:
     (tmp_path / "table.md").write_text("of an earlier comparison")
-    options = [
-        "recipe=_own",
-        f"compare.module={OWN_MODULE}.{module}",
-        f"compare.datamodule={OWN_MODULE}.{data}",
-        "compare.metric=val/loss",
-        f"compare.folder={tmp_path}",
-        "compare.variants=[anderson]",
-        "compare.seeds=2",
-        "compare.jobs=0",
-        "trainer.max_epochs=1",
-    ]
+    options = own(module, tmp_path, data=data, seeds=2, epochs=1)
     with pytest.raises(UserError, match=sentence):
         compare(hydra.compose("compare", options), options, "own")
     assert (tmp_path / "table.md").read_text() == "of an earlier comparison"
@@ -243,17 +248,7 @@ def test_what_plain_cannot_do_ends_the_comparison(
 
 
 def test_a_metric_that_is_not_finite_is_called_so(plan: MakePlan, tmp_path: Path) -> None:
-    options = [
-        "recipe=_own",
-        f"compare.module={OWN_MODULE}.Diverges",
-        f"compare.datamodule={OWN_MODULE}.Data",
-        "compare.metric=val/loss",
-        f"compare.folder={tmp_path}",
-        "compare.variants=[anderson]",
-        "compare.seeds=1",
-        "compare.jobs=0",
-        "trainer.max_epochs=1",
-    ]
+    options = own("Diverges", tmp_path, seeds=1, epochs=1)
     summary = compare(hydra.compose("compare", options), options, "own")
     assert verdict(summary) == [
         "anderson: val/loss did not end in a finite number in any seed finished by both it and "
@@ -263,17 +258,7 @@ def test_a_metric_that_is_not_finite_is_called_so(plan: MakePlan, tmp_path: Path
 
 
 def test_a_metric_counts_where_validation_logs_it(plan: MakePlan, tmp_path: Path) -> None:
-    options = [
-        "recipe=_own",
-        f"compare.module={OWN_MODULE}.LogsNowAndThen",
-        f"compare.datamodule={OWN_MODULE}.Data",
-        "compare.metric=val/loss",
-        f"compare.folder={tmp_path}",
-        "compare.variants=[anderson]",
-        "compare.seeds=1",
-        "compare.jobs=0",
-        "trainer.max_epochs=6",
-    ]
+    options = own("LogsNowAndThen", tmp_path, seeds=1, epochs=6)
     compare(hydra.compose("compare", options), options, "own")
     curve = json.loads((tmp_path / "results.json").read_text())["runs"][0]["curve"]
     assert curve["values"] == [0.0, 2.0, 4.0]
