@@ -2,7 +2,7 @@
 
     pip install scikit-learn
     python -m benchmarks.unseen FOLDER                        # all of them, five seeds
-    python -m benchmarks.unseen FOLDER --only Waves --seeds 2
+    python -m benchmarks.unseen FOLDER --only Waves --seeds [5,6]
 
 Each is a LightningModule as users have them, compared by ``stableaa-compare compare.module=...``
 with ``AndersonCallback()`` as it is. The tables are those that come with scikit-learn, of which a
@@ -285,7 +285,7 @@ PROBLEMS = [
 ]
 
 
-def compare(problem: Problem, folder: Path, *, seeds: int, jobs: int, epochs: int | None) -> Any:
+def compare(problem: Problem, folder: Path, *, seeds: str, jobs: int, epochs: int | None) -> Any:
     """What ``stableaa-compare`` wrote about a problem, in ``folder``."""
     name = problem.module.__name__
     command = [
@@ -375,7 +375,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Compare, and write the table."""
     parser = argparse.ArgumentParser(description="AndersonCallback on problems it was not made on")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", default="5", help="how many, or a list")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--epochs", type=int, help="of every problem, in place of its own")
     names = [one.module.__name__ for one in PROBLEMS]

@@ -67,8 +67,9 @@ class AndersonAccelerator:
             mixed residual. 0 is textbook Anderson acceleration; see ``docs/method.md``.
         look_ahead_cycles: with a safeguard, the candidate of the last lambda goes on by up to so
             many cycles where residuals are a steady drift, by less or not at all where they are
-            not. Of the loss of a sample, by less after one that did not lower the loss, and by
-            more again after one that did; of any other, by half as many.
+            not, and never by more than were trained so far. Of the loss of a sample, by less after
+            one that did not lower the loss, and by more again after one that did; of any other, by
+            half as many.
         regularization: lambda >= 0, relative to the mean squared residual norm; one value, or a
             grid from which the safeguard takes the best candidate, at a loss more for each.
             ``None``: one value by the noise of the residuals, 3e-2 where they have some.

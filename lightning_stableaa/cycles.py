@@ -137,9 +137,10 @@ class Cycles:
             self._restart()
             return Closing(disturbance=disturbance)
         self._store()
+        self._look_ahead.note_cycle()
         found = None
         if due and self.points.history.residual_count >= 2:
-            found = self._extrapolate(judge)
+            found = self._leave_out() if self._is_held(judge) else self._extrapolate(judge)
             disturbance = found.disturbance
         elif self.smoother is None and not self._agreement.alone:
             disturbance = self._agreement.reach()
@@ -266,6 +267,20 @@ class Cycles:
         if found.jump is not None:
             self._take(found.jump, replaces=found.replaces)
         return found
+
+    def _is_held(self, judge: Judge | None) -> bool:
+        """No candidate could enter training, and nobody looks at them otherwise.
+
+        Equal on all ranks, which know of the last judge whether it was a sample, not of the next.
+        """
+        held = judge is not None and judge.validation_got_worse and self._look_ahead.of_sample
+        return held and self._options.apply_to == "training"
+
+    def _leave_out(self) -> Extrapolation:
+        """Of several ranks, all hear of what happened to one; a collective call."""
+        self._payoff.forget_last()
+        disturbance = None if self._agreement.alone else self._agreement.reach()
+        return Extrapolation(status=disturbance or Status.REJECTED_BY_VALIDATION)
 
     def _take(self, jump: Tensor, *, replaces: bool) -> None:
         """Put the accepted candidate where ``apply_to`` wants it."""

@@ -31,17 +31,17 @@ class Extrapolation:
     """The decision, and what it was based on; see :class:`StepReport` for the numbers."""
 
     status: Status
-    jump: Tensor | None  # (q,), of the accepted candidate, equal on all ranks
-    replaces: bool  # the accepted candidate takes the place of the weights of training
-    residual_norm: float
-    jump_norm: float
-    condition: float
-    regularization: float | None
-    looked_ahead: bool
-    noisiness: float
-    loss_before: float | None
-    loss_after: float | None
-    loss_evaluations: int
+    jump: Tensor | None = None  # (q,), of the accepted candidate, equal on all ranks
+    replaces: bool = False  # the accepted candidate takes the place of the weights of training
+    residual_norm: float | None = None
+    jump_norm: float | None = None
+    condition: float | None = None
+    regularization: float | None = None
+    looked_ahead: bool = False
+    noisiness: float | None = None
+    loss_before: float | None = None
+    loss_after: float | None = None
+    loss_evaluations: int = 0
 
     @property
     def accepted(self) -> bool:

@@ -16,15 +16,16 @@ OF_WHOLE = 0.5
 class LookAhead:
     """A length that grows with success and shrinks with failure, as in a trust region.
 
-    Where the loss is that of samples; a fixed one elsewhere. Of all ranks that make the same
-    decisions, all have the same.
+    Where the loss is that of samples; a fixed one elsewhere. Neither is longer than training has
+    come so far. Of all ranks that make the same decisions, all have the same.
 
     Args:
-        longest: in cycles; also that of the first candidate of a sample.
+        longest: in cycles.
     """
 
     def __init__(self, longest: float) -> None:
         self._longest = longest
+        self.trained = 0  # cycles so far
         self.share = 1.0  # of the longest, where a sample judges
         self.of_sample = False  # did one judge the last candidate?
 
@@ -34,7 +35,12 @@ class LookAhead:
         Args:
             of_sample: it is known already that a sample judges.
         """
-        return self._longest * (self.share if of_sample or self.of_sample else OF_WHOLE)
+        share = self.share if of_sample or self.of_sample else OF_WHOLE
+        return min(self._longest * share, self.trained)
+
+    def note_cycle(self) -> None:
+        """Training has come further by one."""
+        self.trained += 1
 
     def note(self, *, accepted: bool) -> None:
         """What became of a candidate that went on along a drift, and that a sample judged."""
@@ -43,9 +49,10 @@ class LookAhead:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
-        return {"share": self.share, "of_sample": self.of_sample}
+        return {"trained": self.trained, "share": self.share, "of_sample": self.of_sample}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned; an empty one is that of the beginning."""
+        self.trained = int(state.get("trained", 0))
         self.share = float(state.get("share", 1.0))
         self.of_sample = bool(state.get("of_sample", False))

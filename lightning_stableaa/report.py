@@ -14,7 +14,7 @@ class StepReport:
     Attributes:
         status: why; ``status.remedy`` names the option to turn.
         stored: a point entered the history.
-        attempted: candidates were formed.
+        attempted: an extrapolation was due: candidates were formed, or validation kept them out.
         accepted: a candidate passed the safeguard.
         replaced: the accepted candidate replaced the weights of training.
         residual_norm: sqrt(tr(K)/m), the root of the mean squared residual norm, in units of the

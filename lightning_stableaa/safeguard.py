@@ -45,7 +45,8 @@ class Judge(ABC):
     def validation_got_worse(self) -> bool:
         """Whether validation is worse than at its best; equal on all ranks.
 
-        Then candidates that a sample lets into training would take it further into overfitting.
+        Then candidates that a sample lets into training would take it further into overfitting,
+        and none are formed where they are for training alone.
         """
         return False
 

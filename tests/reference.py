@@ -19,7 +19,8 @@ Equations are numbered as in docs/method.md:
         means that forget a twentieth at each, of at least 2.5 with a candidate and without
     (8) ``look_ahead_cycles`` counts for one half; of the loss of a sample for 1.4 times as much as
         before, at most all, after a candidate of the last lambda with rho > 1, and for 0.6 times as
-        much, at least a twentieth, where that had too large a loss or none
+        much, at least a twentieth, where that had too large a loss or none; for as many cycles as
+        were trained so far at most
 """
 
 from __future__ import annotations
@@ -133,6 +134,7 @@ class ReferenceAccelerator:
     lag_compensation: float = 0.75
     look_ahead_cycles: float = 40.0
     look_ahead_share: float = 1.0
+    trained: int = 0  # cycles
     of_sample: bool = False  # is the loss that of samples?
     sufficient_decrease: float | None = None
     points: list[Vector] = field(default_factory=list)
@@ -166,6 +168,7 @@ class ReferenceAccelerator:
             return x
         self.cycle = 0
         self.add(x, linked=True)
+        self.trained += 1
         if self.since_attempt < self.accelerate_every_n_steps or self.steps < self.warmup_steps:
             return x
         pairs = self.pairs()
@@ -225,7 +228,7 @@ class ReferenceAccelerator:
             alpha, theta = found[-1]
             drift = min(1.0, max(0.0, left - 1.0)) / max(1.0, float(np.linalg.norm(alpha)))
             share = self.look_ahead_share if self.of_sample else 0.5
-            cycles = self.look_ahead_cycles * share
+            cycles = min(self.look_ahead_cycles * share, self.trained)
             found[-1] = alpha, theta + cycles * drift
         return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -24,7 +24,9 @@ CYCLES = 10.0
 class Walk:
     """A weight that goes the same two steps again and again, and losses that are given."""
 
-    def __init__(self, steps: Tensor = DRIFT, judge: Any = OfSample, **options: Any) -> None:
+    def __init__(
+        self, steps: Tensor = DRIFT, judge: Any = OfSample, *, trained: int = 20, **options: Any
+    ) -> None:
         self.steps = steps
         self.judge = judge
         self.x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
@@ -35,9 +37,12 @@ class Walk:
             "accelerate_every_n_steps": 2,
             "look_ahead_cycles": CYCLES,
             "lag_compensation": 0.0,
+            "warmup_steps": trained + len(steps),
             **options,
         }
         self.accelerator = AndersonAccelerator(self.optimizer, **self.options)
+        for step in self.steps.repeat(trained // len(steps), 1):
+            self._step(step, lambda: torch.tensor(1.0))
 
     def extrapolate(self, after: float) -> tuple[StepReport, float]:
         """Two steps, and by how much further than the newest point the candidate was."""
@@ -49,11 +54,14 @@ class Walk:
 
         report = StepReport(status=Status.NO_OPTIMIZER_STEP)
         for step in self.steps:
-            self.x.grad = -step.double()
-            self.optimizer.step()
-            report = self.accelerator.step(self.judge(loss))
+            report = self._step(step, loss)
         newest, candidate = seen
         return report, float(candidate[0] - newest[0])
+
+    def _step(self, step: Tensor, loss: Callable[[], Tensor]) -> StepReport:
+        self.x.grad = -step.double()
+        self.optimizer.step()
+        return self.accelerator.step(self.judge(loss))
 
     def reaches(self, losses: Iterable[float]) -> list[float]:
         return [self.extrapolate(after)[1] for after in losses]
@@ -99,6 +107,9 @@ def test_the_share_stays_between_its_bounds(accepted: bool) -> None:
         ahead.note(accepted=accepted)
         shares.append(ahead.share)
     assert shares[-1] == (1.0 if accepted else LEAST)
+    assert ahead.cycles(of_sample=True) == 0
+    for _ in range(int(CYCLES)):
+        ahead.note_cycle()
     assert ahead.cycles(of_sample=True) == CYCLES * shares[-1]
     assert SHORTER < 1 < LONGER
 
@@ -112,6 +123,14 @@ def test_noise_says_nothing_about_it() -> None:
 def test_where_the_loss_is_the_whole_it_is_half_as_far_whatever_happens() -> None:
     reaches = Walk(judge=WholeLoss).reaches([WORSE, BETTER, WORSE, WORSE])
     assert reaches == pytest.approx([0.98 * CYCLES / 2 - 0.5] * 4, rel=0.02)
+
+
+@pytest.mark.parametrize("judge", [OfSample, WholeLoss])
+def test_it_never_goes_further_than_training_has_come(judge: Any) -> None:
+    reaches = Walk(judge=judge, trained=0, look_ahead_cycles=8.0).reaches([BETTER] * 6)
+    most = 8.0 if judge is OfSample else 4.0
+    cycles = [min(trained, most) for trained in (2, 4, 6, 8, 10, 12)]
+    assert reaches == pytest.approx([0.98 * one - 0.5 for one in cycles], rel=0.02)
 
 
 class KnownLater(OfSample):
@@ -132,15 +151,16 @@ def test_what_is_known_late_counts_from_the_next_candidate_on() -> None:
     assert others == pytest.approx([0.98 * CYCLES - 0.5] * 2, rel=0.02)
 
 
-def test_a_continuation_goes_as_far() -> None:
+@pytest.mark.parametrize("trained", [0, 20])
+def test_a_continuation_goes_as_far(trained: int) -> None:
     losses = [WORSE, BETTER, WORSE, WORSE, BETTER]
-    whole, broken = Walk(), Walk()
+    whole, broken = Walk(trained=trained), Walk(trained=trained)
     expected = whole.reaches(losses)
     found = broken.reaches(losses[:3]) + broken.resumed().reaches(losses[3:])
     assert found == expected
 
 
-def test_a_state_from_before_there_was_a_length_begins_with_the_longest() -> None:
+def test_a_state_from_before_there_was_a_length_begins_anew() -> None:
     walk = Walk()
     walk.reaches([WORSE])
     state = walk.accelerator.state_dict()
@@ -149,4 +169,4 @@ def test_a_state_from_before_there_was_a_length_begins_with_the_longest() -> Non
     other.load_state_dict(state)
     walk.accelerator.detach()
     walk.accelerator = other
-    assert walk.reaches([WORSE])[0] == pytest.approx(0.98 * CYCLES - 0.5, rel=0.02)
+    assert walk.reaches([WORSE])[0] == pytest.approx(0.98 * len(walk.steps) - 0.5, rel=0.02)

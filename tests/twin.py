@@ -278,6 +278,7 @@ class Drive:
                 own = newest = self._rounded(newest)  # written over the weights
                 self.evaluation = None
         self._push(newest, momentum, linked=self.chained)
+        self.points.trained += 1
         self.chained = True
         return own
 
