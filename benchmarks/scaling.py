@@ -82,7 +82,7 @@ def messages(
     gram = Message("all_reduce", differences**2, 8 * differences**2)
     # what a rank noted, norm, noisiness and rest of the residuals, whether losses are those of
     # samples, and with a judge the losses
-    numbers = 6 + candidates if candidates else 5
+    numbers = 7 + candidates if candidates else 6
     decision = Message("all_reduce", numbers, 8 * numbers)
     jump = Message("broadcast", differences, 8 * differences)
     finite = Message("all_reduce", 1, 4)

@@ -140,7 +140,9 @@ class Cycles:
         self._look_ahead.note_cycle()
         found = None
         if due and self.points.history.residual_count >= 2:
-            found = self._leave_out() if self._is_held(judge) else self._extrapolate(judge)
+            in_vain = judge is not None and judge.asked_in_vain
+            leave_out = in_vain and self._options.apply_to == "training"
+            found = self._leave_out() if leave_out else self._extrapolate(judge)
             disturbance = found.disturbance
         elif self.smoother is None and not self._agreement.alone:
             disturbance = self._agreement.reach()
@@ -267,14 +269,6 @@ class Cycles:
         if found.jump is not None:
             self._take(found.jump, replaces=found.replaces)
         return found
-
-    def _is_held(self, judge: Judge | None) -> bool:
-        """No candidate could enter training, and nobody looks at them otherwise.
-
-        Equal on all ranks, which know of the last judge whether it was a sample, not of the next.
-        """
-        held = judge is not None and judge.validation_got_worse and self._look_ahead.of_sample
-        return held and self._options.apply_to == "training"
 
     def _leave_out(self) -> Extrapolation:
         """Of several ranks, all hear of what happened to one; a collective call."""

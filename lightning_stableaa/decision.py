@@ -20,6 +20,7 @@ class Known(NamedTuple):
     residual_norm: float
     noisiness: float
     of_sample: bool  # the losses are those of samples of many
+    asks_again: bool  # others have to confirm them, on some rank
     loss_before: float | None  # None without a judge
     losses_after: list[float]
     remaining: float

@@ -88,7 +88,9 @@ def extrapolate(
     )
     losses = [] if judge is None else _losses(points, proposal.jumps, judge)
     of_sample = judge is not None and judge.of_sample
-    known = _read_back(proposal, _shared(points, proposal, of_sample, losses, agreement))
+    confirming = judge.confirming() if judge is not None else None
+    flags = of_sample, confirming is not None
+    known = _read_back(proposal, _shared(points, proposal, flags, losses, agreement))
     disturbance = agreement.settle(known.noted * points.communicator.world_size)
 
     best = known.best
@@ -100,9 +102,9 @@ def extrapolate(
     decision = decide(known, options, payoff, held=held)
     status, replaces = Decision(disturbance) if disturbance else decision
     formed = len(losses) - 2  # the candidate that was judged last
-    confirming = judge.confirming() if judge is not None and replaces else None
-    if confirming is not None:
-        losses += (again := _losses(points, proposal.jumps[best : best + 1], confirming))
+    if judge is not None and replaces and known.asks_again:
+        again = _losses(points, proposal.jumps[best : best + 1], confirming or judge)
+        losses += again
         before, after = _mean(points, torch.stack(again)).tolist()
         status, replaces = decide_by_losses(before, after, known, options)
         formed = best
@@ -155,14 +157,14 @@ def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Te
 def _shared(
     points: PointStore,
     proposal: Proposal,
-    of_sample: bool | Tensor,
+    flags: tuple[bool | Tensor, bool],
     losses: list[Tensor],
     agreement: Agreement,
 ) -> Tensor:
-    """What all have to decide alike on, (5,) or (6 + L,).
+    """What all have to decide alike on, (6,) or (7 + L,).
 
-    What was noted, residual norm, noisiness, remaining residual, whether losses are those of
-    samples, losses.
+    What was noted, residual norm, noisiness, remaining residual; flags, whether losses are those of
+    samples and whether others have to confirm them; losses.
 
     Means over ranks. What is NaN on one rank is NaN on all: a rank that rejects alone would leave
     the others waiting.
@@ -170,9 +172,9 @@ def _shared(
     device = points.weights.device
     norm, *others = (one.to(device) for one in proposal.numbers[:3])
     noted = torch.full_like(norm, agreement.number)
-    if not isinstance(of_sample, Tensor):
-        of_sample = torch.full_like(norm, of_sample)
-    return _mean(points, torch.stack([noted, norm, *others, of_sample.to(norm), *losses]))
+    told = [one if isinstance(one, Tensor) else torch.full_like(norm, one) for one in flags]
+    told = [one.to(norm) for one in told]
+    return _mean(points, torch.stack([noted, norm, *others, *told, *losses]))
 
 
 def _mean(points: PointStore, values: Tensor) -> Tensor:
@@ -189,7 +191,7 @@ def _read_back(proposal: Proposal, shared: Tensor) -> Known:
         parts.append(gram.flatten())
     values = torch.cat(parts).cpu()
     together, numbers, *flat_gram = values.split([part.numel() for part in parts])
-    noted, residual_norm, noisiness, remaining, of_sample, *losses = together.tolist()
+    noted, residual_norm, noisiness, remaining, of_sample, asks_again, *losses = together.tolist()
     condition, *of_candidates = numbers.tolist()
     count = len(of_candidates) // 3
     before, *after = losses or (None,)
@@ -198,6 +200,7 @@ def _read_back(proposal: Proposal, shared: Tensor) -> Known:
         residual_norm=residual_norm,
         noisiness=noisiness,
         of_sample=of_sample > 0,
+        asks_again=asks_again > 0,
         loss_before=before,
         losses_after=after,
         remaining=remaining,

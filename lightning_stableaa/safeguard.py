@@ -45,13 +45,23 @@ class Judge(ABC):
     def validation_got_worse(self) -> bool:
         """Whether validation is worse than at its best; equal on all ranks.
 
-        Then candidates that a sample lets into training would take it further into overfitting,
-        and none are formed where they are for training alone.
+        Then candidates that a sample lets into training would take it further into overfitting.
+        """
+        return False
+
+    @property
+    def asked_in_vain(self) -> bool:
+        """Whether it is certain that ``validation_got_worse`` decides, without any loss.
+
+        Equal on all ranks. Then no candidates are formed where they are for training alone.
         """
         return False
 
     def confirming(self) -> LossFunction | None:
-        """The loss that has to agree to a candidate for training; ``None`` where none has to."""
+        """The loss that has to agree to a candidate for training; ``None`` where none has to.
+
+        Asked for after the first losses. Where any rank has one, the others give theirs again.
+        """
         return None
 
 

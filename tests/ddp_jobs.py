@@ -261,10 +261,12 @@ def confirmed() -> dict[str, Any]:
     second = dist.get_rank() == 1
     seen = {}
     for history, (name, factor) in itertools.product(
-        ("replicated", "sharded"), {"yes": 0.5, "no": -2.0, "NaN": float("nan")}.items()
+        ("replicated", "sharded"),
+        {"yes": 0.5, "no": -2.0, "NaN": float("nan"), "one": 1.0}.items(),
     ):
         problem = Quadratic(51, history=history, accelerate_every_n_steps=2)
-        problem.confirming = lambda p=problem, f=factor: p.loss() * (f if second else 1.0)
+        if second or name != "one":
+            problem.confirming = lambda p=problem, f=factor: p.loss() * (f if second else 1.0)
         reports = [problem.step() for _ in range(12)]
         seen[history, name] = {
             "statuses": [report.status.value for report in reports if report.attempted],

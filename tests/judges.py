@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from lightning_stableaa.safeguard import LossFunction, WholeLoss
 
 
@@ -18,5 +20,9 @@ class OfSample(WholeLoss):
         return True
 
     def confirming(self) -> LossFunction | None:
+        return None if self._whole is None else self._ask
+
+    def _ask(self) -> Tensor:
+        assert self._whole is not None
         self.asked = True
-        return self._whole
+        return self._whole()

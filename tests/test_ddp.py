@@ -79,7 +79,12 @@ def test_a_sharded_history_gives_the_replicated_candidate(ranks: Ranks) -> None:
 
 def test_what_has_to_confirm_a_candidate_is_averaged_over_the_ranks(ranks: Ranks) -> None:
     first, second = (rank["confirmed"] for rank in ranks)
-    expected = {"yes": "accepted", "no": "rejected_loss", "NaN": "rejected_non_finite_loss"}
+    expected = {
+        "yes": "accepted",
+        "no": "rejected_loss",
+        "NaN": "rejected_non_finite_loss",
+        "one": "accepted",
+    }
     for (history, name), one in first.items():
         assert one["statuses"] == [expected[name]] * 6, history
         # of five lambdas, and twice more of the best
@@ -93,10 +98,10 @@ def test_replicated_updates_send_a_few_numbers_whatever_n_is(ranks: Ranks) -> No
         small, large = (rank["traffic"]["replicated", n, 1] for n in (51, 5001))
         assert small == large
         assert small["between"] == BETWEEN
-        # what was noted, norm, noisiness and rest of the residuals, whether a sample judges, the
-        # loss before and after; the jump over four differences: of six points an accepted candidate
-        # starts anew; if it is finite
-        update = [("all_reduce", 7), ("broadcast", 4), ("all_reduce", 1)]
+        # what was noted, norm, noisiness and rest of the residuals, whether a sample judges and
+        # others confirm, the loss before and after; the jump over four differences: of six points
+        # an accepted candidate starts anew; if it is finite
+        update = [("all_reduce", 8), ("broadcast", 4), ("all_reduce", 1)]
         assert small["updates"] == [(True, update)] * 3
 
 
@@ -106,7 +111,7 @@ def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -
         for n, candidates in itertools.product((51, 5001), (1, 5)):
             seen = rank["traffic"]["sharded", n, candidates]
             gather = ("all_gather_into_tensor", n + 1)  # padded to two slices of equal size
-            judged = [("all_reduce", 4 * 4), *[gather] * candidates, ("all_reduce", 6 + candidates)]
+            judged = [("all_reduce", 4 * 4), *[gather] * candidates, ("all_reduce", 7 + candidates)]
             accepted = [("broadcast", 4), *[gather] * (candidates > 1), ("all_reduce", 1)]
             assert seen["between"] == BETWEEN
             assert seen["updates"] == [(True, judged + accepted)] * 3

@@ -19,7 +19,7 @@ from lightning_stableaa.callbacks.judge import (
     JudgeSamples,
     has_own_loss,
 )
-from lightning_stableaa.callbacks.samples import own_copy, samples_in
+from lightning_stableaa.callbacks.samples import own_copy, samples_in, with_additions
 from lightning_stableaa.callbacks.smoothing import SmoothingMonitor, log_smoothing
 from lightning_stableaa.callbacks.summary import summary
 from lightning_stableaa.callbacks.support import (
@@ -146,6 +146,7 @@ class AndersonCallback(LightningCallback):
         self._optimizers: list[Any] = []
         self._loaded: dict[str, Any] = {}
         self._loaded_from_checkpoint = False  # else an earlier fit left it
+        self._only_evaluates = False  # what loads the checkpoint
         self._shown_by_checkpoint: dict[str, Any] = {}  # what evaluation saw of the loaded one
         self._fitted: weakref.ref[Any] | None = None
         self._evaluation: EvaluationModel | None = None
@@ -153,7 +154,7 @@ class AndersonCallback(LightningCallback):
         self._monitor = monitor
         self._monitor_mode: Mode = monitor_mode
         self._logged_before: dict[str, Any] = {}  # the validation that runs
-        self._batch: Any = None  # while it is trained on
+        self._batch: tuple[Any, Any] = None, None  # while it is trained on: as given, and a copy
         self._batches = Experience()
         self._judged_batches = 0.0
         self._told_judging = False
@@ -194,7 +195,7 @@ class AndersonCallback(LightningCallback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Follow the optimizers where they were replaced; keep what the step is about to get."""
-        self._batch = own_copy(batch)
+        self._batch = batch, own_copy(batch)
         if trainer.optimizers != self._optimizers:
             self._stop()
             self._start(trainer, pl_module)
@@ -206,7 +207,11 @@ class AndersonCallback(LightningCallback):
         engine, evaluation = self._engine, self._evaluation
         assert engine is not None  # on_train_start ran
         assert evaluation is not None
-        batch, self._batch = self._batch, None  # before the step took anything out of it
+        (given, kept), self._batch = self._batch, (None, None)
+        if given is batch:  # as it was before the step took anything out of it
+            batch = with_additions(kept, batch)
+        else:  # fetched by training_step(dataloader_iter)
+            batch = own_copy(trainer.strategy.batch_to_device(batch))
         evaluation.keep(batch, batch_idx)
         if self.options.safeguard == "none":
             report = engine.step()
@@ -294,11 +299,22 @@ class AndersonCallback(LightningCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state, on the CPU, until the optimizers exist."""
+        if self._only_evaluates:
+            self._only_evaluates = False
+            return
         self._loaded = state_dict
         self._loaded_from_checkpoint = True
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Go on with the weights of training, where the checkpoint shows those for evaluation."""
+        """Go on with the weights of training, where the checkpoint shows those for evaluation.
+
+        Lightning restores callbacks for validate, test and predict as well, which look at what the
+        checkpoint shows and leave training where it is.
+        """
+        if trainer.state.fn != "fit":
+            self._only_evaluates = self.state_key in checkpoint.get("callbacks", {})
+            return
+        self._only_evaluates = False
         state = checkpoint.get("callbacks", {}).get(self.state_key, {})
         of_training, shown = state.get("training", {}), checkpoint.get("state_dict", {})
         self._shown_by_checkpoint = {name: shown[name] for name in of_training if name in shown}
@@ -340,6 +356,7 @@ class AndersonCallback(LightningCallback):
             self._engine.load_state_dict(self._loaded)
             self._batches.load_state_dict(self._loaded.get("batches", {}))
             self._loaded = {}
+        self._batches.validation.begin(trainer, self._monitor, self._monitor_mode)
         self._loaded_from_checkpoint = False
 
     def _stop(self) -> None:

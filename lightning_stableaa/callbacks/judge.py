@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from lightning_stableaa.callbacks.batches import BatchWatch
+from lightning_stableaa.callbacks.loaders import trains_on_mini_batches
 from lightning_stableaa.callbacks.samples import (
     ends_in_classes,
     first_samples,
@@ -150,6 +150,11 @@ class BatchLoss(Judge):
         """By the metric that is monitored, as the first process knows it."""
         return self._earlier.validation.got_worse
 
+    @property
+    def asked_in_vain(self) -> bool:
+        """Where mini-batches judge, as loaders tell; other batches have to be looked at."""
+        return self._earlier.validation.keeps_out_mini_batches
+
     def confirming(self) -> Callable[[], Tensor] | None:
         """The loss of the whole batch, where ``"auto"`` left the first say to a part of it."""
         if self._samples != "auto" or self._judging is None:
@@ -228,25 +233,6 @@ def samples_that_judge(
     if has_own_loss(module) or not ends_in_classes(batch):
         return None
     return max(AUTO_SAMPLES_EACH, math.ceil(AUTO_SAMPLES / trainer.world_size))
-
-
-def trains_on_mini_batches(trainer: Any) -> bool:
-    """Whether a DataLoader puts several batches an epoch together out of samples.
-
-    One without automatic batching is not known to: its dataset may give all points of a PINN at
-    every step.
-    """
-    collates = [one.batch_sampler is not None for one in _loaders(trainer.train_dataloader)]
-    return any(collates) and trainer.num_training_batches > 1
-
-
-def _loaders(given: Any) -> Iterator[DataLoader[Any]]:
-    """The DataLoaders among them; a loader of another kind may be a sequence of batches."""
-    if isinstance(given, DataLoader):
-        yield given
-    elif isinstance(given, dict | list | tuple):
-        for one in given.values() if isinstance(given, dict) else given:
-            yield from _loaders(one)
 
 
 def loss_of_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Any:

@@ -77,6 +77,21 @@ def own_copy(batch: Any, *, of_tensors: bool = False) -> Any:
     return batch
 
 
+def with_additions(kept: Any, batch: Any) -> Any:
+    """``kept``, and what hooks have put into the dicts of ``batch`` since it was copied.
+
+    Not what was computed from weights, which the training step left there.
+    """
+    if type(kept) is dict and type(batch) is dict:
+        found = {name: with_additions(one, batch.get(name)) for name, one in kept.items()}
+        added = {name: one for name, one in batch.items() if name not in kept}
+        # before the others: the last tensor of a batch says whether it ends in classes
+        return {name: one for name, one in added.items() if not _is_computed(one)} | found
+    if type(kept) is type(batch) and type(kept) in (list, tuple) and len(kept) == len(batch):
+        return type(kept)(with_additions(*pair) for pair in zip(kept, batch, strict=True))
+    return kept
+
+
 def versions_of(batch: Any) -> list[int]:
     """How often each tensor of a batch was written to, where that is known."""
     return [one._version for one in tensors_in(batch) if not one.is_inference()]
@@ -86,6 +101,10 @@ def ends_in_classes(batch: Any) -> bool:
     """Whether the last tensor is one of integers, as classes and tokens are."""
     tensors = tensors_in(batch)
     return len(tensors) > 0 and tensors[-1].dtype is torch.int64
+
+
+def _is_computed(value: Any) -> bool:
+    return any(one.requires_grad for one in tensors_in(value))
 
 
 def _parts(batch: Any) -> Sequence[Any]:

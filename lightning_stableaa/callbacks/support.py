@@ -27,6 +27,11 @@ def check_supported(trainer: Any, module: Any, callback: str) -> None:
                 f"strategy={kind.__name__} is not supported by {callback}: "
                 f"{_REFUSED_STRATEGIES[kind.__name__]}"
             )
+    if trainer.strategy.root_device.type == "mps":
+        raise ValueError(
+            f"accelerator='mps' is not supported by {callback}, which computes in float64: use "
+            "accelerator='cpu', or remove the callback"
+        )
     for optimizer in trainer.strategy.optimizers:
         if isinstance(optimizer, LBFGS):
             raise ValueError(
@@ -43,7 +48,7 @@ def check_other_averages(trainer: Any, apply_to: str, callback: str) -> None:
     """
     for other in trainer.callbacks:
         names = {kind.__name__ for kind in type(other).__mro__}
-        if apply_to != "training" and "WeightAveraging" in names:
+        if apply_to != "training" and names & {"WeightAveraging", "StochasticWeightAveraging"}:
             raise ValueError(
                 f"apply_to={apply_to!r} of {callback} and {type(other).__name__} both decide which "
                 "weights validation and checkpoints hold: choose apply_to='training', or remove "

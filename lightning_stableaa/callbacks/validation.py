@@ -10,8 +10,13 @@ from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-# In the names of metrics of which less is better.
-LESS_IS_BETTER = r"loss|error|mse|mae|l2|nll|perplexity"
+from lightning_stableaa.callbacks.loaders import trains_on_mini_batches
+
+# In the names of metrics of which less is better, such as val/rmse_epoch; not in val/neg_mse.
+LESS_IS_BETTER = (
+    r"^(?!(.*[^a-z])?neg(ative)?[^a-z])"
+    r".*(loss|error|perplexity|(?<![a-z])((r|n|nr)?mse|r?mae|mape|nll|l2)(?![a-z0-9]))"
+)
 
 # That which is minimised, and not a part of it.
 WHOLE_LOSS = r"^(val(id(ation)?)?[-_/. ]*)?loss(_epoch)?$"
@@ -27,6 +32,10 @@ def check_monitor(monitor: Any, mode: Any) -> None:
         raise ValueError("monitor must be the name of a metric, 'auto' or None, got ''")
     if mode not in ("min", "max"):
         raise ValueError(f"monitor_mode must be 'min' or 'max', got {mode!r}")
+    if monitor == "auto" and mode == "max":
+        raise ValueError(
+            "monitor_mode='max' needs monitor to name the metric, got 'auto', which knows its own"
+        )
 
 
 @dataclass
@@ -40,6 +49,20 @@ class BestValidation:
     name: str | None = None  # of the metric; None before the first
     best: float = math.inf  # of its values, negated where more is better
     got_worse: bool = False
+    of_mini_batches: bool = False  # in training, as the first process knew at that validation
+    asked: str = ""  # for which metric, and direction
+
+    @property
+    def keeps_out_mini_batches(self) -> bool:
+        """It got worse, and what judges candidates are mini-batches for sure."""
+        return self.got_worse and self.of_mini_batches
+
+    def begin(self, trainer: Any, monitor: str | None, mode: Mode) -> None:
+        """A fit begins or goes on: what nobody asks for any longer says nothing."""
+        asked = f"{mode} {monitor}"
+        if monitor is None or not trainer.enable_validation or self.asked not in ("", asked):
+            self.load_state_dict({})
+        self.asked = asked
 
     def see(self, trainer: Any, before: Mapping[str, Any], monitor: str | None, mode: Mode) -> None:
         """A validation has ended; a collective call.
@@ -63,7 +86,8 @@ class BestValidation:
             )
         if name is not None and name in new:
             self._take(name, float(new[name]) if mode == "min" else -float(new[name]))
-        self.got_worse = trainer.strategy.broadcast(self.got_worse)
+        known = self.got_worse, trains_on_mini_batches(trainer)
+        self.got_worse, self.of_mini_batches = trainer.strategy.broadcast(known)
 
     def _take(self, name: str, value: float) -> None:
         if name != self.name:
@@ -94,8 +118,9 @@ def choose_metric(trainer: Any, logged: Mapping[str, Any]) -> tuple[str | None, 
         if monitor in logged:
             return monitor, callback.mode
     of_whole = [name for name in logged if not name.endswith("_step")]  # not of its last batch
-    for pattern in (WHOLE_LOSS, "loss", LESS_IS_BETTER):
-        for name in of_whole:
+    of_errors = [name for name in of_whole if re.search(LESS_IS_BETTER, name.lower())]
+    for pattern in (WHOLE_LOSS, "loss", ""):
+        for name in of_errors:
             if re.search(pattern, name.lower()):
                 return name, "min"
     return None, "min"

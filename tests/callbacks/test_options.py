@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lightning_stableaa import (
     Smoothing,
     SmoothingMonitor,
 )
+from lightning_stableaa.callbacks.support import check_supported
 from lightning_stableaa.options import Options
 from tests.callbacks.regression import QUIET, SETTING, Regression, anderson, batches, fit
 
@@ -189,6 +191,12 @@ def test_manual_optimization_needs_a_judge() -> None:
         "automatic_optimization=False is not supported by AndersonCallback without opting in: "
         "define anderson_loss(batch) on the LightningModule, or set safeguard='none'"
     )
+
+
+def test_apple_gpus_are_refused() -> None:
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("mps")))
+    with pytest.raises(ValueError, match=r"^accelerator='mps' is not supported by AndersonCallba"):
+        check_supported(trainer, Regression(), "AndersonCallback")
 
 
 def test_smoothing_given_twice_is_refused() -> None:

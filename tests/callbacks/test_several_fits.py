@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,9 @@ def test_averages_that_want_the_same_place_are_refused(apply_to: Any) -> None:
     with pytest.raises(ValueError, match=sentence):
         fit(Regression(), batches(1), anderson(apply_to=apply_to), averages(), max_epochs=2)
     fit(Regression(), batches(1), anderson(), averages(), max_epochs=5)
+    swa = of_lightning.StochasticWeightAveraging(1e-2)
+    with pytest.raises(ValueError, match=sentence.replace("EMA", "Stochastic")):
+        fit(Regression(), batches(1), anderson(apply_to=apply_to), swa, max_epochs=2)
 
 
 @pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
@@ -219,6 +223,46 @@ def test_a_step_that_fetches_its_batches_is_refused() -> None:
     callback = anderson(safeguard="none")
     fit(Fetches(), batches(4), callback, max_epochs=2)
     assert counters(callback)["optimizer_steps"] == 8
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_a_step_that_fetches_its_batches_is_judged_on_the_last_of_them() -> None:
+    trained_on: list[Tensor] = []
+    judged_on: set[int] = set()
+
+    class Fetches(Regression):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            (x, y), _, _ = next(dataloader_iter)
+            trained_on.append(x)
+            return mse_loss(self.network(x), y)
+
+        def anderson_loss(self, batch: Any) -> Tensor:
+            judged_on.add(len(trained_on))
+            assert torch.equal(batch[0], trained_on[-1])
+            return mse_loss(self.network(batch[0]), batch[1])
+
+    fit(Fetches(), batches(8), anderson(), max_epochs=2)
+    assert judged_on == {4, 8, 12, 16}
+
+
+def test_what_a_hook_puts_into_the_batch_is_there_when_candidates_are_judged() -> None:
+    calls: Counter[Any] = Counter()
+
+    class Drawn(Regression):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            calls["target" in batch] += 1
+            batch["noise"] = torch.randn(1)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, target = batch["x"], batch.pop("target")
+            batch["loss"] = mse_loss(self.network(x), target + 1e-3 * batch["noise"])
+            calls["judged"] += 1
+            return batch["loss"]
+
+    samples: Any = [{"x": x, "target": y} for x, y in rows(32)]
+    fit(Drawn(), DataLoader(samples, batch_size=8), anderson(), max_epochs=2)
+    assert calls[True] == 8
+    assert calls["judged"] > 8
 
 
 class Mixes(Validated):

@@ -146,7 +146,11 @@ def test_a_name_says_that_less_is_better() -> None:
     assert choose_metric(trainer, parts) == ("val/kl_loss", "min")
     for whole in ("val_loss", "loss", "valid/loss", "validation loss", "val_loss_epoch"):
         assert choose_metric(trainer, parts | {whole: 2.0}) == (whole, "min")
-    assert choose_metric(trainer, {"val/acc": 0.5})[0] is None
+    for less in ("val/nrmse", "val_mae_epoch", "relative_l2", "perplexity", "ValLoss", "NLL"):
+        assert choose_metric(trainer, {"val/acc": 0.5, less: 1.0}) == (less, "min")
+    names = ("val/acc", "model2_acc", "recall2", "level2_top1", "neg_mse", "val/neg_loss")
+    for more in (*names, "val/negative_error"):
+        assert choose_metric(trainer, {more: 0.5})[0] is None
 
 
 @pytest.mark.parametrize("stop", [2, 4])
@@ -183,6 +187,34 @@ def test_a_second_fit_knows_nothing_of_the_first_ones_validations() -> None:
     module.values = [5.0, 4.0, 3.0, 2.0, 1.0, 0.0]
     fit(module, batches(8, noise=0.1), callback, max_epochs=6)
     assert callback.state_dict()["outcomes"][WAITS] == waited
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"monitor": None}, {"limit_val_batches": 0}, {"monitor": "val/loss", "monitor_mode": "max"}],
+)
+def test_a_resumed_run_forgets_what_nobody_asks_for(options: Any, tmp_path: Path) -> None:
+    def run(values: list[float], callback: Any, epochs: int, **trainer: Any) -> Any:
+        trainer = fit(
+            scripted(values),
+            batches(8, noise=0.1),
+            callback,
+            max_epochs=epochs,
+            num_sanity_val_steps=0,
+            **trainer,
+        )
+        return trainer, callback.state_dict()["outcomes"].get(WAITS, 0)
+
+    trainer, waited = run([1.0, 2.0], anderson(monitor="val/loss"), 2)
+    assert waited == 0
+    trainer.save_checkpoint(tmp_path / "worse.ckpt")
+    settings = {"limit_val_batches": 1.0, "ckpt_path": tmp_path / "worse.ckpt"}
+    rising = [1.0, 2.0, 3.0, 4.0]
+    _, waited = run(rising, anderson(monitor="val/loss"), 4, **settings)
+    assert waited == 4
+    settings |= {name: options.pop(name) for name in ("limit_val_batches",) if name in options}
+    _, waited = run(rising, anderson(**{"monitor": "val/loss"} | options), 4, **settings)
+    assert waited == 0
 
 
 class OtherValues(Scripted, Regression):
@@ -225,6 +257,10 @@ def test_the_first_process_decides_for_all(tmp_path: Path) -> None:
     [
         ({"monitor": 3}, "monitor must be the name of a metric, 'auto' or None, got 3"),
         ({"monitor": ""}, "monitor must be the name of a metric, 'auto' or None, got ''"),
+        (
+            {"monitor_mode": "max"},
+            "monitor_mode='max' needs monitor to name the metric, got 'auto', which knows its own",
+        ),
         ({"monitor_mode": "less"}, "monitor_mode must be 'min' or 'max', got 'less'"),
     ],
 )
