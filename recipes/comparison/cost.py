@@ -115,6 +115,14 @@ def final_value(curve: Curve, mode: Mode) -> float:
     return _or_worst(curve.values[-1], mode) if curve.values else worst_value(mode)
 
 
+def same_values(curve: Curve, other: Curve) -> bool:
+    """Whether all validations gave the same numbers, bit by bit; NaN is like NaN."""
+    return len(curve.values) == len(other.values) and all(
+        a == b or (math.isnan(a) and math.isnan(b))
+        for a, b in zip(curve.values, other.values, strict=True)
+    )
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """Linearly interpolated quantile of values that may be infinite; NaN of none."""
     if not values:

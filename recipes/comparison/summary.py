@@ -12,6 +12,7 @@ from lightning_stableaa.recipes.comparison.cost import (
     final_value,
     quantile,
     ranks,
+    same_values,
     seconds_to_reach,
     value_within,
     worst_value,
@@ -29,7 +30,9 @@ DEFINITIONS = (
     "Final: the last validation of the run. Every variant takes as many optimizer steps as plain "
     "(L-BFGS as many gradients). At equal cost: where the cost is that of the plain run with the "
     "same seed, linearly between the validations before and after. Best: the best validation up to "
-    "there, or the value there, which a checkpoint of the best keeps.",
+    "there, or the value there, which a checkpoint of the best keeps. A run that no candidate "
+    "entered and that validated as plain did is plain's own run: it is a tie with it, whatever it "
+    "paid for attempts.",
     "Brackets: quartiles over seeds, then the worst seed, or how many seeds never got there.",
     "Rank: median over seeds of the rank by the value at equal cost, 1 is best.",
     "Time: median over seeds of the training time of the whole run, validations left out, over "
@@ -67,6 +70,7 @@ class SeedResult:
     swept_ratio: float  # to the best-swept plain run's final value
     time_ratio: float  # of the whole run
     processor_ratio: float
+    same: bool  # plain's own run: no candidate entered, and every validation gave plain's number
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,9 @@ def _best_swept(finished: dict[str, dict[int, Run]], baseline: str, mode: Mode) 
 def _compare(run: Run, plain: Run, swept: Run | None, mode: Mode) -> SeedResult:
     plain_final = final_value(plain.curve, mode)
     comparable = math.isfinite(plain_final)  # whatever is finite beats a run that is not
+    same = not any(run.curve.accepted[-1:]) and same_values(run.curve, plain.curve)
+    # between validations, the cost of attempts alone would set the same run back
+    at_equal_cost = plain.curve if same else run.curve
 
     def ratio(reach: Callable[..., float], reference: Run) -> float:
         target = final_value(reference.curve, mode)
@@ -167,8 +174,8 @@ def _compare(run: Run, plain: Run, swept: Run | None, mode: Mode) -> SeedResult:
 
     return SeedResult(
         final=final_value(run.curve, mode),
-        equal_cost=value_within(run.curve, plain.curve.costs[-1], mode),
-        best=best_within(run.curve, plain.curve.costs[-1], mode),
+        equal_cost=value_within(at_equal_cost, plain.curve.costs[-1], mode),
+        best=best_within(at_equal_cost, plain.curve.costs[-1], mode),
         cost_ratio=ratio(cost_to_reach, plain) if comparable else math.nan,
         keep_ratio=_over(cost_to_keep(run.curve, plain_final, mode), plain.curve.costs[-1])
         if comparable
@@ -177,6 +184,7 @@ def _compare(run: Run, plain: Run, swept: Run | None, mode: Mode) -> SeedResult:
         swept_ratio=ratio(cost_to_reach, swept) if swept is not None else math.nan,
         time_ratio=_over(run.curve.seconds[-1], plain.curve.seconds[-1]),
         processor_ratio=_over(run.curve.processor_seconds[-1], plain.curve.processor_seconds[-1]),
+        same=same,
     )
 
 

@@ -42,11 +42,9 @@ def is_anderson(name: str) -> bool:
     return name.split("@")[0].startswith(ANDERSON)
 
 
-def is_unchanged(one: VariantSummary, summary: Summary) -> bool:
-    """Whether no candidate was accepted, and every run ended exactly where plain's did."""
-    plain = summary.variants[summary.baseline].seeds
-    same = all(result.final == plain[seed].final for seed, result in one.seeds.items())
-    return one.attempted > 0 and one.accepted == 0 and same
+def is_unchanged(one: VariantSummary) -> bool:
+    """Whether candidates were tried, none was accepted, and every run is plain's own."""
+    return one.attempted > 0 and all(result.same for result in one.seeds.values())
 
 
 def best_averaging(summary: Summary) -> VariantSummary | None:
@@ -92,7 +90,7 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
         if one.seeds:
             why = f"{summary.metric} did not end in a finite number in any seed finished by both"
         return f"{one.name}: {why} it and {plain.name}, so nothing is known."
-    if is_unchanged(one, summary):
+    if is_unchanged(one):
         return (
             f"{one.name} changed nothing: of {one.attempted} candidates none entered training, so "
             f"that its runs are those of {plain.name}, at {one.extra_cost:.1%} more cost."
@@ -104,6 +102,9 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
         f"at equal cost {summary.metric} is {one.equal_cost.median:.3g} against "
         f"{plain.final.median:.3g}, better in {_of(ends.wins, one)}",
     ]
+    own = sum(result.same for result in one.seeds.values())
+    if own:
+        parts.append(f"{_of(own, one)} are {plain.name}'s own runs, which no candidate entered")
     best = _ends(one, summary, quantity="best")
     if ends.wins < ends.losses and best.wins > best.losses:
         parts.append(
@@ -162,9 +163,14 @@ def _reached(spread: Spread, target: str, summary: Summary) -> str:
 
 
 def _costs(one: VariantSummary) -> str:
-    ratios = [result.cost_ratio for result in one.seeds.values()]
-    sooner, later = sum(r < 1 for r in ratios), sum(r > 1 for r in ratios)
-    return f"cheaper in {_of(sooner, one)} (sign test p = {sign_test(sooner, later):.2g})"
+    costs = _costs_of(one)
+    return f"cheaper in {_of(costs.wins, one)} (sign test p = {sign_test(*costs):.2g})"
+
+
+def _costs_of(one: VariantSummary) -> Duel:
+    """Seeds that were as good as plain sooner, and later; plain's own runs are neither."""
+    ratios = [result.cost_ratio for result in one.seeds.values() if not result.same]
+    return Duel(sum(r < 1 for r in ratios), sum(r > 1 for r in ratios))
 
 
 def _beside(one: VariantSummary, averaging: VariantSummary, summary: Summary) -> str:
@@ -193,7 +199,7 @@ def _against_swept(one: VariantSummary, summary: Summary) -> str:
 
 
 def _best(summary: Summary) -> str:
-    changed = [one for one in summary.variants.values() if not is_unchanged(one, summary)]
+    changed = [one for one in summary.variants.values() if not is_unchanged(one)]
     best = _least(changed, summary)
     if best is None:
         return "No run was finished."

@@ -8,17 +8,24 @@ import pytest
 from lightning_stableaa.recipes.comparison.cost import Curve
 from lightning_stableaa.recipes.comparison.runner import Run
 from lightning_stableaa.recipes.comparison.summary import Summary, summarise
-from lightning_stableaa.recipes.comparison.verdict import outcome, verdict
+from lightning_stableaa.recipes.comparison.verdict import is_anderson, outcome, verdict
 from tests.recipes.test_compare_cost import curve
 
 PLAIN = [8.0, 4.0, 2.0, 1.0]
 
 
+def made_by(name: str, values: list[float], losses: int = 0) -> Curve:
+    """A curve on which acceleration, where there is any, accepted every candidate."""
+    made = curve(values, losses=losses)
+    tried = list(range(1, len(values) + 1)) if is_anderson(name) else made.attempted
+    return dataclasses.replace(made, attempted=tried, accepted=tried)
+
+
 def compare(variants: dict[str, list[float] | Curve], seeds: int = 5) -> Summary:
-    """Every seed of a variant has the same curve."""
+    """Every seed of a variant has the same curve; accelerated ones accepted what they tried."""
     curves = {"plain": PLAIN, **variants}
     runs = [
-        Run(name, seed, "", made if isinstance(made, Curve) else curve(made))
+        Run(name, seed, "", made if isinstance(made, Curve) else made_by(name, made))
         for name, made in curves.items()
         for seed in range(seeds)
     ]
@@ -56,6 +63,26 @@ def test_changed_nothing() -> None:
     assert "made it worse" in verdict(compare({"anderson": another}))[0]
 
 
+def test_plains_own_runs_are_ties() -> None:
+    """Attempts alone cost them their last validation, which is no difference of the runs."""
+    own = dataclasses.replace(curve(PLAIN, losses=2), attempted=[1, 2, 3, 4])
+    better = made_by("anderson", [4, 1, 0.5, 0.25])
+    runs = [Run("plain", seed, "", curve(PLAIN)) for seed in range(12)]
+    runs += [Run("anderson", seed, "", own if seed < 9 else better) for seed in range(12)]
+    summary = summarise(runs, ["plain", "anderson"], "val/mse", "min")
+    plain, anderson = summary.variants.values()
+    assert (plain.rank, anderson.rank) == (1.5, 1.5)
+    assert [one.seeds[0].equal_cost for one in (plain, anderson)] == [1, 1]
+    assert anderson.seeds[0].cost_ratio == pytest.approx(1 + 2 / 30)  # what it cost is told
+    sentence = verdict(summary)[0]
+    assert "cheaper in 3 of 12 seeds (sign test p = 0.25)" in sentence
+    assert "better in 3 of 12 seeds; 9 of 12 seeds are plain's own runs" in sentence
+    # an equal curve that candidates have entered is another run
+    summary = compare({"anderson": made_by("anderson", PLAIN, 2)})
+    assert not summary.variants["anderson"].seeds[0].same
+    assert "plain's own" not in verdict(summary)[0]
+
+
 def test_plain_that_was_not_swept_is_no_swept_rival() -> None:
     sentence = verdict(compare({"anderson@3x": [4, 1, 0.5, 0.25]}, seeds=2))[0]
     assert "beat plain at its own rate" in sentence
@@ -82,7 +109,7 @@ def test_made_it_worse() -> None:
     ],
 )
 def test_outcome_weighs_cost_and_end(values: list[float], losses: int, expected: str) -> None:
-    summary = compare({"anderson": curve(values, losses=losses)})
+    summary = compare({"anderson": made_by("anderson", values, losses)})
     assert outcome(summary.variants["anderson"], summary) == expected
 
 
@@ -99,7 +126,10 @@ def test_what_overfits_sooner_is_told_from_what_is_worse() -> None:
 def test_later_but_better() -> None:
     """Plain met its final value early by luck; the variant came there later and went on."""
     lucky = curve([1, 2, 2, 1])
-    runs = [Run("plain", 0, "", lucky), Run("anderson", 0, "", curve([8, 1, 0.5, 0.5]))]
+    runs = [
+        Run("plain", 0, "", lucky),
+        Run("anderson", 0, "", made_by("anderson", [8, 1, 0.5, 0.5])),
+    ]
     summary = summarise(runs, ["plain", "anderson"], "val/mse", "min")
     assert outcome(summary.variants["anderson"], summary) == "was later but ended better"
 
@@ -153,7 +183,7 @@ def test_a_switch_that_never_came_on_is_no_averaging() -> None:
     seeds = range(5)
     never_on = [Run("smoothing", seed, "", curve(PLAIN), smoothing_on=0.0) for seed in seeds]
     others = {"plain": PLAIN, "anderson": [4, 1, 0.5, 0.25], "ema": [8.0, 4.0, 2.0, 1.5]}
-    made = [Run(name, seed, "", curve(v)) for name, v in others.items() for seed in seeds]
+    made = [Run(name, seed, "", made_by(name, v)) for name, v in others.items() for seed in seeds]
     summary = summarise(never_on + made, [*others, "smoothing"], "val/mse", "min")
     assert "averaging alone (ema, the best of its kind) never did" in verdict(summary)[0]
 
@@ -216,7 +246,7 @@ def test_without_a_common_seed_nothing_is_known() -> None:
 
 def test_accuracy_is_better_when_it_is_more() -> None:
     runs = [
-        Run(name, seed, "", curve(values))
+        Run(name, seed, "", made_by(name, values))
         for name, values in {"plain": [0.2, 0.4, 0.6], "anderson": [0.6, 0.7, 0.8]}.items()
         for seed in range(5)
     ]
