@@ -10,7 +10,10 @@ from lightning_stableaa.recipes.comparison.summary import Spread, Summary, Varia
 ANDERSON = "anderson"
 AVERAGING = ("smoothing", "smoothing_always", "history_average", "ema", "ema_slow", "swa")
 MARGIN = 0.05  # differences in cost below five percent are called none
-SIGNIFICANT = 0.05
+TIE = 0.002  # ends closer than this, relative, are ties
+EVIDENCE = 0.07  # p of a sign test: five seeds of five have 0.0625
+FEW = 5  # with fewer seeds, no sign test can have that
+UNDECIDED = "is undecided"
 
 
 class Duel(NamedTuple):
@@ -60,27 +63,36 @@ def best_averaging(summary: Summary) -> VariantSummary | None:
 
 
 def outcome(one: VariantSummary, summary: Summary) -> str:
-    """``helped``, ``did not help``, ``made it worse`` or one of the ways between, by cost and end.
+    """In a few words what the seeds show: ``helped``, ``made it worse``, a way between, or nothing.
 
     By cost: the median cost to reach the plain run's final value differs from 1 by more than
-    ``MARGIN``. By end: in more seeds than not, the value at equal cost is better, or worse; where
-    the cost does not differ, in so many that a sign test sees it.
+    ``MARGIN``, and seeds agree on the side. By end: seeds agree that the value at equal cost is
+    better, or worse. Where they agree on neither, it did not help if there is no sign of it: costs
+    within the margin, and no more ends better than worse. Else it is undecided.
     """
-    ratio = one.cost_ratio.median
-    ends = _ends(one, summary)
-    sooner, later = ratio < 1 - MARGIN, ratio > 1 + MARGIN
-    better, worse = ends.wins > ends.losses, ends.wins < ends.losses
-    if sooner and not worse:
-        return "helped"
-    if later and not better:
-        return "made it worse"
+    cost, costs, ends = one.cost_ratio, _costs_of(one), _ends(one, summary)
+    seeds = len(one.seeds)
+    sooner = cost.median < 1 - MARGIN and _agree(costs.wins, costs.losses, seeds)
+    later = cost.median > 1 + MARGIN and _agree(costs.losses, costs.wins, seeds)
+    better = _agree(ends.wins, ends.losses, seeds)
+    worse = _agree(ends.losses, ends.wins, seeds)
     if sooner:
-        return "was sooner but ended worse"
+        return "was sooner but ended worse" if worse else "helped"
     if later:
-        return "was later but ended better"
-    if sign_test(ends.wins, ends.losses) < SIGNIFICANT:
-        return f"was no sooner but ended {'better' if better else 'worse'}"
-    return "did not help"
+        return "was later but ended better" if better else "made it worse"
+    if better:
+        return "helped" if cost.median < 1 - MARGIN else "was no sooner but ended better"
+    if worse:
+        return "made it worse" if cost.median > 1 + MARGIN else "was no sooner but ended worse"
+    alike = cost.lower >= 1 - MARGIN and cost.upper <= 1 + MARGIN
+    return "did not help" if alike and ends.wins <= ends.losses else UNDECIDED
+
+
+def _agree(count: int, against: int, seeds: int) -> bool:
+    """Whether so many of the seeds are more than chance; of few, all have to be."""
+    if seeds < FEW:
+        return count == seeds
+    return count > against and sign_test(count, against) <= EVIDENCE
 
 
 def _sentence(one: VariantSummary, summary: Summary) -> str:
@@ -116,6 +128,8 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
         parts.append(_beside(one, averaging, summary))
     if summary.best_swept != summary.baseline:
         parts.append(_against_swept(one, summary))
+    if outcome(one, summary) == UNDECIDED:
+        parts.append(f"more seeds decide (compare.seeds={max(10, 2 * len(one.seeds))})")
     return "; ".join(parts) + _caution(one.cost_ratio)
 
 
@@ -144,7 +158,7 @@ def _tuned_sentence(one: VariantSummary, summary: Summary) -> str:
 
 
 def _caution(spread: Spread) -> str:
-    return "; fewer than five seeds prove little." if spread.count < 5 else "."
+    return "; fewer than five seeds prove little." if spread.count < FEW else "."
 
 
 def _reached(spread: Spread, target: str, summary: Summary) -> str:
@@ -182,9 +196,9 @@ def _beside(one: VariantSummary, averaging: VariantSummary, summary: Summary) ->
         f"{averaging.equal_cost.median:.3g}, worse than {one.name} in {_of(ends.wins, one)}"
     )
     helped = outcome(one, summary) == "helped"
-    if helped and alone > both + MARGIN and ends.wins > ends.losses:
+    if helped and alone > both + MARGIN and _agree(*ends, len(one.seeds)):
         return f"{took}, so extrapolation adds to it"
-    if alone <= 1 - MARGIN and ends.wins <= ends.losses:
+    if outcome(averaging, summary) == "helped" and ends.wins <= ends.losses:
         return f"{took}, so what there is to gain comes from averaging"
     return took
 
@@ -229,12 +243,13 @@ def _ends(
     """Values at equal cost beside those of the reference, seed by seed; of plain by default."""
     other = summary.variants[reference or summary.baseline].seeds
     sign = 1 if summary.mode == "min" else -1
-    differences = [
-        sign * (getattr(result, quantity) - getattr(other[seed], quantity))
+    pairs = [
+        (sign * getattr(result, quantity), sign * getattr(other[seed], quantity))
         for seed, result in one.seeds.items()
         if seed in other
     ]
-    return Duel(sum(d < 0 for d in differences), sum(d > 0 for d in differences))
+    apart = [(a, b) for a, b in pairs if not math.isclose(a, b, rel_tol=TIE)]
+    return Duel(sum(a < b for a, b in apart), sum(a > b for a, b in apart))
 
 
 def _of(count: int, one: VariantSummary) -> str:

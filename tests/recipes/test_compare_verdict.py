@@ -137,15 +137,56 @@ def test_later_but_better() -> None:
 @pytest.mark.parametrize(
     ("end", "seeds", "expected"),
     [
-        (0.5, 5, "did not help"),  # which five of five do not show
-        (0.5, 6, "was no sooner but ended better"),
-        (2.0, 6, "was no sooner but ended worse"),
+        (0.5, 5, "was no sooner but ended better"),
+        (2.0, 5, "was no sooner but ended worse"),
+        (2.0, 2, "was no sooner but ended worse"),
+        (1.001, 10, "did not help"),  # so close is a tie
         (1.0, 10, "did not help"),
     ],
 )
 def test_no_sooner_but_elsewhere_in_the_end(end: float, seeds: int, expected: str) -> None:
     summary = compare({"plain": [4, 1, 2, 1], "anderson": [4, 1, 2, end]}, seeds=seeds)
     assert outcome(summary.variants["anderson"], summary) == expected
+
+
+SOONER, LATER = [4, 1, 0.5, 0.25], [8, 8, 8, 2]
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "expected"),
+    [
+        (SOONER, 0, "helped"),
+        (SOONER, 1, "is undecided"),  # p = 0.38
+        (SOONER, 2, "is undecided"),
+        (SOONER, 4, "is undecided"),
+        (SOONER, 5, "made it worse"),
+        # as soon as plain, and ends that one seed does not agree with
+        ([8, 4, 2, 0.5], 1, "is undecided"),
+    ],
+)
+def test_words_need_seeds_that_agree(good: list[float], bad: int, expected: str) -> None:
+    assert outcome_of([good] * (5 - bad) + [LATER] * bad) == expected
+
+
+def outcome_of(anderson: list[list[float]]) -> str:
+    """One curve a seed."""
+    runs = [Run("plain", seed, "", curve(PLAIN)) for seed in range(len(anderson))]
+    runs += [Run("anderson", i, "", made_by("anderson", made)) for i, made in enumerate(anderson)]
+    summary = summarise(runs, ["plain", "anderson"], "val/mse", "min")
+    sentence = verdict(summary)[0]
+    said = outcome(summary.variants["anderson"], summary)
+    assert sentence.startswith(f"anderson {said}: ")
+    assert ("more seeds decide (compare.seeds=" in sentence) == (said == "is undecided")
+    return said
+
+
+def test_of_few_seeds_all_have_to_agree() -> None:
+    assert outcome_of([SOONER] * 4) == "helped"
+    assert outcome_of([SOONER] * 3 + [LATER]) == "is undecided"
+    assert outcome_of([LATER] * 2) == "made it worse"
+    # nine of ten on the cost are enough, whichever way one end in ten goes
+    assert outcome_of([SOONER] * 9 + [LATER]) == "helped"
+    assert outcome_of([[1, 1, 1, 2]] * 9 + [SOONER]) == "was sooner but ended worse"
 
 
 @pytest.mark.parametrize(
