@@ -92,6 +92,7 @@ class VariantSummary:
     rank: float
     peak_memory: float  # bytes
     extra_cost: float  # losses at one third, as a share of the gradients
+    gradients: float  # median of the whole run
     attempted: int
     accepted: int
     smoothing_on: float  # share of the windows of the moving average
@@ -233,6 +234,7 @@ def _summarise_variant(
         rank=rank,
         peak_memory=quantile(memory, 0.5),
         extra_cost=quantile([_over(c.costs[-1], c.gradients[-1]) - 1 for c in curves], 0.5),
+        gradients=quantile([curve.gradients[-1] for curve in curves], 0.5),
         attempted=sum(curve.attempted[-1] for curve in curves),
         accepted=sum(curve.accepted[-1] for curve in curves),
         smoothing_on=quantile([share for share in on if share is not None], 0.5),

@@ -105,8 +105,11 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
     if is_unchanged(one):
         return (
             f"{one.name} changed nothing: of {one.attempted} candidates none entered training, so "
-            f"that its runs are those of {plain.name}, at {one.extra_cost:.1%} more cost."
+            f"that its runs are those of {plain.name}, at {one.extra_cost:.1%} more cost"
+            f"{_caution(one.cost_ratio)}"
         )
+    if one.attempted == 0:
+        return _not_tried(one)
     ends = _ends(one, summary)
     parts = [
         f"{one.name} {outcome(one, summary)}: {_reached(one.cost_ratio, plain.name, summary)}, "
@@ -138,6 +141,8 @@ def _tuned_sentence(one: VariantSummary, summary: Summary) -> str:
     swept = summary.variants[summary.best_swept]
     if not one.swept_ratio.count:
         return f"{one.name}: no seed was finished by both it and {swept.name}."
+    if one.attempted == 0:
+        return _not_tried(one)
     ends = _ends(one, summary, summary.best_swept)
     beaten = one.swept_ratio.median < 1 - MARGIN and ends.wins >= ends.losses
     is_swept = any(name.startswith(f"{summary.baseline}@") for name in summary.variants)
@@ -155,6 +160,14 @@ def _tuned_sentence(one: VariantSummary, summary: Summary) -> str:
             "anderson] does"
         )
     return "; ".join(parts) + _caution(one.swept_ratio)
+
+
+def _not_tried(one: VariantSummary) -> str:
+    return (
+        f"{one.name} was not tried: no extrapolation was due in {one.gradients:.0f} gradients; train "
+        "longer, or lower callbacks.anderson.store_every_n_steps and "
+        "callbacks.anderson.accelerate_every_n_steps."
+    )
 
 
 def _caution(spread: Spread) -> str:

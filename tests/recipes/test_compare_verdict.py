@@ -63,6 +63,22 @@ def test_changed_nothing() -> None:
     assert "made it worse" in verdict(compare({"anderson": another}))[0]
 
 
+def test_few_seeds_that_changed_nothing_prove_little() -> None:
+    same = dataclasses.replace(curve(PLAIN, losses=1), attempted=[1, 2, 3, 4])
+    sentence = verdict(compare({"anderson": same}, seeds=2))[0]
+    assert sentence.startswith("anderson changed nothing: of 8 candidates none entered training")
+    assert sentence.endswith("at 3.3% more cost; fewer than five seeds prove little.")
+
+
+@pytest.mark.parametrize("name", ["anderson", "anderson@3x"])
+def test_what_was_never_due_was_not_tried(name: str) -> None:
+    assert verdict(compare({name: curve(PLAIN)})) == [
+        f"{name} was not tried: no extrapolation was due in 40 gradients; train longer, or lower "
+        "callbacks.anderson.store_every_n_steps and callbacks.anderson.accelerate_every_n_steps.",
+        "The best median val/mse at equal cost (less is better) was that of plain (1).",
+    ]
+
+
 def test_plains_own_runs_are_ties() -> None:
     """Attempts alone cost them their last validation, which is no difference of the runs."""
     own = dataclasses.replace(curve(PLAIN, losses=2), attempted=[1, 2, 3, 4])
