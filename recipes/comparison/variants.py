@@ -65,11 +65,14 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
         UserError, or an error of Hydra or OmegaConf that means a wrong configuration.
     """
     options = config.compare
+    _check_own_options(options)
     _refuse_conflicts(overrides, own_module=options.module is not None)
     if options.module is not None:
         title = options.module.rpartition(".")[2]
     # the whole path of a module: many a package has a class of the same name
-    folder = Path(options.folder or Path("comparisons") / (options.module or title))
+    standard = Path("comparisons") / (options.module or title)
+    # a name may be a number
+    folder = standard if options.folder in (None, "") else Path(str(options.folder))
     seeds = _seeds(options.seeds)
     fixed, of_callbacks = _split(overrides)
     names = list(dict.fromkeys([BASELINE, *_expand(config)]))
@@ -103,6 +106,20 @@ OF_RECIPES = {
     r"recipe": "compare.module takes its place; leave one of them out",
 }
 OF_SINGLE_RUNS = r"run_name|run_folder|resume_from"
+
+
+def _check_own_options(options: DictConfig) -> None:
+    for option in ("module", "datamodule"):
+        path, arguments = options[option], options[f"{option}_args"]
+        if not isinstance(path, str | None):
+            raise UserError(
+                f"compare.{option}={path}: expected an import path such as my_package.MyModule"
+            )
+        if not isinstance(arguments, DictConfig):
+            raise UserError(
+                f"compare.{option}_args={arguments}: expected a dict; write "
+                f"+compare.{option}_args.NAME=VALUE"
+            )
 
 
 def _refuse_conflicts(overrides: Iterable[str], *, own_module: bool) -> None:
@@ -140,6 +157,12 @@ def _expand(config: DictConfig) -> list[str]:
         if not isinstance(config.compare[option], ListConfig):
             value = config.compare[option]
             raise UserError(f"compare.{option}={value}: expected a list such as [{value}]")
+    for change in config.compare.lr_sweep:
+        if not isinstance(change, str):
+            raise UserError(
+                f"compare.lr_sweep: {change} is no change of the learning rate; write factors with "
+                "an x, and cosine, as in compare.lr_sweep=[3x,10x,cosine]"
+            )
     sweep = [
         f"{base}@{change}"
         for base in config.compare.lr_sweep_of

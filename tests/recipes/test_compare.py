@@ -302,6 +302,11 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path: Path) -> None:
             compare(hydra.compose("compare", options), options, "burgers2d")
 
 
+def test_a_folder_may_be_a_number(plan: MakePlan) -> None:
+    listed = [*BURGERS, *ONE_RUN, "compare.folder=3"]
+    assert make_plan(hydra.compose("compare", listed), listed, "title").folder == Path("3")
+
+
 def test_loggers_that_were_asked_for_are_kept(plan: MakePlan) -> None:
     for options, names in (([], ["csv"]), (["logger=tensorboard"], ["tensorboard", "csv"])):
         job = plan("recipe=burgers2d", *options, variants="plain").jobs[0]
@@ -467,6 +472,20 @@ OWN = ["compare.module=tests.recipes.own_module.Module", "compare.metric=val/los
         (
             [*BURGERS, "compare.variants=[lr_sweep]", "compare.lr_sweep=3x"],
             r"compare.lr_sweep=3x: expected a list such as \[3x\]",
+        ),
+        (
+            [*BURGERS, "compare.variants=[lr_sweep]", "compare.lr_sweep=[3]"],
+            r"compare.lr_sweep: 3 is no change .*, as in compare.lr_sweep=\[3x,10x,cosine\]",
+        ),
+        (["compare.module=3"], r"compare.module=3: expected an import path such as .*"),
+        ([*OWN, "compare.datamodule=3"], r"compare.datamodule=3: expected an import path .*"),
+        (
+            [*OWN, "compare.module_args=8"],
+            r"compare.module_args=8: expected a dict; write \+compare.module_args.NAME=VALUE",
+        ),
+        (
+            [*OWN, "compare.datamodule_args=8"],
+            r"compare.datamodule_args=8: expected a dict; write \+compare.datamodule_args.NAME=.*",
         ),
         (
             [*BURGERS, "run_name=mine"],
