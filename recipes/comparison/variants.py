@@ -283,6 +283,8 @@ def _decisive(run: DictConfig) -> tuple[str, Mode]:
     module = _import(run.module._target_, "module._target_")
     decisive = getattr(module, "decisive_metric", None)
     metric = options.metric or decisive
+    if not isinstance(metric, str | None):
+        raise UserError(f"compare.metric={metric}: expected a name, as in compare.metric=val/loss")
     if metric is None:
         raise UserError(
             "compare.metric is not given: name what validation logs, as in "
@@ -291,7 +293,9 @@ def _decisive(run: DictConfig) -> tuple[str, Mode]:
     mode = options.mode
     if mode is None and metric == decisive:
         mode = getattr(module, "decisive_mode", "min")
-    if mode is None and re.search(LESS_IS_BETTER, metric.lower()):
+    # of a negative loss, as scikit-learn's scores are, more is better; or its sign means nothing
+    negative = "neg" in metric.lower()
+    if mode is None and not negative and re.search(LESS_IS_BETTER, metric.lower()):
         mode = "min"
     if mode is None:
         raise UserError(

@@ -465,6 +465,14 @@ OWN = ["compare.module=tests.recipes.own_module.Module", "compare.metric=val/los
             [*BURGERS, *ONE_RUN, "compare.metric=val/top1"],
             r"compare.mode is not given: say whether less of val/top1 is better .*",
         ),
+        *(
+            (
+                [*BURGERS, *ONE_RUN, f"compare.metric={metric}"],
+                rf"compare.mode is not given: say whether less of {metric} is better .*",
+            )
+            for metric in ("neg_mse", "val/neg_mean_squared_error", "negative_loss")
+        ),
+        ([*BURGERS, *ONE_RUN, "compare.metric=3"], r"compare.metric=3: expected a name, as in .*"),
         (
             [*BURGERS, "compare.variants=[plain@3x@2x]"],
             r"compare.variants: plain@3x@2x has two modifiers of a kind; .*",
