@@ -212,7 +212,29 @@ def _insert_own_module(run: DictConfig) -> None:
             imported = None if path is None else _import(path, f"compare.{option}")
             if key == "module" and inspect.isclass(imported):
                 _follow_tree(run, imported)
+            if inspect.isclass(imported):
+                _refuse_missing_arguments(imported, f"compare.{option}", path, options)
             run[key] = path and {"_target_": path, **options[f"{option}_args"]}
+
+
+def _refuse_missing_arguments(
+    imported: type[Any], option: str, path: str, options: DictConfig
+) -> None:
+    given = options[f"{option.rpartition('.')[2]}_args"]
+    try:
+        parameters = inspect.signature(imported).parameters.values()
+    except (TypeError, ValueError):  # it has none that can be read
+        return
+    missing = [
+        one.name
+        for one in parameters
+        if one.default is one.empty
+        and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+        and one.name not in given
+    ]
+    if missing and "_args_" not in given:
+        write = " ".join(f"+{option}_args.{name}=..." for name in missing)
+        raise UserError(f"{option}={path}: its __init__ needs {', '.join(missing)}; write {write}")
 
 
 def _follow_tree(run: DictConfig, module: Any) -> None:

@@ -485,6 +485,10 @@ OWN = ["compare.module=tests.recipes.own_module.Module", "compare.metric=val/los
             [*BURGERS, "compare.variants=[lr_sweep]", "compare.lr_sweep=[3]"],
             r"compare.lr_sweep: 3 is no change .*, as in compare.lr_sweep=\[3x,10x,cosine\]",
         ),
+        (
+            ["compare.module=tests.recipes.own_module.NeedsWidth", "compare.metric=val/loss"],
+            r"compare.module=.*: its __init__ needs width; write \+compare.module_args.width=.*",
+        ),
         (["compare.module=3"], r"compare.module=3: expected an import path such as .*"),
         ([*OWN, "compare.datamodule=3"], r"compare.datamodule=3: expected an import path .*"),
         (
