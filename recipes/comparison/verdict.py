@@ -164,8 +164,8 @@ def _tuned_sentence(one: VariantSummary, summary: Summary) -> str:
 
 def _not_tried(one: VariantSummary) -> str:
     return (
-        f"{one.name} was not tried: no extrapolation was due in {one.gradients:.0f} gradients; train "
-        "longer, or lower callbacks.anderson.store_every_n_steps and "
+        f"{one.name} was not tried: no extrapolation was due in {one.gradients:.0f} gradients; "
+        "train longer, or lower callbacks.anderson.store_every_n_steps and "
         "callbacks.anderson.accelerate_every_n_steps."
     )
 
