@@ -213,14 +213,12 @@ def _insert_own_module(run: DictConfig) -> None:
             if key == "module" and inspect.isclass(imported):
                 _follow_tree(run, imported)
             if inspect.isclass(imported):
-                _refuse_missing_arguments(imported, f"compare.{option}", path, options)
+                _refuse_missing_arguments(imported, option, options)
             run[key] = path and {"_target_": path, **options[f"{option}_args"]}
 
 
-def _refuse_missing_arguments(
-    imported: type[Any], option: str, path: str, options: DictConfig
-) -> None:
-    given = options[f"{option.rpartition('.')[2]}_args"]
+def _refuse_missing_arguments(imported: type[Any], option: str, options: DictConfig) -> None:
+    given = options[f"{option}_args"]
     try:
         parameters = inspect.signature(imported).parameters.values()
     except (TypeError, ValueError):  # it has none that can be read
@@ -233,8 +231,11 @@ def _refuse_missing_arguments(
         and one.name not in given
     ]
     if missing and "_args_" not in given:
-        write = " ".join(f"+{option}_args.{name}=..." for name in missing)
-        raise UserError(f"{option}={path}: its __init__ needs {', '.join(missing)}; write {write}")
+        write = " ".join(f"+compare.{option}_args.{name}=..." for name in missing)
+        raise UserError(
+            f"compare.{option}={options[option]}: its __init__ needs {', '.join(missing)}; "
+            f"write {write}"
+        )
 
 
 def _follow_tree(run: DictConfig, module: Any) -> None:
