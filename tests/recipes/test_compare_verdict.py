@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import pytest
 
@@ -184,10 +185,12 @@ def test_words_need_seeds_that_agree(good: list[float], bad: int, expected: str)
     assert outcome_of([good] * (5 - bad) + [LATER] * bad) == expected
 
 
-def outcome_of(anderson: list[list[float]]) -> str:
+def outcome_of(anderson: Sequence[Sequence[float]]) -> str:
     """One curve a seed."""
     runs = [Run("plain", seed, "", curve(PLAIN)) for seed in range(len(anderson))]
-    runs += [Run("anderson", i, "", made_by("anderson", made)) for i, made in enumerate(anderson)]
+    runs += [
+        Run("anderson", i, "", made_by("anderson", list(made))) for i, made in enumerate(anderson)
+    ]
     summary = summarise(runs, ["plain", "anderson"], "val/mse", "min")
     sentence = verdict(summary)[0]
     said = outcome(summary.variants["anderson"], summary)
