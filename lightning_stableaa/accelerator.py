@@ -17,7 +17,6 @@ from lightning_stableaa import saved
 from lightning_stableaa.building import Builder
 from lightning_stableaa.cycles import Cycles
 from lightning_stableaa.dtensors import is_split
-from lightning_stableaa.extrapolation import Extrapolation
 from lightning_stableaa.options import (
     ApplyTo,
     HistoryPlacement,
@@ -329,13 +328,20 @@ class AndersonAccelerator:
             self.loss_evaluations += closing.found.loss_evaluations
         if closing.disturbance is not None:
             return self._begin_anew(closing.disturbance)
-        report = StepReport(
-            status=waiting or Status.HISTORY_TOO_SHORT,
+        if closing.found is None:
+            report = StepReport(status=waiting or Status.HISTORY_TOO_SHORT)
+        else:
+            report = closing.found.report
+            self._steps_since_attempt = 0
+            self.attempted += 1
+            self.accepted += report.accepted
+            self.outcomes[report.status] += 1
+        return dataclasses.replace(
+            report,
             stored=True,
             rsd=closing.rsd,
             smoothing_on=None if cycles.smoother is None else cycles.smoother.on,
         )
-        return report if closing.found is None else self._decided(closing.found, report)
 
     def _waiting(self) -> Status | None:
         """Why no extrapolation is due; ``None`` where one is."""
@@ -354,24 +360,3 @@ class AndersonAccelerator:
             self._builder.move_to_host(self._cycles.points.communicator.shortage, self._device)
             self._drop_history()
         return StepReport(status=disturbance)
-
-    def _decided(self, found: Extrapolation, report: StepReport) -> StepReport:
-        self._steps_since_attempt = 0
-        self.attempted += 1
-        self.accepted += found.accepted
-        self.outcomes[found.status] += 1
-        return dataclasses.replace(
-            report,
-            status=found.status,
-            attempted=True,
-            accepted=found.accepted,
-            replaced=found.replaces,
-            residual_norm=found.residual_norm,
-            jump_norm=found.jump_norm,
-            condition=found.condition,
-            regularization=found.regularization,
-            looked_ahead=found.looked_ahead,
-            noisiness=found.noisiness,
-            loss_before=found.loss_before,
-            loss_after=found.loss_after,
-        )

@@ -19,6 +19,7 @@ from lightning_stableaa.look_ahead import LookAhead
 from lightning_stableaa.options import Options
 from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
+from lightning_stableaa.report import StepReport
 from lightning_stableaa.safeguard import Judge
 from lightning_stableaa.smoother import Smoother
 from lightning_stableaa.status import Status
@@ -264,17 +265,18 @@ class Cycles:
             self.points, self._options, judge, self._agreement, self._payoff, self._look_ahead
         )
         self._watch.mark()  # candidates came and went: the weights are the optimizer's again
-        if found.status is Status.REJECTED_NON_FINITE_HISTORY:
+        if found.report.status is Status.REJECTED_NON_FINITE_HISTORY:
             self.points.clear()
         if found.jump is not None:
-            self._take(found.jump, replaces=found.replaces)
+            self._take(found.jump, replaces=found.report.replaced)
         return found
 
     def _leave_out(self) -> Extrapolation:
         """Of several ranks, all hear of what happened to one; a collective call."""
         self._payoff.forget_last()
         disturbance = None if self._agreement.alone else self._agreement.reach()
-        return Extrapolation(status=disturbance or Status.REJECTED_BY_VALIDATION)
+        status = disturbance or Status.REJECTED_BY_VALIDATION
+        return Extrapolation(report=StepReport(status=status, attempted=True))
 
     def _take(self, jump: Tensor, *, replaces: bool) -> None:
         """Put the accepted candidate where ``apply_to`` wants it."""

@@ -14,6 +14,7 @@ from lightning_stableaa.options import Options
 from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
 from lightning_stableaa.random_state import RandomState
+from lightning_stableaa.report import StepReport
 from lightning_stableaa.safeguard import Judge, LossFunction, loss_value
 from lightning_stableaa.solver import Proposal, condition_number, propose
 from lightning_stableaa.status import Status
@@ -28,29 +29,16 @@ TOO_FAR = (
 
 @dataclass(frozen=True, kw_only=True)
 class Extrapolation:
-    """The decision, and what it was based on; see :class:`StepReport` for the numbers."""
+    """The decision, and what it was based on."""
 
-    status: Status
+    report: StepReport
     jump: Tensor | None = None  # (q,), of the accepted candidate, equal on all ranks
-    replaces: bool = False  # the accepted candidate takes the place of the weights of training
-    residual_norm: float | None = None
-    jump_norm: float | None = None
-    condition: float | None = None
-    regularization: float | None = None
-    looked_ahead: bool = False
-    noisiness: float | None = None
-    loss_before: float | None = None
-    loss_after: float | None = None
     loss_evaluations: int = 0
-
-    @property
-    def accepted(self) -> bool:
-        return self.jump is not None
 
     @property
     def disturbance(self) -> Status | None:
         """What happened to one of several ranks, for which all reject."""
-        return self.status if self.status in DISTURBANCES else None
+        return self.report.status if self.report.status in DISTURBANCES else None
 
 
 def extrapolate(
@@ -123,10 +111,11 @@ def extrapolate(
     look_ahead.of_sample = known.of_sample
     if drifts and known.of_sample and (status in TOO_FAR or (accepted and is_last)):
         look_ahead.note(accepted=accepted)
-    return Extrapolation(
+    report = StepReport(
         status=status,
-        jump=jump,
-        replaces=accepted and replaces,
+        attempted=True,
+        accepted=accepted,
+        replaced=accepted and replaces,
         residual_norm=known.residual_norm,
         jump_norm=known.norms[best] if accepted else max(known.norms),
         condition=known.condition,
@@ -135,8 +124,8 @@ def extrapolate(
         noisiness=known.noisiness,
         loss_before=before,
         loss_after=after,
-        loss_evaluations=len(losses),
     )
+    return Extrapolation(report=report, jump=jump, loss_evaluations=len(losses))
 
 
 def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Tensor]:

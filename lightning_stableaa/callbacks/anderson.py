@@ -210,8 +210,7 @@ class AndersonCallback(LightningCallback):
         (given, kept), self._batch = self._batch, (None, None)
         if given is batch:  # as it was before the step took anything out of it
             batch = with_additions(kept, batch)
-        else:  # fetched by training_step(dataloader_iter)
-            batch = own_copy(trainer.strategy.batch_to_device(batch))
+        # else fetched by training_step(dataloader_iter): as the loader gave it
         evaluation.keep(batch, batch_idx)
         if self.options.safeguard == "none":
             report = engine.step()

@@ -316,9 +316,7 @@ def _decisive(run: DictConfig) -> tuple[str, Mode]:
     mode = options.mode
     if mode is None and metric == decisive:
         mode = getattr(module, "decisive_mode", "min")
-    # of a negative loss, as scikit-learn's scores are, more is better; or its sign means nothing
-    negative = "neg" in metric.lower()
-    if mode is None and not negative and re.search(LESS_IS_BETTER, metric.lower()):
+    if mode is None and re.search(LESS_IS_BETTER, metric.lower()):
         mode = "min"
     if mode is None:
         raise UserError(
