@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -127,6 +128,7 @@ class BatchLoss(Judge):
             self._of_sample = self._share < 1.0 or self._is_one_of_many()
         self.judged += self._share
         if self._spoiled:  # by the loss before this one
+            self._loss_of(self._batch)  # in a forward pass others may wait: SyncBatchNorm
             return torch.tensor(math.nan)
         before = versions_of(self._part)
         loss = self._loss_of(self._part) if self._share == 1.0 else self._loss_of_part()
@@ -239,7 +241,14 @@ def loss_of_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Any:
     """The module's own loss where it has one, else that of its training step."""
     with trainer.precision_plugin.train_step_context():
         if has_own_loss(module):
-            return module.anderson_loss(batch)
+            loss = module.anderson_loss(batch)
+            if loss is None:
+                warnings.warn(
+                    "anderson_loss(batch) returned None, so that no candidate can be judged: "
+                    "return the loss, a single number",
+                    stacklevel=2,
+                )
+            return loss
         step = module.training_step
         method = getattr(step, "__func__", None)  # which unlike the module may be kept
         takes_both = _parameters_of(step) > 1 if method is None else _kept_parameters(method) > 2

@@ -110,6 +110,16 @@ def test_a_judge_that_is_not_finite_rejects_and_training_goes_on(factor: float) 
     assert bool(weights(module).isfinite().all())
 
 
+def test_a_judge_without_a_result_rejects_and_is_told_so() -> None:
+    class Forgets(Regression):
+        def anderson_loss(self, batch: Any) -> None:
+            mse_loss(self.network(batch[0]), batch[1])
+
+    with pytest.warns(UserWarning, match=r"anderson_loss\(batch\) returned None, .*: return the"):
+        callback = run(Forgets())
+    assert list(callback.state_dict()["outcomes"]) == ["rejected_non_finite_loss"]
+
+
 def test_a_loss_of_nan_ruins_the_weights_and_the_log_says_so(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

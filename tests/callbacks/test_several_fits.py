@@ -193,6 +193,24 @@ def test_what_one_module_cannot_do_is_not_held_against_another() -> None:
     assert judged_on == [({16, 32}, True), ({16, 32}, False)]
 
 
+def test_a_judge_that_failed_still_runs_the_forward_pass_that_others_may_wait_in() -> None:
+    sizes: list[int] = []
+
+    class Counts(Classifies):
+        rows_needed = 32
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            sizes.append(len(batch[0]))
+            return super().training_step(batch, batch_idx)
+
+    module = Counts()
+    module.judged_on = set()
+    data = TensorDataset(torch.randn(32, 4), torch.randint(2, (32,)))
+    fit(module, DataLoader(data, batch_size=32), anderson(regularization=1e-2), max_epochs=8)
+    # four steps, the judging that fails on 16 samples, four steps, and two losses of all
+    assert sizes == [32] * 4 + [16, 32] + [32] * 4 + [32, 32]
+
+
 @pytest.mark.skipif(
     not hasattr(of_lightning, "WeightAveraging"), reason="it came with Lightning 2.6"
 )
