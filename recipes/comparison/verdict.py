@@ -144,12 +144,11 @@ def _tuned_sentence(one: VariantSummary, summary: Summary) -> str:
     if one.attempted == 0:
         return _not_tried(one)
     ends = _ends(one, summary, summary.best_swept)
-    beaten = one.swept_ratio.median < 1 - MARGIN and ends.wins >= ends.losses
     is_swept = any(name.startswith(f"{summary.baseline}@") for name in summary.variants)
     rival = "the best-swept plain run" if is_swept else f"{swept.name} at its own rate"
     parts = [
         f"{one.name}, the best accelerated run with another learning rate or schedule, "
-        f"{'beat' if beaten else 'did not beat'} {rival}: "
+        f"{_beaten(one, summary) or 'may have beaten'} {rival}: "
         f"{_reached(one.swept_ratio, swept.name, summary)}",
         f"at equal cost {summary.metric} is {one.equal_cost.median:.3g} against "
         f"{swept.equal_cost.median:.3g}, better in {_of(ends.wins, one)}",
@@ -221,8 +220,30 @@ def _against_swept(one: VariantSummary, summary: Summary) -> str:
     head = f"the best-swept plain run ({summary.best_swept}) "
     if math.isinf(ratio.median):
         return f"{head}ended better than it ever was in {ratio.never} of {ratio.count} seeds"
-    beaten = "it did not beat" if ratio.median >= 1 - MARGIN else "it beat as well"
-    return f"{head}{beaten} ({ratio.median:.2f} of the cost)"
+    said = {"beat": "it beat as well", "did not beat": "it did not beat"}
+    beaten = said.get(_beaten(one, summary), "it may have beaten, too")
+    ends = _ends(one, summary, summary.best_swept)
+    return (
+        f"{head}{beaten} ({ratio.median:.2f} of the cost; better at equal cost in "
+        f"{_of(ends.wins, one)})"
+    )
+
+
+def _beaten(one: VariantSummary, summary: Summary) -> str:
+    """Whether it ``beat`` the best-swept plain run or ``did not beat`` it; empty if undecided.
+
+    It did where seeds agree that it was as good sooner, or better at equal cost, and not that the
+    other of the two was against it.
+    """
+    seeds = len(one.seeds)
+    ratios = [result.swept_ratio for result in one.seeds.values()]
+    sooner, later = sum(r < 1 for r in ratios), sum(r > 1 for r in ratios)
+    better, worse = _ends(one, summary, summary.best_swept)
+    wins = _agree(sooner, later, seeds) and one.swept_ratio.median < 1 - MARGIN
+    wins |= _agree(better, worse, seeds)
+    if wins and not _agree(later, sooner, seeds) and not _agree(worse, better, seeds):
+        return "beat"
+    return "" if one.swept_ratio.median < 1 - MARGIN and better > worse else "did not beat"
 
 
 def _best(summary: Summary) -> str:

@@ -262,11 +262,18 @@ def test_extrapolation_that_did_not_help_adds_nothing() -> None:
         ),
         (
             [4, 2, 0.8, 0.7],
-            "the best-swept plain run (plain@3x) it beat as well (0.75 of the cost)",
+            "the best-swept plain run (plain@3x) it beat as well (0.75 of the cost; better at "
+            "equal cost in 5 of 5 seeds)",
         ),
         (
             [2, 0.6, 0.5, 0.5],
-            "the best-swept plain run (plain@3x) it did not beat (1.00 of the cost)",
+            "the best-swept plain run (plain@3x) it beat as well (1.00 of the cost; better at "
+            "equal cost in 5 of 5 seeds)",
+        ),
+        (
+            [2, 0.3, 0.26, 0.25],
+            "the best-swept plain run (plain@3x) it did not beat (1.00 of the cost; better at "
+            "equal cost in 0 of 5 seeds)",
         ),
     ],
 )
@@ -294,6 +301,17 @@ def test_the_best_of_both_sweeps_meet() -> None:
         "did not beat the best-swept plain run: it never reached the final val/mse of plain@3x in "
         "5 of 5 seeds; at equal cost val/mse is 0.7 against 0.5, better in 0 of 5 seeds."
     )
+
+
+@pytest.mark.parametrize(("better", "said"), [(5, "beat"), (4, "may have beaten"), (2, "did not")])
+def test_the_best_learning_rate_is_beaten_where_seeds_agree(better: int, said: str) -> None:
+    swept = {"plain": PLAIN, "plain@3x": [2.0, 1.0, 0.6, 0.5]}
+    runs = [Run(one, seed, "", curve(v)) for one, v in swept.items() for seed in range(5)]
+    for seed in range(5):
+        values = [2, 0.5, 0.2, 0.1] if seed < better else [2, 1, 0.8, 0.7]
+        runs.append(Run("anderson@3x", seed, "", made_by("anderson@3x", values)))
+    summary = summarise(runs, ["plain", "plain@3x", "anderson@3x"], "val/mse", "min")
+    assert f", {said}" in verdict(summary)[0]
 
 
 def test_without_a_common_seed_nothing_is_known() -> None:
