@@ -78,7 +78,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
     """The folder is this comparison's alone, and can be written to."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"compare.folder={folder}: is a file; choose another folder")
-    made = not folder.exists()
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     with refusals_of_the_disk("compare.folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -91,9 +91,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
             ) from None
         finally:
             with suppress(OSError):  # not empty: something was written
-                if made:
-                    folder.rmdir()
-                    folder.parent.rmdir()
+                for one in made:
+                    one.rmdir()
 
 
 def _of_own_module(message: str) -> str:
@@ -155,6 +154,10 @@ def _compare_from_command_line(config: DictConfig) -> None:
         summary = compare(config, overrides, title)
         for sentence in verdict(summary):
             print(sentence)
+        for one in summary.variants.values():
+            if one.errors and not one.seeds:
+                first, *_ = one.errors.values()
+                raise UserError(f"{one.name} failed with every seed: {first}")
 
 
 def main() -> None:

@@ -58,7 +58,7 @@ class CostRecorder(Callback):
         self.gradients = 0
         self.clocks = Clocks(0.0, 0.0)  # what training has taken so far
         self.started = Clocks(0.0, 0.0)
-        self.before: Any = None  # what the last validation that logged the metric left of it
+        self.before: dict[str, Any] = {}  # what Lightning had of all metrics before a validation
 
     def on_train_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -77,7 +77,7 @@ class CostRecorder(Callback):
     ) -> None:
         """Stops the clock: how often to validate is no property of the variant."""
         self.clocks += Clocks.now() - self.started
-        self.before = trainer.callback_metrics.get(self.metric)
+        self.before = dict(trainer.callback_metrics)
 
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
@@ -108,12 +108,14 @@ class CostRecorder(Callback):
 
     def _take_down(self, trainer: lightning.Trainer) -> None:
         logged = trainer.callback_metrics
+        # Lightning keeps what training and earlier validations logged
+        new = {name: value for name, value in logged.items() if value is not self.before.get(name)}
         if self.metric not in logged:
             raise UserError(
                 f"compare.metric={self.metric}: validation does not log it; choose one of "
-                f"{', '.join(sorted(logged)) or 'those that validation_step logs, and log one'}"
+                f"{', '.join(sorted(new)) or 'those that validation_step logs, and log one'}"
             )
-        if logged[self.metric] is self.before:  # Lightning keeps what earlier ones logged
+        if self.metric not in new:
             return
         losses = attempted = accepted = 0
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # "callbacks" is set by a connector
@@ -126,7 +128,7 @@ class CostRecorder(Callback):
             "losses": losses,
             "seconds": round(self.clocks.wall, 4),
             "processor_seconds": round(self.clocks.processor, 4),
-            "values": logged[self.metric].item(),
+            "values": new[self.metric].item(),
             "attempted": attempted,
             "accepted": accepted,
         }

@@ -11,9 +11,11 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -60,6 +62,9 @@ def run_all(
 ) -> Iterator[Run]:
     """Yields the run of every job, those that were finished earlier first.
 
+    A variant that is refused for its configuration, or that fails with two seeds in the same way
+    before it finished any, has failed with the others as well: they are not made.
+
     Args:
         jobs: what to run; a run that failed or was interrupted is made again.
         processes: worker processes at a time, each for one run; 0 trains in this process.
@@ -68,18 +73,27 @@ def run_all(
         UserError: a run of the first variant is refused for its configuration.
     """
     missing: list[Job] = []
+    errors: dict[str, set[str | None]] = defaultdict(set)  # None where a run was finished
     for job in jobs:
         run = read_run(job)
         if run is None:
             missing.append(job)
         else:
+            errors[run.variant].add(None)
             yield run
-    made = _in_this_process(missing) if processes == 0 else _in_workers(missing, processes)
+    waiting = deque(missing)
+    made = _in_this_process(waiting) if processes == 0 else _in_workers(waiting, processes)
     for run in made:
         if run.mistake and run.variant == jobs[0].variant:
             _remove(next(job.folder for job in missing if job.fingerprint == run.fingerprint))
             raise UserError(run.error)
+        again = run.error is not None and errors[run.variant] == {run.error}
+        errors[run.variant].add(run.error)
         yield run
+        if run.mistake or again:
+            for job in [job for job in waiting if job.variant == run.variant]:
+                waiting.remove(job)
+                yield dataclasses.replace(run, seed=job.seed, fingerprint=job.fingerprint)
 
 
 def read_run(job: Job) -> Run | None:
@@ -119,24 +133,26 @@ def run_job(job: Job) -> Run:
     return run
 
 
-def _in_this_process(jobs: Iterable[Job]) -> Iterator[Run]:
-    for job in jobs:
+def _in_this_process(waiting: deque[Job]) -> Iterator[Run]:
+    while waiting:
+        job = waiting.popleft()
         shutil.rmtree(job.folder, ignore_errors=True)
         # the peak would be that of everything this process has done so far
         yield dataclasses.replace(run_job(job), peak_memory=None)
 
 
-def _in_workers(jobs: Sequence[Job], processes: int) -> Iterator[Run]:
+def _in_workers(waiting: deque[Job], processes: int) -> Iterator[Run]:
     # Forked from a server that has done the imports and nothing else: workers start at once, and
     # the peak memory of each is its own.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    waiting = list(reversed(jobs))
+    with _deaf_to_interrupts():  # as the server stays: the main process decides what ends
+        forkserver.ensure_running()
     running: dict[int, tuple[BaseProcess, Job]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < processes:
-                job = waiting.pop()
+                job = waiting.popleft()
                 worker = context.Process(target=_work, args=(job,), name=job.variant)
                 worker.start()
                 running[worker.sentinel] = worker, job
@@ -148,6 +164,19 @@ def _in_workers(jobs: Sequence[Job], processes: int) -> Iterator[Run]:
         for worker, _ in running.values():
             worker.terminate()
             worker.join()
+
+
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """A process that is started inside ignores Ctrl-C, from its first instruction on."""
+    if threading.current_thread() is not threading.main_thread():  # which alone may do this
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _work(job: Job) -> None:
@@ -191,7 +220,7 @@ def _remove(folder: Path) -> None:
     """Removes a run, and the folders above it that held nothing else."""
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):
-        for parent in folder.parents[:4]:  # variant, runs, comparison, comparisons
+        for parent in folder.parents[:2]:  # variant, runs
             parent.rmdir()
 
 

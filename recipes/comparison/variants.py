@@ -19,7 +19,6 @@ from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.mistakes import check_options
 
 BASELINE = "plain"
-# names of metrics whose direction nobody has to ask for
 OWN_MODULE = "recipe=_own"  # what stands for the recipe where there is compare.module
 CHANGES = "lightning_stableaa.recipes.comparison.optimizers"
 RECORDER = "lightning_stableaa.recipes.comparison.recorder.CostRecorder"

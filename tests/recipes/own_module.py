@@ -29,7 +29,9 @@ class Module(lightning.LightningModule):
         """Squared error of a batch."""
         self.training_steps += 1
         features, targets = batch
-        return mse_loss(self.network(features), targets)
+        loss = mse_loss(self.network(features), targets)
+        self.log("train/loss", loss)
+        return loss
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Squared error of everything."""
@@ -54,6 +56,31 @@ class Breaks(Module):
         if self.global_step == 2:
             raise RuntimeError("broken")
         return super().training_step(batch, batch_idx)
+
+
+class StepsItself(Module):
+    """Optimizes manually."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        """One step."""
+        loss = super().training_step(batch, batch_idx)
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+
+class CannotBeJudged(Module):
+    """Fails when a candidate is to be judged."""
+
+    def anderson_loss(self, batch: list[Tensor]) -> Tensor:
+        """No number."""
+        raise RuntimeError("no judge")
 
 
 class Diverges(Module):

@@ -247,6 +247,48 @@ def test_what_plain_cannot_do_ends_the_comparison(
     assert len(list(tmp_path.glob("runs/*/*"))) <= 1
 
 
+@pytest.mark.parametrize(
+    ("module", "sentence", "tried"),
+    [
+        ("StepsItself", "callbacks: automatic_optimization=False is not supported by", []),
+        ("CannotBeJudged", "RuntimeError: no judge", ["seed0", "seed1"]),
+    ],
+)
+def test_a_variant_that_always_fails_is_left_and_said(
+    module: str,
+    sentence: str,
+    tried: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = own(module, tmp_path, seeds=3, epochs=8)
+    monkeypatch.setattr(sys, "argv", ["stableaa-compare", *options])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"stableaa-compare: anderson failed with every seed: {sentence}")
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [run["error"] is None for run in report["runs"]] == [True] * 3 + [False] * 3
+    assert sorted(one.name[:5] for one in tmp_path.glob("runs/anderson/*")) == tried
+
+
+def test_a_refused_comparison_leaves_the_folders_that_were_there(
+    plan: MakePlan, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    options = own("Module", there / "made" / "too", seeds=1, epochs=1)
+    options[options.index("compare.metric=val/loss")] = "compare.metric=val/mse"
+    with pytest.raises(UserError, match="validation does not log it; choose one of val/loss$"):
+        compare(hydra.compose("compare", options), options, "own")
+    assert list(there.iterdir()) == []
+
+
 def test_a_metric_that_is_not_finite_is_called_so(plan: MakePlan, tmp_path: Path) -> None:
     options = own("Diverges", tmp_path, seeds=1, epochs=1)
     summary = compare(hydra.compose("compare", options), options, "own")
