@@ -284,7 +284,7 @@ def test_a_refused_comparison_leaves_the_folders_that_were_there(
     there.mkdir()
     options = own("Module", there / "made" / "too", seeds=1, epochs=1)
     options[options.index("compare.metric=val/loss")] = "compare.metric=val/mse"
-    with pytest.raises(UserError, match="validation does not log it; choose one of val/loss$"):
+    with pytest.raises(UserError, match=r"validation does not log it; choose one of val/loss$"):
         compare(hydra.compose("compare", options), options, "own")
     assert list(there.iterdir()) == []
 
