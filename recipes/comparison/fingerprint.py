@@ -21,12 +21,16 @@ def fingerprint_of(settings: dict[str, Any]) -> str:
         "settings": settings,
         "lightning_stableaa": lightning_stableaa.__version__,
         "torch": torch.__version__,
-    }
-    for name, paths in (("sources", _sources(settings)), ("files", _data_files(settings))):
-        if hashes := {label: _hash(path) for label, path in paths}:
-            decisive[name] = hashes
+    } | contents_of(settings)
     text = json.dumps(decisive, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def contents_of(settings: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Hashes of the user's own sources, and of the data files that settings name."""
+    both = {"sources": _sources(settings), "files": _data_files(settings)}
+    hashes = {kind: {label: _hash(path) for label, path in paths} for kind, paths in both.items()}
+    return {kind: found for kind, found in hashes.items() if found}
 
 
 def _sources(settings: dict[str, Any]) -> Iterator[tuple[str, Path]]:

@@ -25,6 +25,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lightning_stableaa.recipes.comparison.cost import Curve
+from lightning_stableaa.recipes.comparison.fingerprint import contents_of
 from lightning_stableaa.recipes.comparison.recorder import CURVE
 from lightning_stableaa.recipes.comparison.variants import TRAINING, Job
 from lightning_stableaa.recipes.errors import UserError
@@ -70,7 +71,8 @@ def run_all(
         processes: worker processes at a time, each for one run; 0 trains in this process.
 
     Raises:
-        UserError: a run of the first variant is refused for its configuration.
+        UserError: a run of the first variant is refused for its configuration, or files that runs
+            depend on were edited since the jobs were made.
     """
     missing: list[Job] = []
     errors: dict[str, set[str | None]] = defaultdict(set)  # None where a run was finished
@@ -153,6 +155,7 @@ def _in_workers(waiting: deque[Job], processes: int) -> Iterator[Run]:
         while waiting or running:
             while waiting and len(running) < processes:
                 job = waiting.popleft()
+                _refuse_edited(job)
                 worker = context.Process(target=_work, args=(job,), name=job.variant)
                 worker.start()
                 running[worker.sentinel] = worker, job
@@ -164,6 +167,19 @@ def _in_workers(waiting: deque[Job], processes: int) -> Iterator[Run]:
         for worker, _ in running.values():
             worker.terminate()
             worker.join()
+
+
+def _refuse_edited(job: Job) -> None:
+    """A worker imports the module anew: its run would be one of another module."""
+    now = contents_of(job.settings)
+    for kind in sorted(job.contents.keys() | now.keys()):
+        before, after = job.contents.get(kind, {}), now.get(kind, {})
+        for name in sorted(before.keys() | after.keys()):
+            if before.get(name) != after.get(name):
+                raise UserError(
+                    f"{name} was edited while the comparison ran; the same command begins anew "
+                    "with what it is now; leave it alone until all runs are made"
+                )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lightning_stableaa.callbacks.validation import LESS_IS_BETTER
 from lightning_stableaa.recipes.comparison.cost import Mode
-from lightning_stableaa.recipes.comparison.fingerprint import fingerprint_of
+from lightning_stableaa.recipes.comparison.fingerprint import contents_of, fingerprint_of
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.mistakes import check_options
 
@@ -36,6 +36,7 @@ class Job:
     fingerprint: str  # of everything that decides the outcome
     folder: Path
     settings: dict[str, Any]  # resolved configuration for train(), whose folder is inside folder
+    contents: dict[str, dict[str, str]]  # of the files that it depends on, see ``contents_of``
 
 
 @dataclass(frozen=True)
@@ -354,7 +355,8 @@ def _jobs(run: DictConfig, variant: str, seeds: Sequence[int], folder: Path) -> 
         fingerprint = fingerprint_of(settings)
         # a folder per configuration: results of other settings stay, and are found again
         own = folder / "runs" / variant / f"seed{seed}-{fingerprint}"
-        jobs.append(Job(variant, seed, fingerprint, own, _place(settings, str(own / TRAINING))))
+        placed = _place(settings, str(own / TRAINING))
+        jobs.append(Job(variant, seed, fingerprint, own, placed, contents_of(settings)))
     return jobs
 
 

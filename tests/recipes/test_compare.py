@@ -325,6 +325,19 @@ def test_an_edited_module_is_another_run(plan: MakePlan, tmp_path: Path, monkeyp
     )
 
 
+def test_a_module_that_is_edited_meanwhile_ends_the_comparison(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = (Path(__file__).parent / "own_module.py").read_text()
+    (tmp_path / "meanwhile.py").write_text(source)
+    options = ["compare.module=meanwhile.Module", "compare.datamodule=meanwhile.Data"]
+    made = plan("recipe=_own", *options, "compare.metric=val/loss", variants="plain")
+    (tmp_path / "meanwhile.py").write_text(source + "# edited\n")
+    with pytest.raises(UserError, match=r"^data/meanwhile.py was edited while the comparison "):
+        list(run_all(made.jobs, processes=1))
+
+
 def test_other_data_are_another_run(plan: MakePlan, tmp_path: Path) -> None:
     table = tmp_path / "table.csv"
     fingerprints = []
