@@ -250,7 +250,7 @@ def models() -> dict[str, tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]], 
             resnet_small(num_classes=10, width=16, small_images=True),
             images(128, 32),
             cross_entropy,
-            3,
+            9,
         ),
     }
 
