@@ -29,9 +29,11 @@ class Module(lightning.LightningModule):
         """Squared error of a batch."""
         self.training_steps += 1
         features, targets = batch
-        loss = mse_loss(self.network(features), targets)
-        self.log("train/loss", loss)
-        return loss
+        return mse_loss(self.network(features), targets)
+
+    def on_train_batch_end(self, outputs: Any, batch: list[Tensor], batch_idx: int) -> None:
+        """Logs what is none of validation's metrics."""
+        self.log("train/steps", float(self.training_steps))
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         """Squared error of everything."""
