@@ -16,6 +16,7 @@ from lightning_stableaa.agreement import Agreement
 from lightning_stableaa.distributed import Communicator
 from lightning_stableaa.extrapolation import Extrapolation, extrapolate
 from lightning_stableaa.look_ahead import LookAhead
+from lightning_stableaa.losses import RecentLosses
 from lightning_stableaa.options import Options
 from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
@@ -93,6 +94,7 @@ class Cycles:
                 skipped=self.points.skipped,
             )
         self._payoff = Payoff()
+        self._losses = RecentLosses()
         self._look_ahead = LookAhead(options.look_ahead_cycles)
         self.steps = 0  # taken in the open cycle
         self.has_evaluation_weights = False
@@ -151,6 +153,7 @@ class Cycles:
             self.points.unlink_newest()
             self._watch.mark()
             self._payoff.forget_last()
+            self._losses.forget()
         return Closing(disturbance=disturbance, rsd=rsd, found=found)
 
     @contextmanager
@@ -204,6 +207,7 @@ class Cycles:
             self.has_evaluation_weights = shows and state["evaluation"] is not None
             if state.get("payoff"):
                 self._payoff.load_state_dict(state["payoff"])
+            self._losses.load_state_dict(state.get("losses") or ())
             self._look_ahead.load_state_dict(state.get("look_ahead") or {})
             if state.get("disturbed"):
                 self._agreement.note(Status.WEIGHTS_CHANGED)
@@ -216,6 +220,7 @@ class Cycles:
         return vectors | {
             "disturbed": self._agreement.disturbed,
             "payoff": self._payoff.state_dict(),
+            "losses": self._losses.state_dict(),
             "look_ahead": self._look_ahead.state_dict(),
         }
 
@@ -223,6 +228,7 @@ class Cycles:
         """No residual leads across what moved the weights."""
         self.points.break_chain()
         self._payoff.forget_last()
+        self._losses.forget()
         self.steps = 0
         if self.smoother is not None:
             self.smoother.restart()
@@ -262,13 +268,19 @@ class Cycles:
     def _extrapolate(self, judge: Judge | None) -> Extrapolation:
         self.has_evaluation_weights = False
         found = extrapolate(
-            self.points, self._options, judge, self._agreement, self._payoff, self._look_ahead
+            self.points,
+            self._options,
+            judge,
+            self._agreement,
+            self._payoff,
+            self._losses,
+            self._look_ahead,
         )
         self._watch.mark()  # candidates came and went: the weights are the optimizer's again
         if found.report.status is Status.REJECTED_NON_FINITE_HISTORY:
             self.points.clear()
         if found.jump is not None:
-            self._take(found.jump, replaces=found.report.replaced)
+            self._take(found.jump, replaces=found.report.replaced, mends=found.mends)
         return found
 
     def _leave_out(self) -> Extrapolation:
@@ -278,14 +290,20 @@ class Cycles:
         status = disturbance or Status.REJECTED_BY_VALIDATION
         return Extrapolation(report=StepReport(status=status, attempted=True))
 
-    def _take(self, jump: Tensor, *, replaces: bool) -> None:
-        """Put the accepted candidate where ``apply_to`` wants it."""
+    def _take(self, jump: Tensor, *, replaces: bool, mends: bool) -> None:
+        """Put the accepted candidate where ``apply_to`` wants it.
+
+        Args:
+            jump: (q,), from the newest point.
+            replaces: it enters training.
+            mends: training had leapt away: its momentum would carry the candidate off as well.
+        """
         points, options = self.points, self._options
         self.has_evaluation_weights = options.apply_to != "training"
         if not replaces:
             return
         points.weights.write(points.candidate)
-        if options.optimizer_state == "reset":
+        if options.optimizer_state == "reset" or mends:
             reset_momentum(self._optimizers, points.parameters)
         elif options.optimizer_state == "mix":
             points.mix_momentum(jump)

@@ -43,8 +43,16 @@ class Decision(NamedTuple):
     replaces: bool = False
 
 
-def decide(known: Known, options: Options, payoff: Payoff, *, held: bool) -> Decision:
-    """Of the best candidate; ``held`` keeps what a sample agrees to out of training."""
+def decide(known: Known, options: Options, payoff: Payoff, *, held: bool, mends: bool) -> Decision:
+    """Of the best candidate.
+
+    Args:
+        known: what decides, the same on all ranks.
+        options: those of the candidates.
+        payoff: of earlier ones.
+        held: keeps what a sample agrees to out of training.
+        mends: training had leapt away, and it brings the loss back: nothing keeps it out.
+    """
     if not math.isfinite(known.residual_norm):
         return Decision(Status.REJECTED_NON_FINITE_HISTORY)
     if known.residual_norm == 0:
@@ -57,9 +65,9 @@ def decide(known: Known, options: Options, payoff: Payoff, *, held: bool) -> Dec
     decision = decide_by_losses(known.loss_before, after, known, options)
     asked = options.least_decrease(of_sample=known.of_sample)
     noise_decides = asked > 0 and known.noisiness >= MOSTLY_NOISE
-    if decision.replaces and noise_decides and not payoff.pays:
+    if decision.replaces and noise_decides and not payoff.pays and not mends:
         return _only_evaluated(Status.REJECTED_WITHOUT_PAYOFF, options)
-    if decision.replaces and known.of_sample and held:
+    if decision.replaces and known.of_sample and held and not mends:
         return _only_evaluated(Status.REJECTED_BY_VALIDATION, options)
     return decision
 

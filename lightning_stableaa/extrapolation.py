@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_stableaa.agreement import DISTURBANCES, Agreement
 from lightning_stableaa.decision import Decision, Known, decide, decide_by_losses
 from lightning_stableaa.look_ahead import LookAhead
+from lightning_stableaa.losses import RecentLosses
 from lightning_stableaa.options import Options
 from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
@@ -34,6 +35,7 @@ class Extrapolation:
     report: StepReport
     jump: Tensor | None = None  # (q,), of the accepted candidate, equal on all ranks
     loss_evaluations: int = 0
+    mends: bool = False  # training had leapt away, and the candidate brings it back
 
     @property
     def disturbance(self) -> Status | None:
@@ -47,6 +49,7 @@ def extrapolate(
     judge: Judge | None,
     agreement: Agreement,
     payoff: Payoff,
+    recent: RecentLosses,
     look_ahead: LookAhead,
 ) -> Extrapolation:
     """Form the candidates, and choose the one of least loss if it is an advance.
@@ -61,6 +64,7 @@ def extrapolate(
         judge: ``None`` accepts the first candidate, if it is finite.
         agreement: what this rank noted since the last one, and with whom it decides.
         payoff: of earlier candidates; takes note of what came of the last one.
+        recent: losses at earlier ones; takes note of this one.
         look_ahead: how far they go on along a drift; takes note of what becomes of this one.
     """
     # a tensor is waited for with everything else, and told the next candidate
@@ -84,10 +88,13 @@ def extrapolate(
     best = known.best
     if disturbance is not None:  # what moved the weights was no candidate
         payoff.forget_last()
+        recent.forget()
     payoff.observe(known.loss_before)
+    recent.observe(known.loss_before)
     before, after = known.loss_before, known.losses_after[best] if losses else None
     held = judge is not None and judge.validation_got_worse
-    decision = decide(known, options, payoff, held=held)
+    mends = known.of_sample and recent.are_mended_by(after)
+    decision = decide(known, options, payoff, held=held, mends=mends)
     status, replaces = Decision(disturbance) if disturbance else decision
     formed = len(losses) - 2  # the candidate that was judged last
     if judge is not None and replaces and known.asks_again:
@@ -125,7 +132,7 @@ def extrapolate(
         loss_before=before,
         loss_after=after,
     )
-    return Extrapolation(report=report, jump=jump, loss_evaluations=len(losses))
+    return Extrapolation(report=report, jump=jump, loss_evaluations=len(losses), mends=mends)
 
 
 def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Tensor]:

@@ -31,6 +31,7 @@ NOTHING: dict[str, Any] = {
     "evaluation": None,
     "disturbed": False,
     "payoff": None,
+    "losses": None,
     "look_ahead": None,
 }
 

@@ -14,7 +14,9 @@ Equations are numbered as in docs/method.md:
     (6) accepted if loss(x_new) < loss(x) - d |loss(x)|; of several lambdas the one of least loss
         d = ``sufficient_decrease`` (``None``: 0) times the noisiness, min(1, h / 1e-3)^2 (1 -
         min(1, max(0, rho - 1))); and where that is 1/2 or more and ``sufficient_decrease`` above 0,
-        not while earlier ones gained less than none
+        not while earlier ones gained less than none. Of a sample, all the same where loss(x) is
+        more than ten times the mean of those at the last four extrapolations, and loss(x_new) is
+        not above that mean; then the momentum becomes zero
     (7) gains: 2 (loss(x') - loss(x)) / (|loss(x)| + |loss(x')|) from one extrapolation to the next,
         means that forget a twentieth at each, of at least 2.5 with a candidate and without
     (8) ``look_ahead_cycles`` counts for one half; of the loss of a sample for 1.4 times as much as
@@ -84,6 +86,12 @@ def gains(changes: Sequence[tuple[bool, float, float]]) -> tuple[float, float] |
     return found[0], found[1]
 
 
+def mends(before: float, after: float, earlier: Sequence[float]) -> bool:
+    """Equation (6): whether training leapt away from earlier losses, and a candidate ends that."""
+    mean = float(np.mean(earlier[-4:])) if earlier else 0.0
+    return mean > 0 and before > 10 * mean and after <= mean
+
+
 def candidate(
     pairs: Sequence[tuple[Vector, Vector]], alpha: Vector, relaxation: float, advance: float = 0.0
 ) -> Vector:
@@ -142,6 +150,7 @@ class ReferenceAccelerator:
     decisions: list[bool] = field(default_factory=list)
     changes: list[tuple[bool, float, float]] = field(default_factory=list)  # (7)
     last: tuple[bool, float] | None = None
+    losses: list[float] = field(default_factory=list)  # at extrapolations
     waited: bool = False
     steps: int = 0
     cycle: int = 0
@@ -209,6 +218,8 @@ class ReferenceAccelerator:
         known = gains(self.changes)
         asked = self.sufficient_decrease or 0.0
         waits = asked > 0 and noisy >= 0.5 and known is not None and known[0] > known[1]
+        waits = waits and not (self.of_sample and mends(before, after, self.losses))
+        self.losses.append(before)
         share = asked * noisy
         enough = after < before - share * abs(before)
         self.waited = enough and waits

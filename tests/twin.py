@@ -199,6 +199,7 @@ class Drive:
         self.cycle = 0
         self.changes: list[tuple[bool, float, float]] = []
         self.last: tuple[bool, float] | None = None
+        self.losses: list[float] = []
         self.chained = self.disturbed = self.smoothing_on = self.built = False
         self.reloaded = False
         self.evaluation: Vector | None = None
@@ -259,7 +260,7 @@ class Drive:
 
     def _break(self) -> None:
         self.chained = self.disturbed = False
-        self.last = None
+        self.last, self.losses = None, []
         self.cycle = 0
         self.window = []
 
@@ -303,7 +304,13 @@ class Drive:
         guarded = self.options.safeguard == "loss"
         self.squares = self._residual_squares()
         self.expected: dict[tuple[bool, int], tuple[Vector, float | None]] = {}
-        self._note_change(self.values[0] if guarded else math.nan)
+        loss = self.values[0] if guarded else math.nan
+        self._note_change(loss)
+        self.mends = self.scenario.of_sample and len(self.values) > 1
+        if self.mends:
+            after = min(self.values[1:], key=lambda one: (math.isnan(one), one))
+            self.mends = math.isfinite(loss) and reference.mends(loss, after, self.losses)
+        self.losses += [loss] if math.isfinite(loss) else []
         status, best, replaces = self._expected_status(guarded, report)
         if self.last is not None:
             self.last = status is Status.ACCEPTED and replaces, self.last[1]
@@ -354,7 +361,7 @@ class Drive:
         replaces = replaces and after[best] < before - asked * abs(before)
         if self.options.apply_to == "training" and not replaces:
             return Status.REJECTED_SMALL_DECREASE, best, False
-        if replaces and self._waits(report):
+        if replaces and not self.mends and self._waits(report):
             replaces = False
             if self.options.apply_to == "training":
                 return Status.REJECTED_WITHOUT_PAYOFF, best, False
@@ -394,10 +401,10 @@ class Drive:
 
     def _check_momentum(self, best: int) -> None:
         momentum = self._momentum()
-        if self.options.optimizer_state == "keep":
-            assert np.array_equal(momentum, self.momenta.points[-1])
-        elif self.options.optimizer_state == "reset":
+        if self.options.optimizer_state == "reset" or self.mends:
             assert not momentum.any()
+        elif self.options.optimizer_state == "keep":
+            assert np.array_equal(momentum, self.momenta.points[-1])
         elif not (self._at_the_edge(best) and np.array_equal(momentum, self.momenta.points[-1])):
             self._compare(self.momenta, momentum, best)
 
