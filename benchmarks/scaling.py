@@ -81,8 +81,8 @@ def messages(
     gather = [Message("all_gather_into_tensor", size, size * itemsize) for size in sizes]
     gram = Message("all_reduce", differences**2, 8 * differences**2)
     # what a rank noted, norm, noisiness and rest of the residuals, whether losses are those of
-    # samples and others have to confirm them, and with a judge the losses
-    numbers = 7 + candidates if candidates else 6
+    # samples and others have to confirm them, the loss of training, and with a judge the losses
+    numbers = 8 + candidates if candidates else 7
     decision = Message("all_reduce", numbers, 8 * numbers)
     jump = Message("broadcast", differences, 8 * differences)
     finite = Message("all_reduce", 1, 4)

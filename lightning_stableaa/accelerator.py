@@ -79,8 +79,8 @@ class AndersonAccelerator:
             which a candidate has to lower it where residuals are noise; by less, down to any
             decrease, where they are a steady drift or can be eliminated. ``None``: 0.1 of the loss
             of a sample, and any decrease of a loss that is the same function from step to step.
-            Where it is above 0, candidates also wait while earlier ones gained less than training
-            without them. 0 takes every decrease at once.
+            Where it is above 0, and residuals of samples are mostly noise, only candidates that
+            bring training back from a leap enter it. 0 takes every decrease.
         optimizer_state: momentum on acceptance: ``"keep"``, ``"mix"`` (with the mixing weights of
             the candidate; doubles the memory of the history) or ``"reset"``.
         smoothing: ``None``, or the adaptive moving average of the iterates.

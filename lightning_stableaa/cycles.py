@@ -18,9 +18,7 @@ from lightning_stableaa.extrapolation import Extrapolation, extrapolate
 from lightning_stableaa.look_ahead import LookAhead
 from lightning_stableaa.losses import RecentLosses
 from lightning_stableaa.options import Options
-from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
-from lightning_stableaa.report import StepReport
 from lightning_stableaa.safeguard import Judge
 from lightning_stableaa.smoother import Smoother
 from lightning_stableaa.status import Status
@@ -93,7 +91,6 @@ class Cycles:
                 sharded=self.points.sharded,
                 skipped=self.points.skipped,
             )
-        self._payoff = Payoff()
         self._losses = RecentLosses()
         self._look_ahead = LookAhead(options.look_ahead_cycles)
         self.steps = 0  # taken in the open cycle
@@ -143,16 +140,13 @@ class Cycles:
         self._look_ahead.note_cycle()
         found = None
         if due and self.points.history.residual_count >= 2:
-            in_vain = judge is not None and judge.asked_in_vain
-            leave_out = in_vain and self._options.apply_to == "training"
-            found = self._leave_out() if leave_out else self._extrapolate(judge)
+            found = self._extrapolate(judge)
             disturbance = found.disturbance
         elif self.smoother is None and not self._agreement.alone:
             disturbance = self._agreement.reach()
         if disturbance is Status.WEIGHTS_CHANGED:
             self.points.unlink_newest()
             self._watch.mark()
-            self._payoff.forget_last()
             self._losses.forget()
         return Closing(disturbance=disturbance, rsd=rsd, found=found)
 
@@ -205,9 +199,7 @@ class Cycles:
             self.steps = steps
             shows = self._options.apply_to != "training"
             self.has_evaluation_weights = shows and state["evaluation"] is not None
-            if state.get("payoff"):
-                self._payoff.load_state_dict(state["payoff"])
-            self._losses.load_state_dict(state.get("losses") or ())
+            self._losses.load_state_dict(state.get("recent_losses") or {})
             self._look_ahead.load_state_dict(state.get("look_ahead") or {})
             if state.get("disturbed"):
                 self._agreement.note(Status.WEIGHTS_CHANGED)
@@ -219,15 +211,13 @@ class Cycles:
         )
         return vectors | {
             "disturbed": self._agreement.disturbed,
-            "payoff": self._payoff.state_dict(),
-            "losses": self._losses.state_dict(),
+            "recent_losses": self._losses.state_dict(),
             "look_ahead": self._look_ahead.state_dict(),
         }
 
     def _restart(self) -> None:
         """No residual leads across what moved the weights."""
         self.points.break_chain()
-        self._payoff.forget_last()
         self._losses.forget()
         self.steps = 0
         if self.smoother is not None:
@@ -272,7 +262,6 @@ class Cycles:
             self._options,
             judge,
             self._agreement,
-            self._payoff,
             self._losses,
             self._look_ahead,
         )
@@ -282,13 +271,6 @@ class Cycles:
         if found.jump is not None:
             self._take(found.jump, replaces=found.report.replaced, mends=found.mends)
         return found
-
-    def _leave_out(self) -> Extrapolation:
-        """Of several ranks, all hear of what happened to one; a collective call."""
-        self._payoff.forget_last()
-        disturbance = None if self._agreement.alone else self._agreement.reach()
-        status = disturbance or Status.REJECTED_BY_VALIDATION
-        return Extrapolation(report=StepReport(status=status, attempted=True))
 
     def _take(self, jump: Tensor, *, replaces: bool, mends: bool) -> None:
         """Put the accepted candidate where ``apply_to`` wants it.

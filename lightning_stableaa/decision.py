@@ -6,10 +6,9 @@ import math
 from typing import NamedTuple
 
 from lightning_stableaa.options import Options
-from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.status import Status
 
-# Noisiness from which on a candidate waits while earlier ones did not pay off.
+# Noisiness from which on a candidate is no better than an average.
 MOSTLY_NOISE = 0.5
 
 
@@ -22,7 +21,8 @@ class Known(NamedTuple):
     of_sample: bool  # the losses are those of samples of many
     asks_again: bool  # others have to confirm them, on some rank
     loss_before: float | None  # None without a judge
-    losses_after: list[float]
+    losses_after: list[float]  # empty where nobody was asked
+    training_loss: float  # NaN where it is not known
     remaining: float
     condition: float
     norms: list[float]
@@ -43,32 +43,55 @@ class Decision(NamedTuple):
     replaces: bool = False
 
 
-def decide(known: Known, options: Options, payoff: Payoff, *, held: bool, mends: bool) -> Decision:
+def is_noise(known: Known, options: Options) -> bool:
+    """Whether residuals are those of samples, and mostly noise.
+
+    The momentum of the optimizer carries training off from an average at once.
+    """
+    asked = options.least_decrease(of_sample=known.of_sample)
+    return known.of_sample and asked > 0 and known.noisiness >= MOSTLY_NOISE
+
+
+def kept_out(known: Known, options: Options, *, held: bool) -> Status | None:
+    """Why a candidate stays out of training whatever its loss is; ``None`` where it need not.
+
+    Args:
+        known: what decides, the same on all ranks.
+        options: those of the candidates.
+        held: validation keeps what a sample agrees to out of training.
+    """
+    if held and known.of_sample:
+        return Status.REJECTED_BY_VALIDATION
+    return Status.REJECTED_NOISE if is_noise(known, options) else None
+
+
+def decide(
+    known: Known, options: Options, *, guarded: bool, reason: Status | None, mends: bool
+) -> Decision:
     """Of the best candidate.
 
     Args:
         known: what decides, the same on all ranks.
         options: those of the candidates.
-        payoff: of earlier ones.
-        held: keeps what a sample agrees to out of training.
+        guarded: whether there is a judge.
+        reason: what keeps it out of training whatever its loss is; without losses there is one.
         mends: training had leapt away, and it brings the loss back: nothing keeps it out.
     """
     if not math.isfinite(known.residual_norm):
         return Decision(Status.REJECTED_NON_FINITE_HISTORY)
     if known.residual_norm == 0:
         return Decision(Status.REJECTED_STAGNATION)
-    if known.loss_before is None:
+    if not guarded:
         if not math.isfinite(known.norms[known.best]):
             return Decision(Status.REJECTED_NON_FINITE_CANDIDATE)
         return Decision(Status.ACCEPTED, replaces=options.apply_to != "evaluation")
+    if known.loss_before is None:
+        assert reason is not None  # or somebody would have been asked
+        return Decision(reason)
     after = known.losses_after[known.best]
     decision = decide_by_losses(known.loss_before, after, known, options)
-    asked = options.least_decrease(of_sample=known.of_sample)
-    noise_decides = asked > 0 and known.noisiness >= MOSTLY_NOISE
-    if decision.replaces and noise_decides and not payoff.pays and not mends:
-        return _only_evaluated(Status.REJECTED_WITHOUT_PAYOFF, options)
-    if decision.replaces and known.of_sample and held and not mends:
-        return _only_evaluated(Status.REJECTED_BY_VALIDATION, options)
+    if decision.replaces and reason is not None and not mends:
+        return _only_evaluated(reason, options)
     return decision
 
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_stableaa.agreement import DISTURBANCES, Agreement
-from lightning_stableaa.decision import Decision, Known, decide, decide_by_losses
+from lightning_stableaa.decision import (
+    Decision,
+    Known,
+    decide,
+    decide_by_losses,
+    is_noise,
+    kept_out,
+)
 from lightning_stableaa.look_ahead import LookAhead
 from lightning_stableaa.losses import RecentLosses
 from lightning_stableaa.options import Options
-from lightning_stableaa.payoff import Payoff
 from lightning_stableaa.points import PointStore
 from lightning_stableaa.random_state import RandomState
 from lightning_stableaa.report import StepReport
@@ -48,22 +56,23 @@ def extrapolate(
     options: Options,
     judge: Judge | None,
     agreement: Agreement,
-    payoff: Payoff,
     recent: RecentLosses,
     look_ahead: LookAhead,
 ) -> Extrapolation:
     """Form the candidates, and choose the one of least loss if it is an advance.
 
+    Nobody is asked for losses where the last candidate was kept out of training whatever its loss,
+    unless that of training leapt, or what kept it out is over.
+
     The accepted candidate is left in ``points.candidate``. The device is waited for once, when
-    everything that decides is read back together, and once more where a candidate is confirmed, and
-    of several ranks where one is accepted.
+    everything that decides is read back together, and once more where losses are asked for after
+    that, where a candidate is confirmed, and of several ranks where one is accepted.
 
     Args:
         points: at least two residuals.
         options: those of the candidates.
         judge: ``None`` accepts the first candidate, if it is finite.
         agreement: what this rank noted since the last one, and with whom it decides.
-        payoff: of earlier candidates; takes note of what came of the last one.
         recent: losses at earlier ones; takes note of this one.
         look_ahead: how far they go on along a drift; takes note of what becomes of this one.
     """
@@ -78,27 +87,20 @@ def extrapolate(
         lag_compensation=options.lag_compensation,
         look_ahead_cycles=(0.0 if judge is None else look_ahead.cycles(of_sample=known_of_sample)),
     )
-    losses = [] if judge is None else _losses(points, proposal.jumps, judge)
-    of_sample = judge is not None and judge.of_sample
-    confirming = judge.confirming() if judge is not None else None
-    flags = of_sample, confirming is not None
-    known = _read_back(proposal, _shared(points, proposal, flags, losses, agreement))
-    disturbance = agreement.settle(known.noted * points.communicator.world_size)
-
+    known, losses, reason, disturbance = _find_out(
+        points, options, judge, agreement, recent, proposal
+    )
     best = known.best
-    if disturbance is not None:  # what moved the weights was no candidate
-        payoff.forget_last()
-        recent.forget()
-    payoff.observe(known.loss_before)
-    recent.observe(known.loss_before)
     before, after = known.loss_before, known.losses_after[best] if losses else None
-    held = judge is not None and judge.validation_got_worse
-    mends = known.of_sample and recent.are_mended_by(after)
-    decision = decide(known, options, payoff, held=held, mends=mends)
-    status, replaces = Decision(disturbance) if disturbance else decision
+    mends = known.of_sample and recent.are_mended_by(before, after)
+    status, replaces = (
+        Decision(disturbance)
+        if disturbance
+        else decide(known, options, guarded=judge is not None, reason=reason, mends=mends)
+    )
     formed = len(losses) - 2  # the candidate that was judged last
     if judge is not None and replaces and known.asks_again:
-        again = _losses(points, proposal.jumps[best : best + 1], confirming or judge)
+        again = _losses(points, proposal.jumps[best : best + 1], judge.confirming() or judge)
         losses += again
         before, after = _mean(points, torch.stack(again)).tolist()
         status, replaces = decide_by_losses(before, after, known, options)
@@ -112,7 +114,6 @@ def extrapolate(
         if not points.candidate_is_finite(known.reaches[best]):
             status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None
     accepted = jump is not None
-    payoff.begin(candidate=accepted and replaces)
     is_last = best == len(known.lambdas) - 1
     drifts = judge is not None and options.look_ahead_cycles > 0 and known.remaining > 1
     look_ahead.of_sample = known.of_sample
@@ -135,6 +136,44 @@ def extrapolate(
     return Extrapolation(report=report, jump=jump, loss_evaluations=len(losses), mends=mends)
 
 
+class _Found(NamedTuple):
+    """What is known of the candidates, and what it rests on."""
+
+    known: Known
+    losses: list[Tensor]  # that were asked for
+    reason: Status | None  # what keeps candidates out of training, whatever their losses are
+    disturbance: Status | None
+
+
+def _find_out(
+    points: PointStore,
+    options: Options,
+    judge: Judge | None,
+    agreement: Agreement,
+    recent: RecentLosses,
+    proposal: Proposal,
+) -> _Found:
+    """Ask for losses: at once, or only if it turns out that they can change anything."""
+    in_vain = judge is not None and (recent.amid_noise or judge.asked_in_vain)
+    left_alone = in_vain and options.apply_to == "training"
+    losses = [] if judge is None or left_alone else _losses(points, proposal.jumps, judge)
+    known = _read_back(proposal, _shared(points, proposal, judge, losses, agreement))
+    disturbance = agreement.settle(known.noted * points.communicator.world_size)
+    if disturbance is not None:  # what moved the weights was no optimizer
+        recent.forget()
+    told = math.isfinite(known.training_loss)
+    recent.observe(known.training_loss if told else known.loss_before)
+    held = judge is not None and judge.validation_got_worse
+    reason = kept_out(known, options, held=held)
+    matters = disturbance is None and (reason is None or recent.leapt)
+    if judge is not None and left_alone and matters:
+        losses = _losses(points, proposal.jumps, judge)
+        known = _read_back(proposal, _shared(points, proposal, judge, losses, agreement))
+        reason = kept_out(known, options, held=held)
+    recent.amid_noise = told and is_noise(known, options)
+    return _Found(known, losses, reason, disturbance)
+
+
 def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Tensor]:
     """Loss before, then that of each of L candidates, (L, q): one random state for all."""
     device = points.weights.device
@@ -153,14 +192,14 @@ def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Te
 def _shared(
     points: PointStore,
     proposal: Proposal,
-    flags: tuple[bool | Tensor, bool],
+    judge: Judge | None,
     losses: list[Tensor],
     agreement: Agreement,
 ) -> Tensor:
-    """What all have to decide alike on, (6,) or (7 + L,).
+    """What all have to decide alike on, (7,) or (8 + L,).
 
-    What was noted, residual norm, noisiness, remaining residual; flags, whether losses are those of
-    samples and whether others have to confirm them; losses.
+    What was noted, residual norm, noisiness, remaining residual; whether losses are those of
+    samples, whether others have to confirm them, and that of training; those that were asked for.
 
     Means over ranks. What is NaN on one rank is NaN on all: a rank that rejects alone would leave
     the others waiting.
@@ -168,7 +207,12 @@ def _shared(
     device = points.weights.device
     norm, *others = (one.to(device) for one in proposal.numbers[:3])
     noted = torch.full_like(norm, agreement.number)
-    told = [one if isinstance(one, Tensor) else torch.full_like(norm, one) for one in flags]
+    known: list[Tensor | float] = [False, False, math.nan]
+    if judge is not None:
+        loss = judge.training_loss
+        confirmed = judge.confirming() is not None
+        known = [judge.of_sample, confirmed, math.nan if loss is None else loss]
+    told = [one if isinstance(one, Tensor) else torch.full_like(norm, one) for one in known]
     told = [one.to(norm) for one in told]
     return _mean(points, torch.stack([noted, norm, *others, *told, *losses]))
 
@@ -187,7 +231,8 @@ def _read_back(proposal: Proposal, shared: Tensor) -> Known:
         parts.append(gram.flatten())
     values = torch.cat(parts).cpu()
     together, numbers, *flat_gram = values.split([part.numel() for part in parts])
-    noted, residual_norm, noisiness, remaining, of_sample, asks_again, *losses = together.tolist()
+    noted, residual_norm, noisiness, remaining, *judged = together.tolist()
+    of_sample, asks_again, training_loss, *losses = judged
     condition, *of_candidates = numbers.tolist()
     count = len(of_candidates) // 3
     before, *after = losses or (None,)
@@ -199,6 +244,7 @@ def _read_back(proposal: Proposal, shared: Tensor) -> Known:
         asks_again=asks_again > 0,
         loss_before=before,
         losses_after=after,
+        training_loss=training_loss,
         remaining=remaining,
         condition=condition if gram is None else condition_number(flat_gram[0].view(gram.shape)),
         norms=of_candidates[:count],

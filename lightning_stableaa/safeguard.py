@@ -33,13 +33,20 @@ class Judge(ABC):
     def of_sample(self) -> bool | Tensor:  # or (), not waited for
         """Whether others would be asked at another step.
 
-        Known after the first call; true before it where that is certain.
-
         It counts where any rank says so. Where the loss is the same function of the weights from
         step to step, a decrease is one of what is minimised; of a sample it may be that of the
         sample.
         """
         return False
+
+    @property
+    def training_loss(self) -> Tensor | None:
+        """The loss that the last optimizer step was made with, of any scale; not waited for.
+
+        Where it is known, and residuals are noise, nobody is asked for the loss of a candidate
+        unless this one leapt. ``None`` where it is not.
+        """
+        return None
 
     @property
     def validation_got_worse(self) -> bool:
@@ -53,14 +60,15 @@ class Judge(ABC):
     def asked_in_vain(self) -> bool:
         """Whether it is certain that ``validation_got_worse`` decides, without any loss.
 
-        Equal on all ranks. Then no candidates are formed where they are for training alone.
+        Equal on all ranks. Then none is asked for where candidates are for training alone, unless
+        the loss of training leapt.
         """
         return False
 
     def confirming(self) -> LossFunction | None:
         """The loss that has to agree to a candidate for training; ``None`` where none has to.
 
-        Asked for after the first losses. Where any rank has one, the others give theirs again.
+        Where any rank has one, the others give theirs again.
         """
         return None
 

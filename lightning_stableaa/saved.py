@@ -30,8 +30,7 @@ NOTHING: dict[str, Any] = {
     "smoother": None,
     "evaluation": None,
     "disturbed": False,
-    "payoff": None,
-    "losses": None,
+    "recent_losses": None,
     "look_ahead": None,
 }
 

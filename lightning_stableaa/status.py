@@ -18,7 +18,7 @@ class Status(Enum):
     ACCEPTED = "accepted"
     REJECTED_LOSS = "rejected_loss"
     REJECTED_SMALL_DECREASE = "rejected_small_decrease"
-    REJECTED_WITHOUT_PAYOFF = "rejected_without_payoff"
+    REJECTED_NOISE = "rejected_noise"
     REJECTED_BY_VALIDATION = "rejected_by_validation"
     REJECTED_NON_FINITE_LOSS = "rejected_non_finite_loss"
     REJECTED_NON_FINITE_HISTORY = "rejected_non_finite_history"
@@ -47,10 +47,10 @@ _REMEDIES = {
         "averaging does, so training was left alone: lower sufficient_decrease to take it all the "
         "same, or raise the batch size or store_every_n_steps, so that residuals stand out"
     ),
-    Status.REJECTED_WITHOUT_PAYOFF: (
-        "cycles that began with a candidate had lowered the loss by less than the others, so "
-        "training was left alone for a while: lower the learning rate, or set "
-        "sufficient_decrease=0 to take candidates all the same"
+    Status.REJECTED_NOISE: (
+        "residuals were mostly noise of the samples, of which a candidate is an average that the "
+        "next steps undo, so training was left alone: raise the batch size or store_every_n_steps, "
+        "so that residuals stand out, or set sufficient_decrease=0 to take candidates all the same"
     ),
     Status.REJECTED_BY_VALIDATION: (
         "validation was worse than at its best, and what lowers the loss of a batch would have "

@@ -52,6 +52,7 @@ def main(rank: int, port: int, folder: str) -> None:
         "local state": local_state,
         "spoiled": spoiled,
         "confirmed": confirmed,
+        "amid noise": amid_noise,
     }
     run(jobs, rank, folder)
 
@@ -273,6 +274,39 @@ def confirmed() -> dict[str, Any]:
             "losses": problem.accelerator.loss_evaluations,
             "x": problem.x.detach().clone(),
         }
+    return seen
+
+
+def amid_noise() -> dict[str, Any]:
+    """Orthogonal steps; the loss of training is unknown to one rank once, and leaps for the other.
+
+    The third and the sixth extrapolation, before the last one.
+    """
+    losses = [1.0, 1.0, float("nan"), 1.0, 1.0, 41.0, 1.0] if dist.get_rank() else [1.0] * 7
+    seen = {}
+    for history in ("replicated", "sharded"):
+        x = nn.Parameter(torch.zeros(51, dtype=torch.float64))
+        optimizer = torch.optim.SGD([x], lr=1.0)
+        accelerator = AndersonAccelerator(
+            optimizer, history=history, store_every_n_steps=1, accelerate_every_n_steps=2
+        )
+        statuses, asked, sent = [], [], []
+        for step in range(2 * len(losses)):
+            x.grad = torch.zeros_like(x)
+            x.grad[step] = 1.0
+            optimizer.step()
+            answers = iter([9.0, 0.1])
+            judge = OfSample(
+                lambda answers=answers: torch.tensor(next(answers)), training_loss=losses[step // 2]
+            )
+            before = accelerator.loss_evaluations
+            with Traffic() as one:
+                report = accelerator.step(judge)
+            if report.attempted:
+                statuses.append(report.status.value)
+                asked.append(accelerator.loss_evaluations - before)
+                sent.append([number for name, number in one.sent if name == "all_reduce"])
+        seen[history] = {"statuses": statuses, "asked": asked, "sent": sent, "x": x.detach()}
     return seen
 
 

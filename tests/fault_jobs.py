@@ -96,7 +96,7 @@ class Training:
         self.problem = Minimisation(LAYOUTS[layout], torch.float64, **where | cycle | options)
         self.engine = self.problem.accelerator
         self.statuses: list[str] = []
-        self.payoffs: list[list[float]] = []  # sums and counts after each step
+        self.recent_losses: list[list[float]] = []  # that are known after each step
 
     def train(self, steps: int, disturb: Callable[[int, bool], None] = lambda *_: None) -> None:
         """``disturb(step, early)`` is called early, before the engine's step, and after it."""
@@ -109,7 +109,8 @@ class Training:
             disturb(step, True)
             self.statuses.append(self.engine.step(problem.loss).status.value)
             cycles = self.engine._cycles
-            self.payoffs.append([] if cycles is None else cycles._payoff.state_dict()[:4])
+            known = [] if cycles is None else cycles._losses.state_dict()["recent"]
+            self.recent_losses.append(known)
             disturb(step, False)
 
     def seen(self) -> dict[str, Any]:
@@ -117,7 +118,7 @@ class Training:
         state = self.engine.state_dict()
         return {
             "statuses": self.statuses,
-            "payoffs": self.payoffs,
+            "recent_losses": self.recent_losses,
             "counters": state["counters"],
             "outcomes": state["outcomes"],
             "links": state["points"] and state["points"]["history"]["links"],

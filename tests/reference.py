@@ -13,12 +13,11 @@ Equations are numbered as in docs/method.md:
     (5) |x_new - x| <= cap * sqrt(tr(K)/m), by shortening the jump
     (6) accepted if loss(x_new) < loss(x) - d |loss(x)|; of several lambdas the one of least loss
         d = ``sufficient_decrease`` (``None``: 0) times the noisiness, min(1, h / 1e-3)^2 (1 -
-        min(1, max(0, rho - 1))); and where that is 1/2 or more and ``sufficient_decrease`` above 0,
-        not while earlier ones gained less than none. Of a sample, all the same where loss(x) is
-        more than ten times the mean of those at the last four extrapolations, and loss(x_new) is
-        not above that mean; then the momentum becomes zero
-    (7) gains: 2 (loss(x') - loss(x)) / (|loss(x)| + |loss(x')|) from one extrapolation to the next,
-        means that forget a twentieth at each, of at least 2.5 with a candidate and without
+        min(1, max(0, rho - 1))); and of a sample, where that is 1/2 or more and
+        ``sufficient_decrease`` above 0, only
+    (7) where the loss l of training, or loss(x) where that is not known, leapt, to more than ten
+        times the mean of those at the last four extrapolations and more than that at the first one,
+        and loss(x_new) is not above loss(x) times that mean over l; then the momentum becomes zero
     (8) ``look_ahead_cycles`` counts for one half; of the loss of a sample for 1.4 times as much as
         before, at most all, after a candidate of the last lambda with rho > 1, and for 0.6 times as
         much, at least a twentieth, where that had too large a loss or none; for as many cycles as
@@ -66,30 +65,20 @@ def noisiness(residuals: Sequence[Vector], alpha: Vector) -> float:
     return noisy_share(residuals) * (1.0 - drift)
 
 
-def gains(changes: Sequence[tuple[bool, float, float]]) -> tuple[float, float] | None:
-    """Equation (7): with a candidate and without, of changes (which, before, after), oldest first.
-
-    ``None`` where too little is known.
-    """
-    found = []
-    for which in (True, False):
-        weights = [0.95**age for age in range(len(changes))][::-1]
-        mine = [
-            (weight, 2 * (after - before) / (abs(before) + abs(after)) if before or after else 0.0)
-            for weight, (kind, before, after) in zip(weights, changes, strict=True)
-            if kind is which
-        ]
-        known = sum(weight for weight, _ in mine)
-        if known < 2.5:
-            return None
-        found.append(sum(weight * change for weight, change in mine) / known)
-    return found[0], found[1]
+def leap(loss: float, earlier: Sequence[float]) -> float | None:
+    """Equation (7): the loss over the mean of the last ones, where that is a leap."""
+    if not earlier:
+        return None
+    mean = float(np.mean(earlier[-4:]))
+    return loss / mean if mean > 0 and loss > 10 * mean and loss > earlier[0] else None
 
 
-def mends(before: float, after: float, earlier: Sequence[float]) -> bool:
-    """Equation (6): whether training leapt away from earlier losses, and a candidate ends that."""
-    mean = float(np.mean(earlier[-4:])) if earlier else 0.0
-    return mean > 0 and before > 10 * mean and after <= mean
+def mends(
+    before: float, after: float, earlier: Sequence[float], of_training: float | None = None
+) -> bool:
+    """Equation (7): whether training leapt away from earlier losses, and a candidate ends that."""
+    excess = leap(before if of_training is None else of_training, earlier)
+    return excess is not None and after * excess <= before
 
 
 def candidate(
@@ -148,8 +137,6 @@ class ReferenceAccelerator:
     points: list[Vector] = field(default_factory=list)
     linked: list[bool] = field(default_factory=list)  # is the point the end of a cycle?
     decisions: list[bool] = field(default_factory=list)
-    changes: list[tuple[bool, float, float]] = field(default_factory=list)  # (7)
-    last: tuple[bool, float] | None = None
     losses: list[float] = field(default_factory=list)  # at extrapolations
     waited: bool = False
     steps: int = 0
@@ -211,21 +198,16 @@ class ReferenceAccelerator:
         return self.regularization or [suitable_lambda(residuals)]
 
     def judge(self, residuals: Sequence[Vector], before: float, after: float) -> bool:
-        """Equation (6)."""
-        if self.last is not None:
-            self.changes.append((*self.last, before))
+        """Equations (6) and (7)."""
         noisy = noisiness(residuals, mixing_weights(residuals, self.lambdas(residuals)[0]))
-        known = gains(self.changes)
         asked = self.sufficient_decrease or 0.0
-        waits = asked > 0 and noisy >= 0.5 and known is not None and known[0] > known[1]
-        waits = waits and not (self.of_sample and mends(before, after, self.losses))
+        waits = self.of_sample and asked > 0 and noisy >= 0.5
+        waits = waits and not mends(before, after, self.losses)
         self.losses.append(before)
         share = asked * noisy
         enough = after < before - share * abs(before)
         self.waited = enough and waits
-        accepted = enough and not waits
-        self.last = accepted, before
-        return accepted
+        return enough and not waits
 
     def mixtures(
         self, residuals: Sequence[Vector], *, look_ahead: bool

@@ -93,15 +93,30 @@ def test_what_has_to_confirm_a_candidate_is_averaged_over_the_ranks(ranks: Ranks
     assert not torch.equal(first["replicated", "yes"]["x"], first["replicated", "no"]["x"])
 
 
+def test_ranks_leave_training_alone_together_and_mend_a_leap_that_one_of_them_saw(
+    ranks: Ranks,
+) -> None:
+    """What one of them does not know, none does; what leapt is the mean of both."""
+    for history, one in ranks[0]["amid noise"].items():
+        assert one["statuses"] == ["rejected_noise"] * 5 + ["accepted", "rejected_noise"]
+        assert one["asked"] == [2, 0, 0, 2, 0, 2, 0]
+        other = ranks[1]["amid noise"][history]
+        assert (one["statuses"], one["asked"]) == (other["statuses"], other["asked"])
+        assert one["sent"] == other["sent"]
+        assert torch.equal(one["x"], other["x"])
+    sent = ranks[0]["amid noise"]["replicated"]["sent"]
+    assert [sent[k] for k in (0, 1, 5, 6)] == [[9], [7], [7, 9, 1], [7]]
+
+
 def test_replicated_updates_send_a_few_numbers_whatever_n_is(ranks: Ranks) -> None:
     for rank in ranks:
         small, large = (rank["traffic"]["replicated", n, 1] for n in (51, 5001))
         assert small == large
         assert small["between"] == BETWEEN
         # what was noted, norm, noisiness and rest of the residuals, whether a sample judges and
-        # others confirm, the loss before and after; the jump over four differences: of six points
-        # an accepted candidate starts anew; if it is finite
-        update = [("all_reduce", 8), ("broadcast", 4), ("all_reduce", 1)]
+        # others confirm, the loss of training, that before and after; the jump over four
+        # differences: of six points an accepted candidate starts anew; if it is finite
+        update = [("all_reduce", 9), ("broadcast", 4), ("all_reduce", 1)]
         assert small["updates"] == [(True, update)] * 3
 
 
@@ -111,7 +126,7 @@ def test_sharded_updates_send_the_gram_and_gather_the_candidates(ranks: Ranks) -
         for n, candidates in itertools.product((51, 5001), (1, 5)):
             seen = rank["traffic"]["sharded", n, candidates]
             gather = ("all_gather_into_tensor", n + 1)  # padded to two slices of equal size
-            judged = [("all_reduce", 4 * 4), *[gather] * candidates, ("all_reduce", 7 + candidates)]
+            judged = [("all_reduce", 4 * 4), *[gather] * candidates, ("all_reduce", 8 + candidates)]
             accepted = [("broadcast", 4), *[gather] * (candidates > 1), ("all_reduce", 1)]
             assert seen["between"] == BETWEEN
             assert seen["updates"] == [(True, judged + accepted)] * 3

@@ -55,17 +55,18 @@ def test_no_residual_leads_across_a_write_on_one_rank(ranks: Ranks) -> None:
         assert seen["at an update"]["links"][:6] == [False, True, True, True, False, True]
 
 
-def test_a_change_across_a_write_on_one_rank_says_nothing_of_candidates(ranks: Ranks) -> None:
+def test_losses_before_a_write_on_one_rank_say_nothing_of_those_after_it(ranks: Ranks) -> None:
     for placement in PLACEMENTS:
         for moment in ("in a cycle", "at an update"):
             seen = ranks[0]["edited"][placement, "guarded"][moment]
-            statuses, payoffs = seen["statuses"], seen["payoffs"]
+            statuses, known = seen["statuses"], seen["recent_losses"]
             changed = statuses.index("weights_changed")
             attempts = [k for k, one in enumerate(statuses) if one.startswith(("acc", "rej"))]
             before = max((k for k in attempts if k < changed), default=0)
             first, second = [k for k in attempts if k > changed][:2]
-            assert payoffs[first] == payoffs[before], moment
-            assert payoffs[second] != payoffs[first], moment
+            assert len(known[first]) == 1, moment
+            assert known[first][0] not in known[before], moment
+            assert known[second][:1] == known[first], moment
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)

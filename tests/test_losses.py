@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_stableaa import AndersonAccelerator, Status
 from lightning_stableaa.losses import RecentLosses
@@ -29,124 +29,212 @@ def test_it_equals_the_formula_after_every_extrapolation(seed: int) -> None:
     found = RecentLosses()
     mended = 0
     for count, loss in enumerate(losses):
-        after = draw.choice(losses)
+        before, after = loss * math.exp(draw.gauss(0, 0.1)), draw.choice(losses)
         found.observe(loss)
-        assert found.are_mended_by(after) is reference.mends(loss, after, losses[:count])
-        mended += found.are_mended_by(after)
+        expected = reference.mends(before, after, losses[:count], loss)
+        assert found.are_mended_by(before, after) is expected
+        assert found.leapt is (reference.leap(loss, losses[:count]) is not None)
+        mended += found.are_mended_by(before, after)
     assert mended < 20
 
 
 def test_only_more_than_ten_times_a_positive_mean_is_a_leap() -> None:
-    assert not recent(5.0).are_mended_by(0.0), "the first one"
-    assert not recent(1.0, 10.0).are_mended_by(0.0)
-    assert recent(1.0, 10.1).are_mended_by(0.0)
-    assert not recent(1.0, 10.1, 1.0).are_mended_by(0.0)
-    assert not recent(-1.0, 1e9).are_mended_by(-2.0), "its size says nothing where it has a sign"
+    assert not recent(5.0).leapt, "the first one"
+    assert not recent(1.0, 10.0).leapt
+    assert recent(1.0, 10.1).leapt
+    assert not recent(1.0, 10.1, 1.0).leapt
+    assert recent(20.0, 1.0, 1.0, 1.0, 1.0, 20.1).leapt
+    assert not recent(20.0, 1.0, 1.0, 1.0, 1.0, 20.0).leapt, "not all that was gained is lost"
+    assert not recent(-1.0, 1e9).leapt, "its size says nothing where it has a sign"
 
 
 def test_it_is_mended_by_what_is_as_usual() -> None:
     leapt = recent(1.0, 3.0, 21.0)
-    assert leapt.are_mended_by(2.0)
-    assert not leapt.are_mended_by(2.1), "a sample that is hard for all"
-    assert not leapt.are_mended_by(math.nan)
-    assert not leapt.are_mended_by(None)
+    assert leapt.are_mended_by(21.0, 2.0)
+    assert not leapt.are_mended_by(21.0, 2.1), "a sample that is hard for all"
+    assert leapt.are_mended_by(2.1, 0.2), "the judge has another scale than training"
+    assert not leapt.are_mended_by(2.1, 0.21)
+    assert not leapt.are_mended_by(21.0, math.nan)
+    assert not leapt.are_mended_by(math.nan, 2.0)
+    assert not leapt.are_mended_by(None, None)
 
 
 @pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
 def test_what_is_not_finite_says_nothing(nothing: Any) -> None:
     found = recent(1.0, 2.0, 50.0)
-    assert found.are_mended_by(1.5)
+    assert found.leapt
     found.observe(nothing)
-    assert not found.are_mended_by(1.5)
-    assert found.state_dict() == [1.0, 2.0, 50.0]
+    assert not found.leapt
+    assert found.state_dict()["recent"] == [1.0, 2.0, 50.0]
 
 
 def test_they_are_forgotten_and_continued() -> None:
     found = recent(9.0, 1.0, 2.0, 3.0, 4.0)
+    found.amid_noise = True
     other = RecentLosses()
     other.load_state_dict(found.state_dict())
-    assert other.state_dict() == [1.0, 2.0, 3.0, 4.0]
+    known = {"first": 9.0, "recent": [1.0, 2.0, 3.0, 4.0], "amid_noise": True}
+    assert other.state_dict() == known
     found.forget()
+    assert found.amid_noise, "the noise of residuals is the optimizer's, whoever moves the weights"
     found.observe(1e9)
-    assert not found.are_mended_by(0.0)
-    assert found.state_dict() == [1e9]
-
-
-class Leaps:
-    """Orthogonal steps, as noise makes them, under losses of a sample that are written down."""
-
-    def __init__(self, **options: Any) -> None:
-        self.x = nn.Parameter(torch.zeros(100))
-        self.optimizer = torch.optim.SGD([self.x], lr=1.0)
-        self.options: dict[str, Any] = {"store_every_n_steps": 1, "accelerate_every_n_steps": 2}
-        self.options |= options
-        self.accelerator = AndersonAccelerator(self.optimizer, **self.options)
-        self.steps = 0
-
-    def extrapolate(self, before: float, after: float, *, held: bool) -> Status:
-        status = Status.NO_OPTIMIZER_STEP
-        for _ in range(2):
-            self.x.grad = torch.zeros(100)
-            self.x.grad[self.steps] = 1.0
-            self.optimizer.step()
-            self.steps += 1
-            values = iter([before, after])
-            judge = (Held if held else OfSample)(lambda values=values: torch.tensor(next(values)))
-            status = self.accelerator.step(judge).status
-        return status
+    assert not found.leapt
+    assert found.state_dict()["recent"] == [1e9]
+    other.load_state_dict({})
+    assert other.state_dict() == RecentLosses().state_dict()
 
 
 class Held(OfSample):
-    """Validation is worse than at its best."""
+    """Validation is worse than at its best, and may say so before anybody is asked."""
+
+    certain = False
 
     @property
     def validation_got_worse(self) -> bool:
         return True
 
+    @property
+    def asked_in_vain(self) -> bool:
+        return self.certain
+
+
+class HeldForSure(Held):
+    certain = True
+
+
+class Leaps:
+    """Steps under losses of a sample that are written down.
+
+    Args:
+        drift: share of all steps; the rest is orthogonal, as noise makes them.
+    """
+
+    def __init__(self, *, drift: float = 0.0, **options: Any) -> None:
+        self.x = nn.Parameter(torch.zeros(200))
+        self.optimizer = torch.optim.SGD([self.x], lr=1.0)
+        self.options: dict[str, Any] = {"store_every_n_steps": 1, "accelerate_every_n_steps": 2}
+        self.options |= options
+        self.accelerator = AndersonAccelerator(self.optimizer, **self.options)
+        self.drift = drift
+        self.steps = 0
+        self.asked = 0
+
+    def extrapolate(
+        self,
+        before: float,
+        after: float,
+        judge: type[OfSample] = OfSample,
+        training_loss: float | None = None,
+    ) -> Status:
+        status = Status.NO_OPTIMIZER_STEP
+        for _ in range(2):
+            self.x.grad = torch.zeros(200)
+            self.x.grad[1 + self.steps] = 1.0
+            self.x.grad[0] = self.drift
+            self.optimizer.step()
+            self.steps += 1
+            values = iter([before, after])
+
+            def loss(values: Any = values) -> Tensor:
+                self.asked += 1
+                return torch.tensor(next(values), dtype=torch.float64)
+
+            asked_before = self.asked
+            report = self.accelerator.step(judge(loss, training_loss=training_loss))
+            status = report.status
+            assert (report.loss_before is not None) is (self.asked > asked_before)
+        return status
+
+
+def test_where_residuals_are_noise_candidates_mend_leaps_and_nothing_else() -> None:
+    run = Leaps()
+    assert run.extrapolate(1.0, 0.5) is Status.REJECTED_NOISE
+    assert Status.REJECTED_NOISE.rejected
+    assert run.extrapolate(9.0, 0.5) is Status.REJECTED_NOISE
+    assert run.extrapolate(90.0, 0.5) is Status.ACCEPTED
+    assert run.extrapolate(90.0, 0.5) is Status.REJECTED_NOISE, "no longer one"
+    assert run.extrapolate(9000.0, 90.0) is Status.REJECTED_NOISE, "hard for all"
+    assert run.extrapolate(90000.0, 99999.0) is Status.REJECTED_LOSS
+    for everything in (Leaps(sufficient_decrease=0.0), Leaps(drift=3.0)):
+        assert everything.extrapolate(1.0, 0.5) is Status.ACCEPTED
+    shown = Leaps(apply_to="both")
+    assert shown.extrapolate(1.0, 0.5) is Status.ACCEPTED, "validation has no such worry"
+    assert bool((shown.x[1 : 1 + shown.steps] == -1.0).all()), "and training is left alone"
+
 
 def test_validation_does_not_keep_out_what_mends_a_leap() -> None:
-    run = Leaps()
-    assert run.extrapolate(1.0, 0.5, held=True) is Status.REJECTED_BY_VALIDATION
-    assert run.extrapolate(9.0, 0.5, held=True) is Status.REJECTED_BY_VALIDATION
-    assert run.extrapolate(90.0, 0.5, held=True) is Status.ACCEPTED
-    assert run.extrapolate(90.0, 0.5, held=True) is Status.REJECTED_BY_VALIDATION, "no longer one"
-    assert run.extrapolate(9000.0, 90.0, held=True) is Status.REJECTED_BY_VALIDATION, "hard"
-    assert run.extrapolate(90000.0, 99999.0, held=True) is Status.REJECTED_LOSS
+    run = Leaps(drift=3.0)
+    assert run.extrapolate(1.0, 0.5, Held) is Status.REJECTED_BY_VALIDATION
+    assert run.extrapolate(9.0, 0.5, Held) is Status.REJECTED_BY_VALIDATION
+    assert run.extrapolate(90.0, 0.5, Held) is Status.ACCEPTED
+    assert run.extrapolate(9000.0, 90.0, Held) is Status.REJECTED_BY_VALIDATION, "hard"
 
 
-def test_nor_do_candidates_that_did_not_pay_off() -> None:
+def test_nobody_is_asked_amid_noise_until_the_loss_of_training_leaps() -> None:
     run = Leaps()
-    statuses = [run.extrapolate(2.0**k, 2.0**k / 3, held=False) for k in range(1, 5)]
-    for k in range(5, 1, -1):
-        statuses.append(run.extrapolate(2.0**k, 2.0**k, held=False))  # lower without candidates
-    assert statuses == [Status.ACCEPTED] * 4 + [Status.REJECTED_LOSS] * 4
-    assert run.extrapolate(8.0, 1.0, held=False) is Status.REJECTED_WITHOUT_PAYOFF
-    assert run.extrapolate(800.0, 1.0, held=False) is Status.ACCEPTED
+    assert run.extrapolate(1.0, 0.5, training_loss=1.0) is Status.REJECTED_NOISE
+    assert run.asked == 2, "it was not known yet"
+    for _ in range(3):
+        assert run.extrapolate(1.0, 0.5, training_loss=2.0) is Status.REJECTED_NOISE
+    assert run.asked == 2
+    assert run.extrapolate(3.0, 0.1, training_loss=30.0) is Status.ACCEPTED
+    assert run.asked == 4
+    assert run.extrapolate(1.0, 0.5, training_loss=1.0) is Status.REJECTED_NOISE
+    run.drift = 3.0
+    statuses = [run.extrapolate(1.0, 0.5, training_loss=1.0) for _ in range(6)]
+    assert statuses[-1] is Status.ACCEPTED
+    assert run.asked == 4 + 2 * statuses.count(Status.ACCEPTED)
+
+
+def test_they_are_asked_where_the_loss_of_training_is_not_known() -> None:
+    run = Leaps()
+    for count, loss in enumerate([None, 1.0, math.nan, 1.0], start=1):
+        assert run.extrapolate(1.0, 0.5, training_loss=loss) is Status.REJECTED_NOISE
+        assert run.asked == 2 * min(count, 2) + 2 * (count == 4)
+    for apply_to in ("evaluation", "both"):
+        shown = Leaps(apply_to=apply_to)
+        for _ in range(3):
+            assert shown.extrapolate(1.0, 0.5, training_loss=1.0) is Status.ACCEPTED
+        assert shown.asked == 6
+
+
+def test_a_leap_is_seen_while_validation_holds_candidates_back() -> None:
+    run = Leaps(drift=3.0)
+    for _ in range(2):
+        status = run.extrapolate(1.0, 0.5, HeldForSure, training_loss=1.0)
+        assert status is Status.REJECTED_BY_VALIDATION
+    assert run.asked == 0
+    assert run.extrapolate(60.0, 0.5, HeldForSure, training_loss=50.0) is Status.ACCEPTED
+    assert run.asked == 2
 
 
 @pytest.mark.parametrize("edited", [False, True])
-def test_a_continuation_knows_what_is_a_leap_and_an_edit_forgets_it(edited: bool) -> None:
+@pytest.mark.parametrize("training_loss", [None, 1.0])
+def test_a_continuation_knows_what_is_a_leap_and_an_edit_forgets_it(
+    edited: bool, training_loss: float | None
+) -> None:
     run = Leaps()
-    run.extrapolate(1.0, 2.0, held=True)
+    run.extrapolate(1.0, 2.0, training_loss=training_loss)
     file = io.BytesIO()
     torch.save(run.accelerator.state_dict(), file)
     file.seek(0)
     run.accelerator.detach()
     run.accelerator = AndersonAccelerator(run.optimizer, **run.options)
     run.accelerator.load_state_dict(torch.load(file, weights_only=True))
-    run.x.grad = torch.zeros(100)
+    run.x.grad = torch.zeros(200)
     if edited:
         with torch.no_grad():
             run.x.add_(1.0)
-    expected = Status.REJECTED_BY_VALIDATION if edited else Status.ACCEPTED
-    assert run.extrapolate(90.0, 0.5, held=True) is expected
+    expected = Status.REJECTED_NOISE if edited else Status.ACCEPTED
+    leapt = None if training_loss is None else 90.0
+    assert run.extrapolate(90.0, 0.5, training_loss=leapt) is expected
 
 
 @pytest.mark.parametrize("leapt", [False, True])
 def test_momentum_that_carried_training_off_is_set_to_zero(leapt: bool) -> None:
     run = Leaps(sufficient_decrease=0.0)
     run.optimizer.param_groups[0]["momentum"] = 0.5
-    run.extrapolate(1.0, 2.0, held=False)
-    assert run.extrapolate(90.0 if leapt else 9.0, 0.5, held=False) is Status.ACCEPTED
+    run.extrapolate(1.0, 2.0)
+    assert run.extrapolate(90.0 if leapt else 9.0, 0.5) is Status.ACCEPTED
     buffer = run.optimizer.state[run.x]["momentum_buffer"]
     assert bool((buffer == 0).all()) is leapt

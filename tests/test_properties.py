@@ -130,6 +130,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         with_loss=draw(BOOLEANS),
         seed=draw(SEEDS),
         of_sample=draw(BOOLEANS),
+        tells_training_loss=draw(BOOLEANS),
     )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
 from lightning_stableaa.options import Options
+from lightning_stableaa.safeguard import LossFunction
 from tests import reference
 from tests.judges import OfSample
 from tests.reference import ReferenceAccelerator, Vector
@@ -47,6 +48,7 @@ class Scenario:
     with_loss: bool  # is a loss given where the safeguard does not need one?
     seed: int
     of_sample: bool = False  # are the losses those of samples?
+    tells_training_loss: bool = False  # does the judge know it?
 
 
 @dataclass
@@ -197,9 +199,8 @@ class Drive:
         self.momenta = ReferenceAccelerator(**settings)
         self.window: list[Vector] = []
         self.cycle = 0
-        self.changes: list[tuple[bool, float, float]] = []
-        self.last: tuple[bool, float] | None = None
         self.losses: list[float] = []
+        self.amid_noise = False
         self.chained = self.disturbed = self.smoothing_on = self.built = False
         self.reloaded = False
         self.evaluation: Vector | None = None
@@ -260,7 +261,7 @@ class Drive:
 
     def _break(self) -> None:
         self.chained = self.disturbed = False
-        self.last, self.losses = None, []
+        self.losses = []
         self.cycle = 0
         self.window = []
 
@@ -304,20 +305,12 @@ class Drive:
         guarded = self.options.safeguard == "loss"
         self.squares = self._residual_squares()
         self.expected: dict[tuple[bool, int], tuple[Vector, float | None]] = {}
-        loss = self.values[0] if guarded else math.nan
-        self._note_change(loss)
-        self.mends = self.scenario.of_sample and len(self.values) > 1
-        if self.mends:
-            after = min(self.values[1:], key=lambda one: (math.isnan(one), one))
-            self.mends = math.isfinite(loss) and reference.mends(loss, after, self.losses)
-        self.losses += [loss] if math.isfinite(loss) else []
+        self._check_who_was_asked(report)
         status, best, replaces = self._expected_status(guarded, report)
-        if self.last is not None:
-            self.last = status is Status.ACCEPTED and replaces, self.last[1]
         self.outcome.statuses.append(report.status)
         assert report.attempted
         assert report.status is status, (report.status, status)
-        candidates = self._check_candidates(own) if guarded else []
+        candidates = self._check_candidates(own) if self.values else []
         if status is Status.ACCEPTED:
             self.accepted += 1
             assert report.accepted
@@ -339,6 +332,25 @@ class Drive:
             self.chained = False
         self._check_evaluation()
 
+    def _check_who_was_asked(self, report: StepReport) -> None:
+        """Whether there are losses, and whether a candidate mends a leap."""
+        if self.options.safeguard == "none":
+            self.mends = False
+            return
+        noise = self._is_noise(report)
+        told = math.isfinite(self.training)
+        loss = self.training if told else (*self.values, math.nan)[0]
+        leapt = math.isfinite(loss) and reference.leap(loss, self.losses) is not None
+        left_alone = self.amid_noise and self.options.apply_to == "training"
+        assert bool(self.values) is (not left_alone or leapt or not noise)
+        self.mends = bool(self.scenario.of_sample and leapt and self.values)
+        if self.mends:
+            before, *after = self.values
+            least = min(after, key=lambda one: (math.isnan(one), one))
+            self.mends = reference.mends(before, least, self.losses, loss)
+        self.losses += [loss] if math.isfinite(loss) else []
+        self.amid_noise = told and noise
+
     def _expected_status(self, guarded: bool, report: StepReport) -> tuple[Status, int, bool]:
         """Status, best candidate, and whether it replaces the weights."""
         replaces = self.options.apply_to != "evaluation"
@@ -350,6 +362,8 @@ class Drive:
             edge = Status.REJECTED_NON_FINITE_CANDIDATE
             refused = self._at_the_edge(0) and report.status is edge
             return (edge if refused else Status.ACCEPTED), 0, replaces
+        if not self.values:
+            return Status.REJECTED_NOISE, 0, False
         before, *after = self.values
         # NaN after every number
         best = min(range(len(after)), key=lambda k: (math.isnan(after[k]), after[k]))
@@ -361,10 +375,10 @@ class Drive:
         replaces = replaces and after[best] < before - asked * abs(before)
         if self.options.apply_to == "training" and not replaces:
             return Status.REJECTED_SMALL_DECREASE, best, False
-        if replaces and not self.mends and self._waits(report):
+        if replaces and not self.mends and self._is_noise(report):
             replaces = False
             if self.options.apply_to == "training":
-                return Status.REJECTED_WITHOUT_PAYOFF, best, False
+                return Status.REJECTED_NOISE, best, False
         finite = np.isfinite(self.seen[1 + best]).all()
         status = Status.ACCEPTED if finite else Status.REJECTED_NON_FINITE_CANDIDATE
         return status, best, replaces
@@ -571,27 +585,16 @@ class Drive:
         assert found in {allowed[drifts and tells] for drifts in self._may_look_ahead(last)}
         self.points.look_ahead_share = found
 
-    def _note_change(self, loss: float) -> None:
-        if self.last is not None and math.isfinite(loss):
-            self.changes.append((*self.last, loss))
-        self.last = (False, loss) if math.isfinite(loss) else None
-
     def _least_decrease(self) -> float:
         if self.options.sufficient_decrease is None:
             return 0.1 if self.scenario.of_sample else 0.0
         return float(self.options.sufficient_decrease)
 
-    def _waits(self, report: StepReport) -> bool:
-        """Whether earlier candidates did not pay off; the engine's word where rounding decides."""
-        noisiness = report.noisiness
-        assert noisiness is not None
-        if not self._least_decrease() or noisiness < 0.5:
-            return False
-        known = reference.gains(self.changes)
-        if known is None:
-            return False
-        gain, without = known
-        return not report.replaced if abs(gain - without) < 1e-9 else gain > without
+    def _is_noise(self, report: StepReport) -> bool:
+        """By the engine's own number, which is checked where a candidate is judged."""
+        assert report.noisiness is not None
+        asked = self.scenario.of_sample and self._least_decrease() > 0
+        return bool(asked and report.noisiness >= 0.5)
 
     def _checked_noisiness(self, report: StepReport) -> float:
         """The engine's own, once it is known to be right."""
@@ -642,15 +645,25 @@ class Drive:
 
     def _call_engine(self) -> StepReport:
         self.seen, self.values = [], []
+        self.training = math.nan
         guarded = self.options.safeguard == "loss"
         try:
             if guarded or self.scenario.with_loss:
-                judge = OfSample(self._loss) if self.scenario.of_sample else self._loss
-                return self.engine.step(judge)
+                return self.engine.step(self._judge())
             return self.engine.step()
         except JudgeError:
             self._unchanged(self.seen[0])
             raise
+
+    def _judge(self) -> LossFunction:
+        if not self.scenario.of_sample:
+            return self._loss
+        if not self.scenario.tells_training_loss:
+            return OfSample(self._loss)
+        self.training = math.exp(self.random.normal(scale=2.0))
+        if self.random.random() < 0.1:
+            self.training = math.nan
+        return OfSample(self._loss, training_loss=self.training)
 
     def _loss(self) -> Any:
         weights = self._weights()

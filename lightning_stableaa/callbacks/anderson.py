@@ -220,6 +220,7 @@ class AndersonCallback(LightningCallback):
                 pl_module,
                 batch,
                 batch_idx,
+                outputs=outputs,
                 samples=self._judge_samples,
                 earlier=self._batches,
             ) as loss_fn:

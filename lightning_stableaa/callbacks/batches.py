@@ -37,11 +37,14 @@ class BatchWatch:
         self._changed: bool | Tensor = True
 
     def see(self, batch: Any) -> bool | Tensor:  # or () bool
-        """Whether this batch differs from the last one, and that from the one before it, if any."""
+        """Whether this batch differs from the last one, and that from the one before it, if any.
+
+        A batch that no earlier one is known of is taken for another one.
+        """
         before, self._marks = self._marks, _marks(batch)
         if before is None or self._marks is None:
             self._changed = True
-            return False
+            return self._marks is not None
         changed_before, self._changed = self._changed, _differ(before, self._marks)
         return self._changed & changed_before
 

@@ -80,6 +80,7 @@ class BatchLoss(Judge):
         module: the LightningModule.
         batch: as given to ``on_train_batch_start``.
         batch_idx: as given to ``on_train_batch_end``.
+        outputs: of the training step, as given there.
         samples: of the batch that judge, its first ones; ``None`` takes all, ``"auto"`` what
             ``samples_that_judge`` says.
         earlier: what earlier batches and validations told; this one adds to it.
@@ -92,6 +93,7 @@ class BatchLoss(Judge):
         batch: Any,
         batch_idx: int,
         *,
+        outputs: Any = None,
         samples: JudgeSamples = None,
         earlier: Experience | None = None,
     ) -> None:
@@ -99,9 +101,11 @@ class BatchLoss(Judge):
         self._module = module
         self._batch = batch
         self._batch_idx = batch_idx
+        self._outputs = outputs
         self._samples: JudgeSamples = samples
         self._undo: ExitStack | None = None  # from the first call on
         self._part: Any = batch  # that judges
+        self._looked = False
         self._judging: int | None = None  # samples that judge; None is all
         self._share = 1.0  # of the batch
         self._earlier = earlier or Experience()
@@ -117,15 +121,11 @@ class BatchLoss(Judge):
             self._undo.close()
 
     def __call__(self) -> Tensor:
+        self._look_at_batch()
         if self._undo is None:
             self._undo = ExitStack()
             self._undo.enter_context(undo_side_effects(self._module))
             self._undo.enter_context(silenced(self._module))
-            self._judging = samples_that_judge(
-                self._samples, self._trainer, self._module, self._batch
-            )
-            self._take_part(self._judging)
-            self._of_sample = self._share < 1.0 or self._is_one_of_many()
         self.judged += self._share
         if self._spoiled:  # by the loss before this one
             self._loss_of(self._batch)  # in a forward pass others may wait: SyncBatchNorm
@@ -143,9 +143,17 @@ class BatchLoss(Judge):
         As far as loaders tell, or the batches of the last three extrapolations: those of the first
         process, whose state a checkpoint has.
         """
-        if self._undo is None:  # nobody was asked yet
-            return trains_on_mini_batches(self._trainer)
+        self._look_at_batch()
         return self._of_sample
+
+    @property
+    def training_loss(self) -> Tensor | None:
+        """As Lightning has it: over the number of batches whose gradients are accumulated."""
+        outputs = self._outputs
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            return None
+        return loss.detach().reshape(())
 
     @property
     def validation_got_worse(self) -> bool:
@@ -159,6 +167,7 @@ class BatchLoss(Judge):
 
     def confirming(self) -> Callable[[], Tensor] | None:
         """The loss of the whole batch, where ``"auto"`` left the first say to a part of it."""
+        self._look_at_batch()
         if self._samples != "auto" or self._judging is None:
             return None
         ranks = self._trainer.world_size
@@ -171,6 +180,15 @@ class BatchLoss(Judge):
             return self._loss_of(self._batch)
 
         return loss
+
+    def _look_at_batch(self) -> None:
+        """Once: which part of it judges, and whether it is one of many."""
+        if self._looked:
+            return
+        self._looked = True
+        self._judging = samples_that_judge(self._samples, self._trainer, self._module, self._batch)
+        self._take_part(self._judging)
+        self._of_sample = self._share < 1.0 or self._is_one_of_many()
 
     def _is_one_of_many(self) -> bool | Tensor:
         if trains_on_mini_batches(self._trainer):

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stableaa.callbacks.judge import BatchLoss, samples_that_judge
+from lightning_stableaa.callbacks.judge import BatchLoss, Experience, samples_that_judge
 from tests.callbacks.regression import Regression, anderson, batches, counters, fit
 
 
@@ -139,29 +139,67 @@ def test_auto_asks_the_whole_batch_before_a_candidate_enters_training(
 
 
 def of_a_sample(loader: Any, *, samples: Any = "auto", **options: Any) -> bool:
-    """What the engine is told of the loss."""
+    """What the engine is told of the loss, from the second extrapolation on."""
     told: list[bool] = []
+    earlier = Experience()
 
     class Asks(Callback):
         def on_train_batch_end(
             self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
         ) -> None:
-            with BatchLoss(trainer, pl_module, batch, batch_idx, samples=samples) as loss:
+            judge = BatchLoss(
+                trainer, pl_module, batch, batch_idx, samples=samples, earlier=earlier
+            )
+            with judge as loss:
                 loss()
                 told.append(bool(loss.of_sample))
 
-    fit(Regression(), loader, Asks(), max_epochs=1, **options)
-    assert len(set(told)) == 1
-    return told[0]
+    fit(Regression(), loader, Asks(), max_epochs=3, **options)
+    first, *later = told
+    assert first, "of which nothing is known"
+    assert len(set(later)) == 1
+    return later[0]
 
 
 def test_the_loss_of_a_mini_batch_is_known_for_that_of_a_sample() -> None:
     ready_made = [tuple(batch) for batch in batches(4)]
+    same = [ready_made[0]] * 4
     assert of_a_sample(batches(4))
     assert not of_a_sample(batches(1))
     assert of_a_sample(batches(1), samples=3)
     assert not of_a_sample(batches(4), limit_train_batches=1)
-    assert not of_a_sample(DataLoader(ready_made, batch_size=None))  # pyright: ignore[reportArgumentType]  # a list is a dataset
+    assert of_a_sample(DataLoader(ready_made, batch_size=None))  # pyright: ignore[reportArgumentType]  # a list is a dataset
+    assert not of_a_sample(DataLoader(same, batch_size=None))  # pyright: ignore[reportArgumentType]  # a list is a dataset
+
+
+@pytest.mark.parametrize("in_a_dict", [False, True])
+def test_the_loss_of_training_is_that_of_the_step_and_nobody_is_asked(*, in_a_dict: bool) -> None:
+    told: list[tuple[Tensor | None, Tensor]] = []
+
+    class Returns(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.returned = super().training_step(batch, batch_idx)
+            return {"loss": self.returned, "other": 1.0} if in_a_dict else self.returned
+
+    class Asks(Callback):
+        def on_train_batch_end(
+            self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+        ) -> None:
+            judge = BatchLoss(trainer, pl_module, batch, batch_idx, outputs=outputs)
+            told.append((judge.training_loss, pl_module.returned))
+            assert judge.judged == 0
+
+    fit(Returns(), batches(4), Asks(), max_epochs=1)
+    assert len(told) == 4
+    for known, returned in told:
+        assert known is not None
+        assert not known.requires_grad
+        assert torch.equal(known, returned)
+
+
+@pytest.mark.parametrize("outputs", [None, {}, {"loss": None}, {"loss": torch.zeros(2)}])
+def test_manual_optimization_need_not_tell_the_loss_of_training(outputs: Any) -> None:
+    assert BatchLoss(None, Regression(), None, 0, outputs=outputs).training_loss is None
 
 
 class CountsRows(Classified):
