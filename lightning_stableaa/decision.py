@@ -10,12 +10,15 @@ from lightning_stableaa.status import Status
 
 # Noisiness from which on a candidate is no better than an average.
 MOSTLY_NOISE = 0.5
+# So many residuals tell noise; fewer look like it whatever they are.
+TELL_NOISE = 4
 
 
 class Known(NamedTuple):
     """Everything that decides, on the host; losses are means over the ranks."""
 
     noted: float
+    residuals: int
     residual_norm: float
     noisiness: float
     of_sample: bool  # the losses are those of samples of many
@@ -49,7 +52,8 @@ def is_noise(known: Known, options: Options) -> bool:
     The momentum of the optimizer carries training off from an average at once.
     """
     asked = options.least_decrease(of_sample=known.of_sample)
-    return known.of_sample and asked > 0 and known.noisiness >= MOSTLY_NOISE
+    of_noise = known.noisiness >= MOSTLY_NOISE and known.residuals >= TELL_NOISE
+    return known.of_sample and asked > 0 and of_noise
 
 
 def kept_out(known: Known, options: Options, *, held: bool) -> Status | None:

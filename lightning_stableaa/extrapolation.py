@@ -157,7 +157,7 @@ def _find_out(
     in_vain = judge is not None and (recent.amid_noise or judge.asked_in_vain)
     left_alone = in_vain and options.apply_to == "training"
     losses = [] if judge is None or left_alone else _losses(points, proposal.jumps, judge)
-    known = _read_back(proposal, _shared(points, proposal, judge, losses, agreement))
+    known = _told(points, proposal, judge, losses, agreement)
     disturbance = agreement.settle(known.noted * points.communicator.world_size)
     if disturbance is not None:  # what moved the weights was no optimizer
         recent.forget()
@@ -168,7 +168,7 @@ def _find_out(
     matters = disturbance is None and (reason is None or recent.leapt)
     if judge is not None and left_alone and matters:
         losses = _losses(points, proposal.jumps, judge)
-        known = _read_back(proposal, _shared(points, proposal, judge, losses, agreement))
+        known = _told(points, proposal, judge, losses, agreement)
         reason = kept_out(known, options, held=held)
     recent.amid_noise = told and is_noise(known, options)
     return _Found(known, losses, reason, disturbance)
@@ -187,6 +187,18 @@ def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Te
             losses.append(loss_value(loss_fn, device, collective=points.split))
     random.restore()
     return losses
+
+
+def _told(
+    points: PointStore,
+    proposal: Proposal,
+    judge: Judge | None,
+    losses: list[Tensor],
+    agreement: Agreement,
+) -> Known:
+    """What all ranks know then; the device is waited for."""
+    shared = _shared(points, proposal, judge, losses, agreement)
+    return _read_back(proposal, shared, residuals=points.history.residual_count)
 
 
 def _shared(
@@ -223,7 +235,7 @@ def _mean(points: PointStore, values: Tensor) -> Tensor:
     return values
 
 
-def _read_back(proposal: Proposal, shared: Tensor) -> Known:
+def _read_back(proposal: Proposal, shared: Tensor, *, residuals: int) -> Known:
     """In one transfer."""
     gram = proposal.residual_gram
     parts = [shared.to(proposal.numbers.device), proposal.numbers[3:]]
@@ -238,6 +250,7 @@ def _read_back(proposal: Proposal, shared: Tensor) -> Known:
     before, *after = losses or (None,)
     return Known(
         noted=noted,
+        residuals=residuals,
         residual_norm=residual_norm,
         noisiness=noisiness,
         of_sample=of_sample > 0,

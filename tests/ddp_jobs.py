@@ -288,16 +288,16 @@ def amid_noise() -> dict[str, Any]:
         x = nn.Parameter(torch.zeros(51, dtype=torch.float64))
         optimizer = torch.optim.SGD([x], lr=1.0)
         accelerator = AndersonAccelerator(
-            optimizer, history=history, store_every_n_steps=1, accelerate_every_n_steps=2
+            optimizer, history=history, store_every_n_steps=1, accelerate_every_n_steps=4
         )
         statuses, asked, sent = [], [], []
-        for step in range(2 * len(losses)):
+        for step in range(4 * len(losses)):
             x.grad = torch.zeros_like(x)
             x.grad[step] = 1.0
             optimizer.step()
             answers = iter([9.0, 0.1])
             judge = OfSample(
-                lambda answers=answers: torch.tensor(next(answers)), training_loss=losses[step // 2]
+                lambda answers=answers: torch.tensor(next(answers)), training_loss=losses[step // 4]
             )
             before = accelerator.loss_evaluations
             with Traffic() as one:

@@ -13,8 +13,8 @@ Equations are numbered as in docs/method.md:
     (5) |x_new - x| <= cap * sqrt(tr(K)/m), by shortening the jump
     (6) accepted if loss(x_new) < loss(x) - d |loss(x)|; of several lambdas the one of least loss
         d = ``sufficient_decrease`` (``None``: 0) times the noisiness, min(1, h / 1e-3)^2 (1 -
-        min(1, max(0, rho - 1))); and of a sample, where that is 1/2 or more and
-        ``sufficient_decrease`` above 0, only
+        min(1, max(0, rho - 1))); and of a sample, where that is 1/2 or more, of four residuals or
+        more, and ``sufficient_decrease`` above 0, only
     (7) where the loss l of training, or loss(x) where that is not known, leapt, to more than ten
         times the mean of those at the last four extrapolations and more than that at the first one,
         and loss(x_new) is not above loss(x) times that mean over l; then the momentum becomes zero
@@ -201,7 +201,7 @@ class ReferenceAccelerator:
         """Equations (6) and (7)."""
         noisy = noisiness(residuals, mixing_weights(residuals, self.lambdas(residuals)[0]))
         asked = self.sufficient_decrease or 0.0
-        waits = self.of_sample and asked > 0 and noisy >= 0.5
+        waits = self.of_sample and asked > 0 and noisy >= 0.5 and len(residuals) >= 4
         waits = waits and not mends(before, after, self.losses)
         self.losses.append(before)
         share = asked * noisy

@@ -112,7 +112,7 @@ class Leaps:
     def __init__(self, *, drift: float = 0.0, **options: Any) -> None:
         self.x = nn.Parameter(torch.zeros(200))
         self.optimizer = torch.optim.SGD([self.x], lr=1.0)
-        self.options: dict[str, Any] = {"store_every_n_steps": 1, "accelerate_every_n_steps": 2}
+        self.options: dict[str, Any] = {"store_every_n_steps": 1, "accelerate_every_n_steps": 4}
         self.options |= options
         self.accelerator = AndersonAccelerator(self.optimizer, **self.options)
         self.drift = drift
@@ -127,7 +127,7 @@ class Leaps:
         training_loss: float | None = None,
     ) -> Status:
         status = Status.NO_OPTIMIZER_STEP
-        for _ in range(2):
+        for _ in range(4):
             self.x.grad = torch.zeros(200)
             self.x.grad[1 + self.steps] = 1.0
             self.x.grad[0] = self.drift

@@ -594,7 +594,7 @@ class Drive:
         """By the engine's own number, which is checked where a candidate is judged."""
         assert report.noisiness is not None
         asked = self.scenario.of_sample and self._least_decrease() > 0
-        return bool(asked and report.noisiness >= 0.5)
+        return bool(asked and report.noisiness >= 0.5 and len(self.points.pairs()) >= 4)
 
     def _checked_noisiness(self, report: StepReport) -> float:
         """The engine's own, once it is known to be right."""

@@ -190,9 +190,9 @@ def test_where_points_are_drawn_at_every_step_averages_of_noise_will_not_do() ->
     at_every_step, seldom = (train(every)[0] for every in (1, 8))
     noise = Status.REJECTED_NOISE.value
     assert at_every_step.state_dict()["outcomes"][noise] > 40
-    assert seldom.state_dict()["outcomes"][noise] == 1, "the first one, of which nothing is known"
-    # two losses, and no more once it was known for noise: those of training had not leapt
-    assert at_every_step.judged_batches == 2
+    assert noise not in seldom.state_dict()["outcomes"]
+    # two losses until four residuals told noise, and then no more: training had not leapt
+    assert at_every_step.judged_batches == 2 * 3
     assert seldom.judged_batches == 2 * 47
 
 
