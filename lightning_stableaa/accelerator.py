@@ -259,7 +259,8 @@ class AndersonAccelerator:
         state = saved.checked(state)
         for name in _COUNTERS:
             setattr(self, name, int(state["counters"][name]))
-        self.outcomes = Counter({Status(name): n for name, n in state["outcomes"].items()})
+        known = {status.value: status for status in Status}  # an earlier version had others
+        self.outcomes = Counter({known[k]: n for k, n in state["outcomes"].items() if k in known})
         self._loaded = state
         self._cycles = None  # built anew at the next step, from the state
 

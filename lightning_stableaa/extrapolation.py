@@ -61,8 +61,8 @@ def extrapolate(
 ) -> Extrapolation:
     """Form the candidates, and choose the one of least loss if it is an advance.
 
-    Nobody is asked for losses where the last candidate was kept out of training whatever its loss,
-    unless that of training leapt, or what kept it out is over.
+    Where candidates are for training alone, nobody is asked for losses if the last one was kept out
+    whatever its loss, unless that of training leapt, or what kept it out is over.
 
     The accepted candidate is left in ``points.candidate``. The device is waited for once, when
     everything that decides is read back together, and once more where losses are asked for after
@@ -76,8 +76,8 @@ def extrapolate(
         recent: losses at earlier ones; takes note of this one.
         look_ahead: how far they go on along a drift; takes note of what becomes of this one.
     """
-    # a tensor is waited for with everything else, and told the next candidate
-    known_of_sample = judge is not None and judge.of_sample is True
+    # what else says so is shared with everything else, and told the next candidate
+    known_of_sample = judge is not None and judge.surely_of_sample
     proposal = propose(
         points.gram(),
         points.history.linked,
@@ -104,6 +104,8 @@ def extrapolate(
         losses += again
         before, after = _mean(points, torch.stack(again)).tolist()
         status, replaces = decide_by_losses(before, after, known, options)
+        if replaces and reason is not None and not recent.are_mended_by(before, after):
+            status, replaces = Decision(reason)
         formed = best
     jump = None
     if status is Status.ACCEPTED:

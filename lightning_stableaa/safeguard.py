@@ -40,11 +40,16 @@ class Judge(ABC):
         return False
 
     @property
+    def surely_of_sample(self) -> bool:
+        """Whether ``of_sample`` is certain beforehand; equal on all ranks."""
+        return False
+
+    @property
     def training_loss(self) -> Tensor | None:
         """The loss that the last optimizer step was made with, of any scale; not waited for.
 
-        Where it is known, and residuals are noise, nobody is asked for the loss of a candidate
-        unless this one leapt. ``None`` where it is not.
+        Where it is known, residuals are noise and candidates are for training alone, nobody is
+        asked for the loss of a candidate unless this one leapt. ``None`` where it is not.
         """
         return None
 
@@ -61,7 +66,7 @@ class Judge(ABC):
         """Whether it is certain that ``validation_got_worse`` decides, without any loss.
 
         Equal on all ranks. Then none is asked for where candidates are for training alone, unless
-        the loss of training leapt.
+        the loss of training is known and leapt.
         """
         return False
 

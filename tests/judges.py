@@ -28,6 +28,10 @@ class OfSample(WholeLoss):
         return True
 
     @property
+    def surely_of_sample(self) -> bool:
+        return True
+
+    @property
     def training_loss(self) -> Tensor | None:
         return None if self._training_loss is None else torch.tensor(self._training_loss)
 

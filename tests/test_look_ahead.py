@@ -144,6 +144,22 @@ class KnownLater(OfSample):
     def of_sample(self) -> bool:
         return getattr(self, "told", False)
 
+    @property
+    def surely_of_sample(self) -> bool:
+        return False
+
+
+class KnownToOne(KnownLater):
+    """One rank's batches tell; not all ranks could know before they share it."""
+
+    @property
+    def of_sample(self) -> bool:
+        return True
+
+
+def test_what_one_rank_says_counts_for_all_of_them_or_for_none() -> None:
+    assert Walk(judge=KnownToOne).reaches([BETTER]) == Walk(judge=KnownLater).reaches([BETTER])
+
 
 def test_what_is_known_late_counts_from_the_next_candidate_on() -> None:
     first, *others = Walk(judge=KnownLater).reaches([BETTER] * 3)

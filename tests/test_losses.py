@@ -208,6 +208,30 @@ def test_a_leap_is_seen_while_validation_holds_candidates_back() -> None:
     assert run.asked == 2
 
 
+def test_the_whole_batch_confirms_that_a_leap_is_mended() -> None:
+    statuses = []
+    for confirmed in (0.5, 30.0):
+        run = Leaps()
+        run.extrapolate(1.0, 2.0)
+
+        def judge(loss: Any, confirmed: float = confirmed, **known: Any) -> OfSample:
+            values = iter([90.0, confirmed])
+            return OfSample(loss, lambda: torch.tensor(next(values)), **known)
+
+        statuses.append(run.extrapolate(90.0, 0.5, judge))  # pyright: ignore[reportArgumentType]
+    assert statuses == [Status.ACCEPTED, Status.REJECTED_NOISE], "a third less is no way back"
+
+
+def test_outcomes_of_an_earlier_version_are_forgotten() -> None:
+    run = Leaps()
+    run.extrapolate(1.0, 0.5)
+    state = run.accelerator.state_dict()
+    state["outcomes"]["rejected_without_payoff"] = 3
+    run.accelerator.load_state_dict(state)
+    assert run.accelerator.outcomes[Status.REJECTED_NOISE] == 1
+    assert set(run.accelerator.outcomes) <= set(Status)
+
+
 @pytest.mark.parametrize("edited", [False, True])
 @pytest.mark.parametrize("training_loss", [None, 1.0])
 def test_a_continuation_knows_what_is_a_leap_and_an_edit_forgets_it(

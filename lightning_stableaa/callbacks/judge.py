@@ -25,6 +25,7 @@ from lightning_stableaa.callbacks.samples import (
     versions_of,
 )
 from lightning_stableaa.callbacks.validation import BestValidation
+from lightning_stableaa.dtensors import whole
 from lightning_stableaa.memory import out_of_memory
 from lightning_stableaa.safeguard import Judge, undo_side_effects
 
@@ -147,13 +148,20 @@ class BatchLoss(Judge):
         return self._of_sample
 
     @property
+    def surely_of_sample(self) -> bool:
+        """Where loaders tell."""
+        return trains_on_mini_batches(self._trainer)
+
+    @property
     def training_loss(self) -> Tensor | None:
-        """As Lightning has it: over the number of batches whose gradients are accumulated."""
+        """As the step returned it; Lightning divides it by the number of batches accumulated."""
         outputs = self._outputs
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             return None
-        return loss.detach().reshape(())
+        batches = self._trainer.accumulate_grad_batches
+        scale = batches if getattr(self._module, "automatic_optimization", True) else 1
+        return whole(loss.detach()).reshape(()) * scale
 
     @property
     def validation_got_worse(self) -> bool:
@@ -186,9 +194,15 @@ class BatchLoss(Judge):
         if self._looked:
             return
         self._looked = True
-        self._judging = samples_that_judge(self._samples, self._trainer, self._module, self._batch)
-        self._take_part(self._judging)
-        self._of_sample = self._share < 1.0 or self._is_one_of_many()
+        samples = samples_that_judge(self._samples, self._trainer, self._module, self._batch)
+        self._judging = samples
+        try:
+            self._take_part(samples)
+            self._of_sample = self._share < 1.0 or self._is_one_of_many()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            self._of_sample = True  # the careful one; its losses say whether there is memory
 
     def _is_one_of_many(self) -> bool | Tensor:
         if trains_on_mini_batches(self._trainer):

@@ -172,8 +172,11 @@ def test_the_loss_of_a_mini_batch_is_known_for_that_of_a_sample() -> None:
     assert not of_a_sample(DataLoader(same, batch_size=None))  # pyright: ignore[reportArgumentType]  # a list is a dataset
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
 @pytest.mark.parametrize("in_a_dict", [False, True])
-def test_the_loss_of_training_is_that_of_the_step_and_nobody_is_asked(*, in_a_dict: bool) -> None:
+def test_the_loss_of_training_is_that_of_the_step_and_nobody_is_asked(
+    accumulated: int, *, in_a_dict: bool
+) -> None:
     told: list[tuple[Tensor | None, Tensor]] = []
 
     class Returns(Regression):
@@ -189,7 +192,7 @@ def test_the_loss_of_training_is_that_of_the_step_and_nobody_is_asked(*, in_a_di
             told.append((judge.training_loss, pl_module.returned))
             assert judge.judged == 0
 
-    fit(Returns(), batches(4), Asks(), max_epochs=1)
+    fit(Returns(), batches(4), Asks(), max_epochs=1, accumulate_grad_batches=accumulated)
     assert len(told) == 4
     for known, returned in told:
         assert known is not None
@@ -200,6 +203,15 @@ def test_the_loss_of_training_is_that_of_the_step_and_nobody_is_asked(*, in_a_di
 @pytest.mark.parametrize("outputs", [None, {}, {"loss": None}, {"loss": torch.zeros(2)}])
 def test_manual_optimization_need_not_tell_the_loss_of_training(outputs: Any) -> None:
     assert BatchLoss(None, Regression(), None, 0, outputs=outputs).training_loss is None
+
+
+def test_memory_that_runs_out_over_a_batch_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(self: Any, samples: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(BatchLoss, "_take_part", no_memory)
+    judge = BatchLoss(None, Regression(), next(iter(batches(1))), 0, samples=3)
+    assert judge.of_sample is True
 
 
 class CountsRows(Classified):
