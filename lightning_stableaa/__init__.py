@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.options import Smoothing
 from lightning_stableaa.report import StepReport
+from lightning_stableaa.safeguard import MiniBatchLoss
 from lightning_stableaa.status import Status
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AndersonAccelerator",
     "AndersonCallback",
+    "MiniBatchLoss",
     "Smoothing",
     "SmoothingMonitor",
     "Status",

@@ -164,9 +164,9 @@ class AndersonAccelerator:
                 weights. Called a few times when an extrapolation is due, with gradients enabled,
                 and never differentiated. Buffers that it changes are the caller's to restore:
                 see :func:`~lightning_stableaa.safeguard.undo_side_effects`. Without a safeguard
-                it is not called. A :class:`~lightning_stableaa.safeguard.Judge` says whether it
-                is that of a sample, and who has to confirm; any other function is taken for the
-                whole of what training minimises.
+                it is not called. A function is taken for the whole of what training minimises:
+                that of one mini-batch of many is a :class:`~lightning_stableaa.MiniBatchLoss`, and
+                who knows more is a :class:`~lightning_stableaa.safeguard.Judge`.
 
         Raises:
             ValueError: the safeguard is ``"loss"`` and there is no ``loss_fn``.

@@ -88,6 +88,38 @@ class WholeLoss(Judge):
         return self._loss_fn()
 
 
+class MiniBatchLoss(WholeLoss):
+    """The loss of one mini-batch of many, in a training loop of one's own.
+
+    ``accelerator.step(MiniBatchLoss(lambda: loss(batch), trained))``: candidates are held to what
+    the sample of a loss has to show, as those of ``AndersonCallback`` are.
+
+    Args:
+        loss_fn: as that of ``AndersonAccelerator.step``.
+        training_loss: (), that of ``loss.backward()``; with it no losses are asked for where they
+            would change nothing.
+    """
+
+    def __init__(self, loss_fn: LossFunction, training_loss: Tensor | None = None) -> None:
+        super().__init__(loss_fn)
+        self._training_loss = None if training_loss is None else training_loss.detach()
+
+    @property
+    def of_sample(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def surely_of_sample(self) -> bool:
+        """Always."""
+        return True
+
+    @property
+    def training_loss(self) -> Tensor | None:
+        """As given."""
+        return self._training_loss
+
+
 def as_judge(loss_fn: LossFunction) -> Judge:
     """A judge as it is, any other function as a ``WholeLoss``."""
     return loss_fn if isinstance(loss_fn, Judge) else WholeLoss(loss_fn)

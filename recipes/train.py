@@ -183,12 +183,12 @@ def _while_loading(error: BaseException) -> bool:
 
 def _results(trainer: lightning.Trainer, callbacks: list[Callback]) -> dict[str, float]:
     results = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    results["cost/gradients"] = trainer.global_step
+    results["cost/gradients"] = trainer.fit_loop.total_batch_idx + 1
     for callback in callbacks:
         if isinstance(callback, AndersonCallback):
-            counters = callback.state_dict().get("counters")
-            if counters is not None:  # the processes of ddp_fork keep them to themselves
-                results["cost/losses"] = counters["loss_evaluations"]
+            losses = callback.state_dict().get("extra_losses")
+            if losses is not None:  # the processes of ddp_fork keep them to themselves
+                results["cost/losses"] = losses
         if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
             results[f"best/{callback.monitor}"] = callback.best_model_score.item()
     return results

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_stableaa.safeguard import LossFunction, WholeLoss
+from lightning_stableaa import MiniBatchLoss
+from lightning_stableaa.safeguard import LossFunction
 
 
-class OfSample(WholeLoss):
-    """Judges by a sample, and knows what more of them say."""
+class OfSample(MiniBatchLoss):
+    """Judges by a mini-batch, and knows what more of them say."""
 
     def __init__(
         self,
@@ -18,22 +19,9 @@ class OfSample(WholeLoss):
         *,
         training_loss: float | None = None,
     ) -> None:
-        super().__init__(loss_fn)
+        super().__init__(loss_fn, None if training_loss is None else torch.tensor(training_loss))
         self._whole = whole
-        self._training_loss = training_loss
         self.asked = False
-
-    @property
-    def of_sample(self) -> bool:
-        return True
-
-    @property
-    def surely_of_sample(self) -> bool:
-        return True
-
-    @property
-    def training_loss(self) -> Tensor | None:
-        return None if self._training_loss is None else torch.tensor(self._training_loss)
 
     def confirming(self) -> LossFunction | None:
         return None if self._whole is None else self._ask

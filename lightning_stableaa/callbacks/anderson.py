@@ -156,7 +156,7 @@ class AndersonCallback(LightningCallback):
         self._logged_before: dict[str, Any] = {}  # the validation that runs
         self._batch: tuple[Any, Any] = None, None  # while it is trained on: as given, and a copy
         self._batches = Experience()
-        self._judged_batches = 0.0
+        self._extra_losses = 0.0
         self._told_judging = False
         self._told_placement = False
 
@@ -165,9 +165,12 @@ class AndersonCallback(LightningCallback):
         return vars(self) | {"_fitted": None}
 
     @property
-    def judged_batches(self) -> float:
-        """Losses that the safeguard has asked of this callback, in whole batches."""
-        return self._judged_batches
+    def extra_losses(self) -> float:
+        """Forward passes beside those of training so far, in whole batches.
+
+        Those that judged candidates, and those of ``recalibrate_batch_norm``.
+        """
+        return self._extra_losses
 
     @property
     def accelerator(self) -> AndersonAccelerator | None:
@@ -226,7 +229,7 @@ class AndersonCallback(LightningCallback):
             ) as loss_fn:
                 report = engine.step(loss_fn)
             if loss_fn.judged:
-                self._judged_batches += loss_fn.judged
+                self._extra_losses += loss_fn.judged
                 self._tell_judging(batch)
         if not self._told_placement and engine.placement_reason is not None:
             self._told_placement = True
@@ -248,7 +251,7 @@ class AndersonCallback(LightningCallback):
         """Show validation the candidate, where candidates are for evaluation."""
         if self._evaluation is not None and trainer.state.fn == "fit":
             self._logged_before = dict(trainer.callback_metrics)
-            self._evaluation.place()
+            self._extra_losses += self._evaluation.place()
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Give training its own weights back, and look at what became of the metric."""
@@ -325,6 +328,7 @@ class AndersonCallback(LightningCallback):
         return {
             "training": self._evaluation.training_state(),
             "recalibrated_at": self._evaluation.recalibrated_at,
+            "extra_losses": self._extra_losses,
             "batches": self._batches.state_dict(),
         }
 
@@ -335,6 +339,8 @@ class AndersonCallback(LightningCallback):
             same = self._fitted is not None and self._fitted() is module
             self._loaded = self._loaded | NOTHING | {"batches": {}} if same else {}
             self._batches = Experience()
+            if not same:
+                self._extra_losses = 0.0
 
     def _start(self, trainer: Any, pl_module: Any) -> None:
         self._fitted = weakref.ref(pl_module)
@@ -355,6 +361,7 @@ class AndersonCallback(LightningCallback):
         if self._loaded:
             self._engine.load_state_dict(self._loaded)
             self._batches.load_state_dict(self._loaded.get("batches", {}))
+            self._extra_losses = self._loaded.get("extra_losses", 0.0)
             self._loaded = {}
         self._batches.validation.begin(trainer, self._monitor, self._monitor_mode)
         self._loaded_from_checkpoint = False
@@ -367,6 +374,7 @@ class AndersonCallback(LightningCallback):
         self._loaded = self._engine.state_dict() | {
             "training": {},
             "recalibrated_at": self._evaluation.recalibrated_at,
+            "extra_losses": self._extra_losses,
             "batches": self._batches.state_dict(),
         }
         self._loaded_from_checkpoint = False

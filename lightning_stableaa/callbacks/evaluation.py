@@ -70,16 +70,21 @@ class EvaluationModel:
             self._recent.append((batch, batch_idx))
             self._trained = {one for one in self._module.modules() if one.training}
 
-    def place(self) -> None:
-        """Before a validation."""
+    def place(self) -> int:
+        """Before a validation.
+
+        Returns:
+            The number of batches that statistics were computed from.
+        """
         engine = self._engine
         candidate = engine.evaluation_weights_ready
         self._placed.enter_context(engine.evaluation_weights())
         if not candidate and engine.options.apply_to == "evaluation":
             self._of_candidate = {}
-            return
+            return 0
         unknown = candidate and not self._of_candidate  # also after a resume
-        if self._recent and (unknown or engine.accepted != self.recalibrated_at):
+        outdated = bool(self._recent) and (unknown or engine.accepted != self.recalibrated_at)
+        if outdated:
             recalibrated = self._recalibrated()
             self.recalibrated_at = engine.accepted
             if candidate:
@@ -89,6 +94,7 @@ class EvaluationModel:
         if candidate and self._of_candidate:
             self._of_training = _statistics(self._module)
             _write_statistics(self._module, self._of_candidate)
+        return len(self._recent) if outdated else 0
 
     def remove(self) -> None:
         """After a validation, and after whatever interrupted it."""

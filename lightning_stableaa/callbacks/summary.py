@@ -9,7 +9,7 @@ from lightning_stableaa.status import Status
 
 
 def summary(engine: AndersonAccelerator) -> tuple[int, str]:
-    """Log level and text: a warning that names an option when most candidates were rejected."""
+    """Log level and text: a warning that names an option when few candidates were taken."""
     attempted, accepted = engine.attempted, engine.accepted
     head = (
         f"Anderson acceleration: {accepted} of {attempted} extrapolations accepted in "
@@ -31,7 +31,7 @@ def summary(engine: AndersonAccelerator) -> tuple[int, str]:
             f"accelerate_every_n_steps ({engine.options.accelerate_every_n_steps}) or warmup_steps "
             f"({engine.options.warmup_steps})."
         )
-    if 2 * accepted >= attempted:
+    if 3 * accepted >= attempted:
         return logging.INFO, f"{head}."
     rejected = {status: count for status, count in engine.outcomes.items() if status.rejected}
     why = max(rejected, key=lambda status: rejected[status])

@@ -120,7 +120,7 @@ class CostRecorder(Callback):
         losses = attempted = accepted = 0
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # "callbacks" is set by a connector
             if isinstance(callback, AndersonCallback) and callback.accelerator is not None:
-                losses += callback.judged_batches
+                losses += callback.extra_losses
                 attempted += callback.accelerator.attempted
                 accepted += callback.accelerator.accepted
         row: dict[str, Any] = {

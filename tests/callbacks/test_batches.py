@@ -192,8 +192,8 @@ def test_where_points_are_drawn_at_every_step_averages_of_noise_will_not_do() ->
     assert at_every_step.state_dict()["outcomes"][noise] > 40
     assert noise not in seldom.state_dict()["outcomes"]
     # two losses until four residuals told noise, and then no more: training had not leapt
-    assert at_every_step.judged_batches == 2 * 3
-    assert seldom.judged_batches == 2 * 47
+    assert at_every_step.extra_losses == 2 * 3
+    assert seldom.extra_losses == 2 * 47
 
 
 def test_a_resumed_run_knows_the_batches_before_it(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_candidates_are_judged_on_so_many_samples() -> None:
     assert counts["attempted"] == 2
     assert module.judged_on.count(3) == counts["loss_evaluations"] > 0
     assert module.judged_on.count(8) == counts["optimizer_steps"] == 8
-    assert callback.judged_batches == counts["loss_evaluations"] * 3 / 8
+    assert callback.extra_losses == counts["loss_evaluations"] * 3 / 8
 
 
 def test_what_cannot_be_divided_is_judged_whole_with_a_warning() -> None:
@@ -50,7 +50,7 @@ def test_what_cannot_be_divided_is_judged_whole_with_a_warning() -> None:
         fit(Uneven(), loader, callback, max_epochs=2)
     counts = counters(callback)
     assert counts["attempted"] == 2
-    assert callback.judged_batches == counts["loss_evaluations"]
+    assert callback.extra_losses == counts["loss_evaluations"]
 
 
 class Classified(Judged):
@@ -69,13 +69,13 @@ def test_auto_takes_few_samples_of_classes_and_all_of_anything_else() -> None:
     whole = module.judged_on.count(32) - counts["optimizer_steps"]
     assert few == 2 * (1 + 5)
     assert few + whole == counts["loss_evaluations"]
-    assert callback.judged_batches == few / 2 + whole
+    assert callback.extra_losses == few / 2 + whole
 
     module, callback = Judged(), anderson()
     module.judged_on = []
     fit(module, batches(4), callback, max_epochs=2)
     assert set(module.judged_on) == {8}
-    assert callback.judged_batches == counters(callback)["loss_evaluations"] > 0
+    assert callback.extra_losses == counters(callback)["loss_evaluations"] > 0
 
 
 class Ranks(NamedTuple):
@@ -135,7 +135,7 @@ def test_auto_asks_the_whole_batch_before_a_candidate_enters_training(
     assert module.judged_on.count(16) == 2 * 2
     assert module.judged_on.count(32) == counts["optimizer_steps"] + 2 * 2
     assert counts["loss_evaluations"] == 8
-    assert callback.judged_batches == 2 * 2 * 0.5 + 2 * 2
+    assert callback.extra_losses == 2 * 2 * 0.5 + 2 * 2
 
 
 def of_a_sample(loader: Any, *, samples: Any = "auto", **options: Any) -> bool:

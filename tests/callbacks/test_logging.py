@@ -200,6 +200,32 @@ def test_the_summary_names_the_option_when_most_were_rejected(
     )
 
 
+class Accepts(Regression):
+    """The candidates of some attempts, by their number."""
+
+    def __init__(self, attempts: set[int]) -> None:
+        super().__init__()
+        self.attempts = attempts
+        self.calls = 0
+
+    def anderson_loss(self, batch: Any) -> Tensor:
+        attempt, is_candidate = divmod(self.calls, 2)
+        self.calls += 1
+        return torch.tensor(0.5 if is_candidate and attempt in self.attempts else 1.0)
+
+
+@pytest.mark.parametrize(("attempts", "level"), [({0, 3}, "INFO"), ({3}, "WARNING")])
+def test_a_third_of_all_candidates_is_enough(
+    attempts: set[int], level: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = anderson(regularization=1e-2)
+    record = summary_of(caplog, callback, module=Accepts(attempts), epochs=20)
+
+    assert counters(callback)["attempted"] == 5
+    assert counters(callback)["accepted"] == len(attempts)
+    assert record.levelname == level
+
+
 def test_the_summary_is_short_when_most_were_accepted(caplog: pytest.LogCaptureFixture) -> None:
     callback = anderson(safeguard="none")
     record = summary_of(caplog, callback, module=Regression(), epochs=20)

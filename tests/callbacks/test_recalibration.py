@@ -169,6 +169,7 @@ def test_it_happens_only_after_an_acceptance_and_leaves_no_trace() -> None:
     trainer = fit(module, batches(1), callback, num_sanity_val_steps=0, max_epochs=EPOCHS)
     assert counters(callback)["accepted"] == 3
     assert calls == [4, 4, 8, 8, 12, 12]
+    assert callback.extra_losses == 6
     assert "forbidden" not in trainer.callback_metrics
     assert module.network.training
 

@@ -105,6 +105,7 @@ def test_a_resumed_run_is_bitwise_the_whole_run(
     assert counters(resumed[2]) == counters(whole[2])
     assert counters(whole[2])["attempted"] >= 4
     assert counters(whole[2])["accepted"] >= 1
+    assert resumed[2].extra_losses == whole[2].extra_losses >= 8
     history = [one[2].state_dict()["points"]["history"] for one in (whole, resumed)]
     assert torch.equal(history[0]["rows"], history[1]["rows"])
     assert history[0]["links"] == history[1]["links"]

@@ -162,11 +162,13 @@ def test_a_candidate_of_a_checkpoint_is_not_shown_where_candidates_are_for_train
 
 
 def test_another_module_begins_with_the_warm_up_and_counts_anew() -> None:
-    callback = anderson(safeguard="none", warmup_steps=8)
+    callback = anderson(warmup_steps=8)
     fit(Regression(network(seed=0)), batches(1), callback, max_epochs=20)
     assert counters(callback)["attempted"] == 4
+    assert callback.extra_losses >= 8
     fit(Regression(network(seed=1)), batches(1), callback, max_epochs=7)
     assert (counters(callback)["optimizer_steps"], counters(callback)["attempted"]) == (7, 0)
+    assert callback.extra_losses == 0
 
 
 class Classifies(Regression):

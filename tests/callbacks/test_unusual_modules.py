@@ -239,7 +239,7 @@ def test_a_container_that_cannot_be_rebuilt_is_judged_whole(
     fit(Classifier(network(nn.Linear(INPUTS, 2))), loader, callback, max_epochs=EPOCHS)
     assert "from now on whole batches judge" in caplog.text
     assert counters(callback)["attempted"] == EPOCHS // 4
-    assert callback.judged_batches == 6 * (EPOCHS // 4)  # one before, and five lambdas
+    assert callback.extra_losses == 6 * (EPOCHS // 4)  # one before, and five lambdas
 
 
 def test_a_callback_that_has_fitted_can_be_sent_to_another_process() -> None:

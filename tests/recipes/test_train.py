@@ -41,6 +41,17 @@ def test_two_steps_leave_a_complete_run_folder(
     assert results["cost/losses"] == 0
 
 
+def test_cost_is_counted_in_batches(compose: Compose) -> None:
+    of_small_steps = [
+        "callbacks.anderson.store_every_n_steps=1",
+        "callbacks.anderson.accelerate_every_n_steps=1",
+    ]
+    length = ["trainer.max_steps=4", "trainer.accumulate_grad_batches=2", "pictures=false"]
+    results = train(compose(*SMALL["burgers2d"], *of_small_steps, *length))
+    assert results["cost/gradients"] == 8
+    assert results["cost/losses"] == 2 * 3
+
+
 def test_seed_decides_the_run(compose: Compose, tmp_path: Path) -> None:
     def run(name: str, seed: int) -> torch.Tensor:
         folder = tmp_path / name
