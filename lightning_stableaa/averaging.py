@@ -37,6 +37,9 @@ class WeightSmoother:
     def __init__(self, optimizer: Optimizer | Sequence[Optimizer], smoothing: Smoothing) -> None:
         self.smoothing = smoothing
         self._optimizers = unwrap_optimizers(optimizer)
+        # now, and later after a step: between, toggle_optimizer may hide those of the others
+        self._parameters = trainable_parameters(self._optimizers)
+        self._some_are_lazy = has_lazy_parameters(self._optimizers)
         self._watch = StepWatch(self._optimizers, self._before_step)
         self._window = smoothing.average_window or DEFAULT_WINDOW
         self._position = 0  # steps taken in the open window
@@ -50,6 +53,7 @@ class WeightSmoother:
         """Take note of the optimizer step just made; at the end of a window, report the RSD."""
         if not self._watch.take():
             return StepReport(status=Status.NO_OPTIMIZER_STEP)
+        self._parameters = trainable_parameters(self._optimizers)
         weights, smoother, agreement = self._weights, self._smoother, self._agreement
         if weights is None or smoother is None or agreement is None:
             return StepReport(status=Status.NO_OPTIMIZER_STEP)
@@ -82,6 +86,8 @@ class WeightSmoother:
             return self._loaded
         if self._split:
             return {}
+        if self._watch.disturbed:  # a continuation could not know of it
+            self._notice_changes()
         return {
             "position": self._position,
             "disturbed": self._agreement is not None and self._agreement.disturbed,
@@ -100,24 +106,32 @@ class WeightSmoother:
         self._weights = None
 
     def _before_step(self) -> None:
-        if self._weights is None and has_lazy_parameters(self._optimizers):
-            return
-        parameters = trainable_parameters(self._optimizers)
-        weights, smoother, agreement = self._weights, self._smoother, self._agreement
-        if weights is None or smoother is None or agreement is None:
-            self._begin(parameters)
-        elif not weights.aliases(arranged(parameters)):
+        if self._some_are_lazy:
+            self._some_are_lazy = has_lazy_parameters(self._optimizers)
+            if self._some_are_lazy:  # until the closure of this step has seen a batch
+                return
+            self._parameters = trainable_parameters(self._optimizers)
+        weights, agreement = self._weights, self._agreement
+        if weights is None or agreement is None:
+            self._begin(self._parameters)
+        elif not weights.aliases(arranged(self._parameters)):
             if agreement.alone:
-                self._begin(parameters)
+                self._begin(self._parameters)
             else:
                 agreement.note(Status.PARAMETERS_CHANGED)
         elif self._watch.disturbed:
-            if agreement.alone:
-                smoother.restart()
-                self._position = 0
-            else:
-                agreement.note(Status.WEIGHTS_CHANGED)
-            self._watch.mark()
+            self._notice_changes()
+
+    def _notice_changes(self) -> None:
+        """Something else than the optimizer moved the weights."""
+        if self._smoother is None or self._agreement is None:
+            return
+        if self._agreement.alone:
+            self._smoother.restart()
+            self._position = 0
+        else:
+            self._agreement.note(Status.WEIGHTS_CHANGED)
+        self._watch.mark()
 
     def _begin(self, parameters: Sequence[Tensor]) -> None:
         """Watch these parameters; a collective call, without effect where ranks have others."""

@@ -49,7 +49,8 @@ def recalibrate_batch_norm(
             of them. Layers that are kept in evaluation mode keep their statistics as well.
 
     Returns:
-        The number of layers recalibrated; without any, ``batches`` is not touched.
+        The number of layers that may be; without any, ``batches`` is not touched. One that
+        ``forward`` does not reach keeps its statistics.
 
     Raises:
         ValueError: ``batches`` is empty.
@@ -64,7 +65,7 @@ def recalibrate_batch_norm(
         return 0
     modes = [(child, child.training) for child in module.modules()]
     momenta = [layer.momentum for layer in layers]
-    statistics = [{k: v.clone() for k, v in layer.named_buffers()} for layer in layers]
+    before = [{k: v.clone() for k, v in layer.named_buffers()} for layer in layers]
     # dropout and mixup draw random numbers, which would shift those of the training that goes on
     random = RandomState(next(module.parameters(), torch.empty(0)).device)
     try:
@@ -79,10 +80,12 @@ def recalibrate_batch_norm(
             count += 1
         if count == 0:
             raise ValueError("batches is empty; running statistics need at least one batch")
+        for layer, statistics in zip(layers, before, strict=True):
+            if layer.num_batches_tracked == 0:
+                _put_back(layer, statistics)
     except BaseException:
-        for layer, buffers in zip(layers, statistics, strict=True):
-            for name, buffer in layer.named_buffers():
-                buffer.copy_(buffers[name])
+        for layer, statistics in zip(layers, before, strict=True):
+            _put_back(layer, statistics)
         raise
     finally:
         random.restore()
@@ -91,3 +94,8 @@ def recalibrate_batch_norm(
         for child, mode in modes:
             child.training = mode
     return len(layers)
+
+
+def _put_back(layer: _BatchNorm, statistics: dict[str, torch.Tensor]) -> None:
+    for name, buffer in layer.named_buffers():
+        buffer.copy_(statistics[name])

@@ -84,7 +84,7 @@ class Builder:
             return None
         if state is not None and restores:
             _restore(cycles, state, together=same_state)
-            if communicator.any_shortage(device):
+            if same_state and communicator.any_shortage(device):
                 self.move_to_host(communicator.shortage, device)
                 return None
         self.why_not = None

@@ -44,8 +44,9 @@ class Closing:
 class Cycles:
     """History, smoothing and open cycle of weights that stay the same tensors.
 
-    A process alone begins its cycle anew as soon as something else moves the weights. One of
-    several takes note of it; where the cycle ends, all of them hear of it and begin anew together.
+    A process alone begins its cycle anew as soon as something else moves all weights. Of some of
+    them it takes note, as one of several does of any; where the cycle ends, all hear of it and
+    begin anew together.
 
     Args:
         parameters: the weights, laid out alike on all ranks.
@@ -100,7 +101,11 @@ class Cycles:
 
     def begin(self) -> None:
         """Make sure that the cycle about to begin, or to go on, has a start in the history."""
-        if not self.points.history.chained and not self._averages_into_history:
+        if self.points.history.chained:
+            return
+        if self.steps == 0:  # what moved the weights before it begins does not disturb it
+            self._watch.mark()
+        if not self._averages_into_history:
             self.points.push_weights()
 
     def observe(self) -> None:
@@ -110,8 +115,12 @@ class Cycles:
             self.smoother.observe(self.steps)
 
     def notice_changes(self) -> bool:
-        """Something else than the optimizer moved the weights: whether the cycle begins anew."""
-        if self._agreement.alone:
+        """Something else than the optimizer moved the weights: whether the cycle begins anew.
+
+        A write that a glance does not show is known to some runs at once, and to others where the
+        cycle ends: there it counts for all of them, interrupted or not.
+        """
+        if self._agreement.alone and self._watch.shows_at_a_glance:
             self._restart()
             return True
         if self.steps or self.points.history.chained:  # else no cycle is open

@@ -40,10 +40,23 @@ class Known(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """Why, and whether the candidate is to replace the weights of training."""
+    """Why, and whether the candidate is to replace the weights of training.
+
+    Attributes:
+        status: what is reported.
+        replaces: it enters training.
+        kept_out: why not, of one that is accepted for evaluation alone where training might have
+            had it.
+    """
 
     status: Status
     replaces: bool = False
+    kept_out: Status | None = None
+
+    @property
+    def of_training(self) -> Status:
+        """The status where candidates were for training alone."""
+        return self.kept_out or self.status
 
 
 def is_noise(known: Known, options: Options) -> bool:
@@ -95,7 +108,7 @@ def decide(
     after = known.losses_after[known.best]
     decision = decide_by_losses(known.loss_before, after, known, options)
     if decision.replaces and reason is not None and not mends:
-        return _only_evaluated(reason, options)
+        return only_evaluated(reason, options)
     return decision
 
 
@@ -107,10 +120,12 @@ def decide_by_losses(before: float, after: float, known: Known, options: Options
         return Decision(Status.REJECTED_LOSS)
     share = options.least_decrease(of_sample=known.of_sample) * known.noisiness
     if not after < before - share * abs(before):
-        return _only_evaluated(Status.REJECTED_SMALL_DECREASE, options)
+        return only_evaluated(Status.REJECTED_SMALL_DECREASE, options)
     return Decision(Status.ACCEPTED, replaces=options.apply_to != "evaluation")
 
 
-def _only_evaluated(status: Status, options: Options) -> Decision:
+def only_evaluated(status: Status, options: Options) -> Decision:
     """Good enough to be looked at, where anybody looks at candidates; else for the reason given."""
-    return Decision(status if options.apply_to == "training" else Status.ACCEPTED)
+    if options.apply_to == "training":
+        return Decision(status)
+    return Decision(Status.ACCEPTED, kept_out=status if options.apply_to == "both" else None)

@@ -17,6 +17,7 @@ from lightning_stableaa.decision import (
     decide_by_losses,
     is_noise,
     kept_out,
+    only_evaluated,
 )
 from lightning_stableaa.look_ahead import LookAhead
 from lightning_stableaa.losses import RecentLosses
@@ -93,39 +94,42 @@ def extrapolate(
     best = known.best
     before, after = known.loss_before, known.losses_after[best] if losses else None
     mends = known.of_sample and recent.are_mended_by(before, after)
-    status, replaces = (
+    decision = (
         Decision(disturbance)
         if disturbance
         else decide(known, options, guarded=judge is not None, reason=reason, mends=mends)
     )
     formed = len(losses) - 2  # the candidate that was judged last
-    if judge is not None and replaces and known.asks_again:
-        again = _losses(points, proposal.jumps[best : best + 1], judge.confirming() or judge)
+    if judge is not None and decision.replaces and known.asks_again:
+        whole = judge.confirming() or judge
+        again = _losses(points, proposal.jumps[best : best + 1], judge, loss_fn=whole)
         losses += again
         before, after = _mean(points, torch.stack(again)).tolist()
-        status, replaces = decide_by_losses(before, after, known, options)
-        if replaces and reason is not None and not recent.are_mended_by(before, after):
-            status, replaces = Decision(reason)
+        mends = known.of_sample and recent.are_mended_by(before, after)
+        decision = decide_by_losses(before, after, known, options)
+        if decision.replaces and reason is not None and not mends:
+            decision = only_evaluated(reason, options)
         formed = best
     jump = None
-    if status is Status.ACCEPTED:
+    if decision.status is Status.ACCEPTED:
         jump = points.agree(proposal.jumps[best])
         if not points.keeps_last_trial or best != formed:
             points.form(jump)
         # finite in float64 may be beyond the precision of the weights; the judge need not tell
         if not points.candidate_is_finite(known.reaches[best]):
-            status, jump = Status.REJECTED_NON_FINITE_CANDIDATE, None
+            decision, jump = Decision(Status.REJECTED_NON_FINITE_CANDIDATE), None
     accepted = jump is not None
     is_last = best == len(known.lambdas) - 1
     drifts = judge is not None and options.look_ahead_cycles > 0 and known.remaining > 1
     look_ahead.of_sample = known.of_sample
-    if drifts and known.of_sample and (status in TOO_FAR or (accepted and is_last)):
-        look_ahead.note(accepted=accepted)
+    helped = decision.of_training is Status.ACCEPTED
+    if drifts and known.of_sample and (decision.of_training in TOO_FAR or (helped and is_last)):
+        look_ahead.note(accepted=helped)
     report = StepReport(
-        status=status,
+        status=decision.status,
         attempted=True,
         accepted=accepted,
-        replaced=accepted and replaces,
+        replaced=accepted and decision.replaces,
         residual_norm=known.residual_norm,
         jump_norm=known.norms[best] if accepted else max(known.norms),
         condition=known.condition,
@@ -161,8 +165,6 @@ def _find_out(
     losses = [] if judge is None or left_alone else _losses(points, proposal.jumps, judge)
     known = _told(points, proposal, judge, losses, agreement)
     disturbance = agreement.settle(known.noted * points.communicator.world_size)
-    if disturbance is not None:  # what moved the weights was no optimizer
-        recent.forget()
     told = math.isfinite(known.training_loss)
     recent.observe(known.training_loss if told else known.loss_before)
     held = judge is not None and judge.validation_got_worse
@@ -176,17 +178,20 @@ def _find_out(
     return _Found(known, losses, reason, disturbance)
 
 
-def _losses(points: PointStore, jumps: Tensor, loss_fn: LossFunction) -> list[Tensor]:
+def _losses(
+    points: PointStore, jumps: Tensor, judge: Judge, *, loss_fn: LossFunction | None = None
+) -> list[Tensor]:
     """Loss before, then that of each of L candidates, (L, q): one random state for all."""
     device = points.weights.device
+    loss_fn, collective = loss_fn or judge, points.split or judge.communicates
     random = RandomState(device)
-    losses = [loss_value(loss_fn, device, collective=points.split)]
+    losses = [loss_value(loss_fn, device, collective=collective)]
     with points.trials() as put:
         # where no jump is defined, none: the loss may raise on weights that are NaN
         for jump in jumps.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0):
             random.restore()
             put(jump)
-            losses.append(loss_value(loss_fn, device, collective=points.split))
+            losses.append(loss_value(loss_fn, device, collective=collective))
     random.restore()
     return losses
 

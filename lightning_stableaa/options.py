@@ -182,9 +182,11 @@ class Options:
         if not isinstance(self.history_device, str):
             raise TypeError(sentence)
         try:
-            torch.device(self.history_device)
+            device = torch.device(self.history_device)
         except RuntimeError as error:
             raise ValueError(sentence) from error
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"{sentence}, where there is no CUDA device")
 
     def _check_smoothing(self) -> None:
         if self.smoothing is None:

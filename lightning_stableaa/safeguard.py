@@ -45,6 +45,14 @@ class Judge(ABC):
         return False
 
     @property
+    def communicates(self) -> bool:
+        """Whether other ranks wait for this one inside of it; equal on all ranks.
+
+        Then memory that runs out is an error, since they would wait for good.
+        """
+        return False
+
+    @property
     def training_loss(self) -> Tensor | None:
         """The loss that the last optimizer step was made with, of any scale; not waited for.
 
@@ -96,13 +104,16 @@ class MiniBatchLoss(WholeLoss):
 
     Args:
         loss_fn: as that of ``AndersonAccelerator.step``.
-        training_loss: (), that of ``loss.backward()``; with it no losses are asked for where they
-            would change nothing.
+        training_loss: that of ``loss.backward()``, a single number; with it no losses are asked
+            for where they would change nothing.
+
+    Raises:
+        ValueError: ``training_loss`` is not a single number.
     """
 
-    def __init__(self, loss_fn: LossFunction, training_loss: Tensor | None = None) -> None:
+    def __init__(self, loss_fn: LossFunction, training_loss: Tensor | float | None = None) -> None:
         super().__init__(loss_fn)
-        self._training_loss = None if training_loss is None else training_loss.detach()
+        self._training_loss = None if training_loss is None else _single(training_loss)
 
     @property
     def of_sample(self) -> bool:
@@ -138,8 +149,8 @@ def loss_value(
     Args:
         loss_fn: returns the loss.
         device: where the result is wanted.
-        collective: whether ``loss_fn`` communicates, as the forward pass of split weights does.
-            Then other ranks wait inside of it, and memory that runs out is an error.
+        collective: whether ``loss_fn`` communicates, as the forward pass of split weights and
+            SyncBatchNorm do. Then memory that runs out is an error.
 
     Raises:
         ValueError: the result is neither None nor a single number.
@@ -154,9 +165,10 @@ def loss_value(
             raise
         if collective:
             raise RuntimeError(
-                "judging a candidate ran out of memory within a forward pass of split weights, in "
-                "which the other processes wait for this one: use smaller batches, judge on a part "
-                "of them (judge_samples of AndersonCallback), or choose safeguard='none'"
+                "judging a candidate ran out of memory within a forward pass in which the other "
+                "processes wait for this one (split weights, SyncBatchNorm): use smaller batches, "
+                "judge on a part of them (judge_samples of AndersonCallback), or choose "
+                "safeguard='none'"
             ) from error
         log.warning(
             "judging a candidate ran out of memory, and it was rejected: use smaller batches, or "
@@ -165,13 +177,20 @@ def loss_value(
         loss = None
     if loss is None:
         return torch.full((), float("nan"), dtype=torch.float64, device=device)
-    loss = whole(loss if isinstance(loss, Tensor) else torch.as_tensor(loss)).detach()
+    return _single(loss).to(device, torch.float64)
+
+
+def _single(loss: Any) -> Tensor:  # ()
+    try:
+        loss = whole(loss if isinstance(loss, Tensor) else torch.as_tensor(loss)).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = type(loss).__name__
+        raise ValueError(f"a loss must be a single number, got a {kind}: give it alone") from error
     if loss.numel() != 1:
         raise ValueError(
-            f"loss_fn must return a single number, got shape {tuple(loss.shape)}; "
-            "reduce it with .mean()"
+            f"a loss must be a single number, got shape {tuple(loss.shape)}; reduce it with .mean()"
         )
-    return (loss.reshape(()) if loss.ndim else loss).to(device, torch.float64)
+    return loss.reshape(()) if loss.ndim else loss
 
 
 @contextmanager

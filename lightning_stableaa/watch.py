@@ -135,12 +135,17 @@ class StepWatch:
         return False
 
     @property
+    def shows_at_a_glance(self) -> bool:
+        """Whether a few weights are enough to notice, whatever is known of habits."""
+        return _versions(self._glanced_at) != self._glance
+
+    @property
     def seems_disturbed(self) -> bool:
         """``disturbed``, of a few weights where that is enough to notice a write to all of them.
 
         A write to others shows when ``disturbed`` is asked for.
         """
-        if self._habits.known and _versions(self._glanced_at) == self._glance:
+        if self._habits.known and not self.shows_at_a_glance:
             return False
         return self.disturbed
 

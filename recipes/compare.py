@@ -124,13 +124,28 @@ def _report(plan: Plan, runs: list[Run], overrides: list[str], config: DictConfi
         plan,
         runs,
         summary,
-        verdict(summary),
+        [*_cautions(plan, runs), *verdict(summary)],
         overrides=overrides,
         jobs=config.compare.jobs,
         threads=config.threads,
     )
     draw(plan.folder, plan.title, runs, summary)
     return summary
+
+
+def _cautions(plan: Plan, runs: list[Run]) -> Iterator[str]:
+    """What a reader of the report has to know first."""
+    if len(runs) < len(plan.jobs):
+        yield (
+            f"Only {len(runs)} of {len(plan.jobs)} runs were made; the same command makes the "
+            "others."
+        )
+    processors = sorted({run.processor for run in runs if run.processor is not None})
+    if len(processors) > 1:
+        yield (
+            f"Runs were made on {' and on '.join(processors)}: times do not compare, and the same "
+            "seed may end elsewhere."
+        )
 
 
 def _progress(console: Console) -> Progress:
@@ -155,9 +170,10 @@ def _compare_from_command_line(config: DictConfig) -> None:
         for sentence in verdict(summary):
             print(sentence)
         for one in summary.variants.values():
-            if one.errors and not one.seeds:
+            if one.errors:
                 first, *_ = one.errors.values()
-                raise UserError(f"{one.name} failed with every seed: {first}")
+                count = "every seed" if not one.seeds else f"{len(one.errors)} of the seeds"
+                raise UserError(f"{one.name} failed with {count}: {first}")
 
 
 def main() -> None:

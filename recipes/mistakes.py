@@ -74,7 +74,7 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         if group == "hydra/launcher" and choice.startswith("submitit"):
-            return f"{group}={choice}: pip install 'lightning-stableaa[slurm]' brings it"
+            return f"{group}={choice}: pip install '.[recipes,slurm]' in a checkout brings it"
         if not group:
             return f"--config-name={choice}: there is no such configuration"
         return f"{group}={choice}: there is no such choice; {_offer(choice, error.options or ())}"

@@ -78,6 +78,17 @@ def test_a_failing_forward_pass_changes_nothing(fails_at):
     assert not any(child.training for child in module.modules())
 
 
+def test_a_layer_that_is_not_reached_keeps_its_statistics():
+    module = network()
+    module(batches()[0] + 1.0)
+    first, last = module[1], module[4]
+    before = {name: value.clone() for name, value in last.named_buffers()}
+    recalibrate_batch_norm(module, batches(), module[:3])
+    assert first.num_batches_tracked == 4
+    assert all(torch.equal(value, before[name]) for name, value in last.named_buffers())
+    assert before["num_batches_tracked"] == 1
+
+
 def test_no_batches_are_refused():
     module = network()
     before = {name: value.clone() for name, value in module.state_dict().items()}

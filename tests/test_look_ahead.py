@@ -161,6 +161,17 @@ def test_what_one_rank_says_counts_for_all_of_them_or_for_none() -> None:
     assert Walk(judge=KnownToOne).reaches([BETTER]) == Walk(judge=KnownLater).reaches([BETTER])
 
 
+def test_what_is_too_little_for_training_shortens_it_whoever_sees_candidates() -> None:
+    losses = [0.999, BETTER, 0.999, 0.999, BETTER]
+    reaches = {
+        apply_to: Walk(sufficient_decrease=0.9, apply_to=apply_to).reaches(losses)
+        for apply_to in ("training", "both", "evaluation")
+    }
+    assert cycles_of(reaches["training"])[1] == pytest.approx(0.6, rel=1e-3)
+    assert reaches["both"] == reaches["training"]
+    assert cycles_of(reaches["evaluation"])[1] == pytest.approx(1.0, rel=1e-3), "none is too little"
+
+
 def test_what_is_known_late_counts_from_the_next_candidate_on() -> None:
     first, *others = Walk(judge=KnownLater).reaches([BETTER] * 3)
     assert first == pytest.approx(0.98 * CYCLES / 2 - 0.5, rel=0.02)

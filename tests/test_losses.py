@@ -209,18 +209,39 @@ def test_a_leap_is_seen_while_validation_holds_candidates_back() -> None:
     assert run.asked == 2
 
 
+def confirmed_by(*losses: float) -> Any:
+    """A judge whose whole batch says so, of the weights before and of the candidate."""
+
+    def judge(loss: Any, **known: Any) -> OfSample:
+        values = iter(losses)
+        return OfSample(loss, lambda: torch.tensor(next(values)), **known)
+
+    return judge
+
+
 def test_the_whole_batch_confirms_that_a_leap_is_mended() -> None:
     statuses = []
     for confirmed in (0.5, 30.0):
         run = Leaps()
         run.extrapolate(1.0, 2.0)
-
-        def judge(loss: Any, confirmed: float = confirmed, **known: Any) -> OfSample:
-            values = iter([90.0, confirmed])
-            return OfSample(loss, lambda: torch.tensor(next(values)), **known)
-
-        statuses.append(run.extrapolate(90.0, 0.5, judge))  # pyright: ignore[reportArgumentType]
+        statuses.append(run.extrapolate(90.0, 0.5, confirmed_by(90.0, confirmed)))
     assert statuses == [Status.ACCEPTED, Status.REJECTED_NOISE], "a third less is no way back"
+    shown = Leaps(apply_to="both")
+    shown.extrapolate(1.0, 2.0)
+    assert shown.extrapolate(90.0, 0.5, confirmed_by(90.0, 30.0)) is Status.ACCEPTED
+    assert bool((shown.x[1 : 1 + shown.steps] == -1.0).all()), "for validation alone"
+
+
+@pytest.mark.parametrize(("confirmed", "mended"), [(0.5, True), (30.0, False)])
+def test_what_the_whole_batch_does_not_call_mended_keeps_its_momentum(
+    confirmed: float, mended: bool
+) -> None:
+    run = Leaps(drift=30.0)
+    run.optimizer.param_groups[0]["momentum"] = 0.5
+    run.extrapolate(1.0, 2.0)
+    assert run.extrapolate(90.0, 0.5, confirmed_by(90.0, confirmed)) is Status.ACCEPTED
+    buffer = run.optimizer.state[run.x]["momentum_buffer"]
+    assert bool((buffer == 0).all()) is mended
 
 
 def test_outcomes_of_an_earlier_version_are_forgotten() -> None:

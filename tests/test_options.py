@@ -2,6 +2,7 @@ import inspect
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_stableaa import AndersonAccelerator, Smoothing
 from lightning_stableaa.options import Options
@@ -83,6 +84,12 @@ def test_a_wrong_option_is_named_with_its_value(options: dict[str, Any], message
 def test_a_wrong_smoothing_option_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         Smoothing(**options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match=r"such as 'cpu', got 'cuda', where there is no CUDA devi"):
+        Options(history_device="cuda")
 
 
 def test_a_single_lambda_is_a_grid_of_one_and_the_default_is_none() -> None:

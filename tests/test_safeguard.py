@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torchmetrics import CatMetric, MeanMetric
 
+from lightning_stableaa import MiniBatchLoss
 from lightning_stableaa.safeguard import loss_value, undo_side_effects
 
 CPU = torch.device("cpu")
@@ -29,6 +30,21 @@ def test_no_loss_is_nan() -> None:
 def test_a_loss_that_is_not_reduced_is_refused() -> None:
     with pytest.raises(ValueError, match=r"single number, got shape \(2,\); reduce it with"):
         loss_value(lambda: torch.zeros(2), CPU)
+
+
+@pytest.mark.parametrize("loss", [{"loss": torch.zeros(())}, "0.5"])
+def test_what_is_no_number_is_refused(loss: object) -> None:
+    with pytest.raises(ValueError, match=f"single number, got a {type(loss).__name__}: give it"):
+        loss_value(lambda: loss, CPU)  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize("trained", [0.5, torch.tensor([0.5], requires_grad=True)])
+def test_the_loss_of_training_is_a_number_of_any_kind(trained: torch.Tensor | float) -> None:
+    known = MiniBatchLoss(lambda: torch.zeros(()), trained).training_loss
+    assert known is not None
+    assert (known.shape, known.item(), known.requires_grad) == ((), 0.5, False)
+    with pytest.raises(ValueError, match=r"single number, got shape \(2,\)"):
+        MiniBatchLoss(lambda: torch.zeros(()), torch.zeros(2))
 
 
 def test_buffers_and_metrics_are_restored_also_after_an_error() -> None:
@@ -60,7 +76,7 @@ def test_a_loss_without_room_is_nan_unless_others_wait_within_it(error: Exceptio
         raise error
 
     assert loss_value(loss, CPU).isnan()
-    with pytest.raises(RuntimeError, match="ran out of memory within a forward pass of split"):
+    with pytest.raises(RuntimeError, match="ran out of memory within a forward pass in which"):
         loss_value(loss, CPU, collective=True)
 
 

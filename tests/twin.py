@@ -687,7 +687,7 @@ class Drive:
 
     def _documented(self, error: ValueError) -> str:
         message = str(error)
-        known = ("loss_fn must return a single number", "the optimizer holds no trainable param")
+        known = ("a loss must be a single number", "the optimizer holds no trainable param")
         assert message.startswith(known), message
         return message
 

@@ -214,7 +214,8 @@ class AndersonCallback(LightningCallback):
         if given is batch:  # as it was before the step took anything out of it
             batch = with_additions(kept, batch)
         # else fetched by training_step(dataloader_iter): as the loader gave it
-        evaluation.keep(batch, batch_idx)
+        if batch is not None:  # a loader's way to skip a step
+            evaluation.keep(batch, batch_idx)
         if self.options.safeguard == "none":
             report = engine.step()
         else:

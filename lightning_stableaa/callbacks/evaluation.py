@@ -17,7 +17,8 @@ from lightning_stableaa.batch_norm import batch_norm_layers, recalibrate_batch_n
 from lightning_stableaa.callbacks.judge import loss_of_batch, silenced
 from lightning_stableaa.callbacks.samples import own_copy
 from lightning_stableaa.dtensors import drop_gathered, is_split, whole, write_whole
-from lightning_stableaa.safeguard import loss_value, undo_side_effects
+from lightning_stableaa.memory import out_of_memory
+from lightning_stableaa.safeguard import undo_side_effects
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class EvaluationModel:
     Where ``apply_to`` is ``"evaluation"`` or ``"both"``, validation and the checkpoints of the
     Trainer hold the accepted candidate. Where batches are kept, the running statistics of
     batch normalisation are computed anew before a validation that follows an acceptance; they
-    stay where training goes on from the candidate, and go with it where only evaluation sees it.
+    stay where candidates are for training alone, and come and go with the candidate elsewhere.
 
     Args:
         engine: decides which candidates are accepted.
@@ -141,16 +142,19 @@ class EvaluationModel:
         return gathered
 
     def _recalibrated(self) -> dict[str, Tensor]:
-        """Statistics of the current weights over the batches that are kept."""
-        device = next(self._module.parameters()).device
+        """Statistics of the current weights over the batches that are kept.
+
+        None where memory runs out; then no batch is kept any longer.
+
+        Raises:
+            RuntimeError: memory ran out in one of several processes, which may wait for this one.
+        """
 
         def forward(kept: tuple[Any, int]) -> None:
             batch = own_copy(kept[0], of_tensors=True)  # it may be needed again
-            loss_value(
-                lambda: loss_of_batch(self._trainer, self._module, batch, kept[1]),
-                device,
-                collective=is_split(self._module.parameters()),
-            )
+            # with gradients: the loss of a PINN differentiates the network itself
+            with torch.enable_grad():
+                loss_of_batch(self._trainer, self._module, batch, kept[1])
 
         # validation runs in inference mode, in which a training step may not be able to run
         with (
@@ -158,7 +162,17 @@ class EvaluationModel:
             undo_side_effects(self._module),
             silenced(self._module),
         ):
-            recalibrate_batch_norm(self._module, self._recent, forward, trained=self._trained)
+            try:
+                recalibrate_batch_norm(self._module, self._recent, forward, trained=self._trained)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self._trainer.world_size > 1:
+                    raise
+                log.warning(
+                    "recalibrating batch normalisation ran out of memory: from now on its "
+                    "statistics stay as they are; use smaller batches, or recalibrate_batch_norm=0"
+                )
+                self._recent = deque(maxlen=0)
+                return {}
             return _statistics(self._module)
 
     def replacements(self) -> dict[str, Tensor]:

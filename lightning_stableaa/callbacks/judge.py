@@ -124,9 +124,10 @@ class BatchLoss(Judge):
     def __call__(self) -> Tensor:
         self._look_at_batch()
         if self._undo is None:
-            self._undo = ExitStack()
-            self._undo.enter_context(undo_side_effects(self._module))
-            self._undo.enter_context(silenced(self._module))
+            with ExitStack() as undo:  # undone where it cannot be completed
+                undo.enter_context(undo_side_effects(self._module))
+                undo.enter_context(silenced(self._module))
+                self._undo = undo.pop_all()
         self.judged += self._share
         if self._spoiled:  # by the loss before this one
             self._loss_of(self._batch)  # in a forward pass others may wait: SyncBatchNorm
@@ -151,6 +152,12 @@ class BatchLoss(Judge):
     def surely_of_sample(self) -> bool:
         """Where loaders tell."""
         return trains_on_mini_batches(self._trainer)
+
+    @property
+    def communicates(self) -> bool:
+        """As batch normalisation over all processes does; split weights tell of themselves."""
+        several = self._trainer.world_size > 1
+        return several and any(isinstance(one, nn.SyncBatchNorm) for one in self._module.modules())
 
     @property
     def training_loss(self) -> Tensor | None:
@@ -180,7 +187,7 @@ class BatchLoss(Judge):
             return None
         ranks = self._trainer.world_size
         # all ranks confirm, or none, whatever the size of their own batches
-        if self._judging * ranks >= ENOUGH_SAMPLES or (self._share == 1.0 and ranks == 1):
+        if self._judging * ranks >= ENOUGH_SAMPLES or self._share == 1.0:
             return None
 
         def loss() -> Tensor:
@@ -273,19 +280,23 @@ def loss_of_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> Any:
     """The module's own loss where it has one, else that of its training step."""
     with trainer.precision_plugin.train_step_context():
         if has_own_loss(module):
-            loss = module.anderson_loss(batch)
-            if loss is None:
+            output = module.anderson_loss(batch)
+            if output is None:
                 warnings.warn(
                     "anderson_loss(batch) returned None, so that no candidate can be judged: "
                     "return the loss, a single number",
                     stacklevel=2,
                 )
-            return loss
+            return _loss_in(output)
         step = module.training_step
         method = getattr(step, "__func__", None)  # which unlike the module may be kept
         takes_both = _parameters_of(step) > 1 if method is None else _kept_parameters(method) > 2
         output = step(batch, batch_idx) if takes_both else step(batch)
-        return output["loss"] if isinstance(output, Mapping) else output
+        return _loss_in(output)
+
+
+def _loss_in(output: Any) -> Any:
+    return output["loss"] if isinstance(output, Mapping) else output
 
 
 def _parameters_of(function: Callable[..., Any]) -> float:

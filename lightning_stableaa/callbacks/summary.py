@@ -31,8 +31,8 @@ def summary(engine: AndersonAccelerator) -> tuple[int, str]:
             f"accelerate_every_n_steps ({engine.options.accelerate_every_n_steps}) or warmup_steps "
             f"({engine.options.warmup_steps})."
         )
-    if 3 * accepted >= attempted:
-        return logging.INFO, f"{head}."
     rejected = {status: count for status, count in engine.outcomes.items() if status.rejected}
+    if 3 * accepted >= attempted or not rejected:  # an earlier version may have had other names
+        return logging.INFO, f"{head}."
     why = max(rejected, key=lambda status: rejected[status])
     return logging.WARNING, f"{head}. Most often ({rejected[why]} times) {why.remedy}."

@@ -9,18 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import get_object
 
-import lightning_stableaa
+from lightning_stableaa.recipes.comparison.environment import hash_of_package, versions
 
 
 def fingerprint_of(settings: dict[str, Any]) -> str:
-    """Of the settings, the user's own sources, the data files that settings name, and versions."""
+    """Of the settings, all sources, the data files that settings name, and versions."""
     decisive = {
         "settings": settings,
-        "lightning_stableaa": lightning_stableaa.__version__,
-        "torch": torch.__version__,
+        "versions": versions(),
+        "lightning_stableaa": hash_of_package(),
     } | contents_of(settings)
     text = json.dumps(decisive, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

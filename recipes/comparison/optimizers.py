@@ -5,6 +5,7 @@ from its own code.
 """
 
 import importlib
+import importlib.util
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,20 +18,22 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from lightning_stableaa.recipes.errors import UserError
 
+# What one variant alone needs.
+PACKAGES = {"lookahead": "pytorch_optimizer", "schedule_free": "schedulefree"}
 
-def needs(package: str, variant: str) -> Any:
-    """Imports what one variant alone needs.
+
+def check_installed(variant: str) -> None:
+    """Before any run is made.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the variant needs a package that is not installed.
     """
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError as error:
+    package = PACKAGES.get(variant)
+    if package is not None and importlib.util.find_spec(package) is None:
         raise UserError(
             f"compare.variants: {variant} needs {package}, which is not installed: pip install "
-            f"'lightning-stableaa[compare]', or leave {variant} out"
-        ) from error
+            f"'.[recipes,compare]' in a checkout, or leave {variant} out"
+        )
 
 
 class Training(NamedTuple):
@@ -144,8 +147,8 @@ class Lookahead(OptimizerChange):
 
     def change(self, training: Training, trainer: lightning.Trainer) -> Training:
         """The optimizer inside a Lookahead."""
-        Package = needs("pytorch_optimizer", "lookahead").Lookahead
-        self.optimizer = Package(training.optimizer, k=self.k, alpha=self.alpha)
+        package: Any = importlib.import_module(PACKAGES["lookahead"])
+        self.optimizer = package.Lookahead(training.optimizer, k=self.k, alpha=self.alpha)
         if training.scheduling is not None:
             # Lightning wants the scheduler's optimizer among those that it steps
             training.scheduling["scheduler"].optimizer = self.optimizer
@@ -183,7 +186,7 @@ class ScheduleFree(OptimizerChange):
 
     def change(self, training: Training, trainer: lightning.Trainer) -> Training:
         """The optimizer of the package, with the rates and weight decays of the module's own."""
-        schedulefree = needs("schedulefree", "schedule_free")
+        schedulefree: Any = importlib.import_module(PACKAGES["schedule_free"])
         replaced = training.optimizer
         if not isinstance(replaced, SGD | Adam | AdamW):
             raise UserError(

@@ -5,30 +5,22 @@ import dataclasses
 import io
 import json
 import math
-import os
-import platform
 import re
 from collections.abc import Iterable, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from lightning_stableaa.recipes.comparison.environment import hardware, versions
 from lightning_stableaa.recipes.comparison.runner import Run
-from lightning_stableaa.recipes.comparison.summary import DEFINITIONS, Spread, Summary
+from lightning_stableaa.recipes.comparison.summary import (
+    DEFINITIONS,
+    Spread,
+    Summary,
+    VariantSummary,
+)
 from lightning_stableaa.recipes.comparison.variants import Plan
 from lightning_stableaa.recipes.files import write_atomically
 
-PACKAGES = (
-    "lightning-stableaa",
-    "lightning",
-    "torch",
-    "torchmetrics",
-    "numpy",
-    "pytorch-optimizer",
-    "schedulefree",
-)
 RECORDER = "recorder"
 MIB = 2**20
 
@@ -54,7 +46,7 @@ def write_report(
         "definitions": list(DEFINITIONS),
         "best_swept": summary.best_swept,
         "variants": {
-            name: {"about": plan.about[name], **dataclasses.asdict(one), "seeds": len(one.seeds)}
+            name: {"about": plan.about[name], **_asdict(one)}
             for name, one in summary.variants.items()
         },
         "hardware": hardware(),
@@ -103,7 +95,7 @@ def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     failures = [
-        f"- {name}, seed {seed}: {error}"
+        f"- {name}, seed {seed}: {shorten_paths(error)}"
         for name, one in summary.variants.items()
         for seed, error in one.errors.items()
     ]
@@ -112,34 +104,6 @@ def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
     lines += ["", "Variants:", "", *(f"- {name}: {text}" for name, text in plan.about.items())]
     lines += ["", "Definitions:", "", *(f"- {text}" for text in DEFINITIONS), ""]
     return "\n".join(lines)
-
-
-def hardware() -> dict[str, Any]:
-    """What the numbers were measured on, without the name of the machine."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        model = re.search(r"model name\s*: (.+)", information.read_text())
-        processor = model[1] if model else processor
-    cuda = torch.cuda.is_available()
-    return {
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-    }
-
-
-def versions() -> dict[str, str | None]:
-    """Of Python and the packages that can change a result; None where one is not installed."""
-
-    def installed(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES}
 
 
 def to_json(contents: Any) -> str:
@@ -155,7 +119,7 @@ def shorten_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [shorten_paths(one) for one in value]
     if isinstance(value, str):
-        return re.sub(r"(^|=)/(?:[^/\s]+/)*", r"\1", value)
+        return re.sub(r"(^|=)/(?:[^/\s]+/)*|(?<=[\s'\"(])/(?:[^/\s]+/)+", r"\1", value)
     return value
 
 
@@ -172,6 +136,11 @@ def _configuration(plan: Plan) -> dict[str, Any]:
         for name in plan.variants
     }
     return {"config": shorten_paths(shared), "callbacks": shorten_paths(callbacks)}
+
+
+def _asdict(one: VariantSummary) -> dict[str, Any]:
+    errors = {seed: shorten_paths(error) for seed, error in one.errors.items()}
+    return dataclasses.asdict(one) | {"seeds": len(one.seeds), "errors": errors}
 
 
 def _run(run: Run, summary: Summary) -> dict[str, Any]:

@@ -25,6 +25,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lightning_stableaa.recipes.comparison.cost import Curve
+from lightning_stableaa.recipes.comparison.environment import processor
 from lightning_stableaa.recipes.comparison.fingerprint import contents_of
 from lightning_stableaa.recipes.comparison.recorder import CURVE
 from lightning_stableaa.recipes.comparison.variants import TRAINING, Job
@@ -48,6 +49,7 @@ class Run:
     seed: int
     fingerprint: str
     curve: Curve = field(default_factory=Curve)
+    processor: str | None = None  # what computed
     error: str | None = None
     mistake: bool = False  # the error is a wrong configuration, which no other run would survive
     peak_memory: int | None = None  # bytes: of the device on CUDA, else of the whole process
@@ -129,6 +131,7 @@ def run_job(job: Job) -> Run:
         run,
         curve=Curve(**json.loads((job.folder / TRAINING / CURVE).read_text())),
         peak_memory=_peak_memory(),
+        processor=processor(),
         **_smoothing_log(job.folder / TRAINING / "metrics.csv"),
     )
     write_atomically(job.folder / RESULT, json.dumps(dataclasses.asdict(run)))

@@ -182,7 +182,9 @@ def _compare(run: Run, plain: Run, swept: Run | None, mode: Mode) -> SeedResult:
         if comparable
         else math.nan,
         seconds_ratio=ratio(seconds_to_reach, plain) if comparable else math.nan,
-        swept_ratio=ratio(cost_to_reach, swept) if swept is not None else math.nan,
+        swept_ratio=ratio(cost_to_reach, swept)
+        if swept is not None and math.isfinite(final_value(swept.curve, mode))
+        else math.nan,
         time_ratio=_over(run.curve.seconds[-1], plain.curve.seconds[-1]),
         processor_ratio=_over(run.curve.processor_seconds[-1], plain.curve.processor_seconds[-1]),
         same=same,

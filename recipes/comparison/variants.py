@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from lightning_stableaa.callbacks.validation import LESS_IS_BETTER
 from lightning_stableaa.recipes.comparison.cost import Mode
 from lightning_stableaa.recipes.comparison.fingerprint import contents_of, fingerprint_of
+from lightning_stableaa.recipes.comparison.optimizers import check_installed
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.mistakes import check_options
 
@@ -80,6 +81,7 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
     used: set[str] = set()
     # composing takes most of the time here: once for a variant and all its modifications
     for base in dict.fromkeys(name.split("@")[0] for name in names):
+        check_installed(base)
         composed, applied = _compose_variant(base, fixed, of_callbacks)
         used |= applied
         of_base = [name for name in names if name.split("@")[0] == base]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-from lightning_stableaa.recipes.comparison.cost import sign_test
+from lightning_stableaa.recipes.comparison.cost import quantile, sign_test
 from lightning_stableaa.recipes.comparison.summary import Spread, Summary, VariantSummary
 
 ANDERSON = "anderson"
@@ -114,8 +114,7 @@ def _sentence(one: VariantSummary, summary: Summary) -> str:
     parts = [
         f"{one.name} {outcome(one, summary)}: {_reached(one.cost_ratio, plain.name, summary)}, "
         f"{_costs(one)}",
-        f"at equal cost {summary.metric} is {one.equal_cost.median:.3g} against "
-        f"{plain.final.median:.3g}, better in {_of(ends.wins, one)}",
+        f"{_medians(one, plain, summary)}, better in {_of(ends.wins, one)}",
     ]
     own = sum(result.same for result in one.seeds.values())
     if own:
@@ -150,8 +149,7 @@ def _tuned_sentence(one: VariantSummary, summary: Summary) -> str:
         f"{one.name}, the best accelerated run with another learning rate or schedule, "
         f"{_beaten(one, summary) or 'may have beaten'} {rival}: "
         f"{_reached(one.swept_ratio, swept.name, summary)}",
-        f"at equal cost {summary.metric} is {one.equal_cost.median:.3g} against "
-        f"{swept.equal_cost.median:.3g}, better in {_of(ends.wins, one)}",
+        f"{_medians(one, swept, summary)}, better in {_of(ends.wins, one)}",
     ]
     if not is_swept:
         parts.append(
@@ -197,6 +195,25 @@ def _costs_of(one: VariantSummary) -> Duel:
     """Seeds that were as good as plain sooner, and later; plain's own runs are neither."""
     ratios = [result.cost_ratio for result in one.seeds.values() if not result.same]
     return Duel(sum(r < 1 for r in ratios), sum(r > 1 for r in ratios))
+
+
+def _medians(one: VariantSummary, other: VariantSummary, summary: Summary) -> str:
+    """At equal cost, of the seeds that both finished; where they mislead, that of ratios as well.
+
+    Each is that of another seed. One may be lower while most seeds are higher.
+    """
+    seeds = one.seeds.keys() & other.seeds.keys()
+    mine, theirs = (
+        [variant.seeds[seed].equal_cost for seed in sorted(seeds)] for variant in (one, other)
+    )
+    a, b = quantile(mine, 0.5), quantile(theirs, 0.5)
+    text = f"at equal cost {summary.metric} is {a:.3g} against {b:.3g}"
+    ends = _ends(one, summary, other.name)
+    gain = (b - a) * (1 if summary.mode == "min" else -1) * (ends.wins - ends.losses)
+    if gain < 0 and all(value > 0 for value in mine + theirs):
+        ratio = quantile([x / y for x, y in zip(mine, theirs, strict=True)], 0.5)
+        return f"{text} (medians; seed by seed {ratio:.2f} times that of {other.name})"
+    return text
 
 
 def _beside(one: VariantSummary, averaging: VariantSummary, summary: Summary) -> str:

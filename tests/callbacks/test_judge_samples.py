@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stableaa.callbacks.judge import BatchLoss, Experience, samples_that_judge
@@ -100,6 +101,59 @@ def test_auto_leaves_a_loss_of_the_module_alone() -> None:
     batch = torch.zeros(32, 3), torch.zeros(32, dtype=torch.int64)
     assert samples_that_judge("auto", Ranks(1), OwnLoss(), batch) is None
     assert samples_that_judge(5, Ranks(1), OwnLoss(), batch) == 5
+
+
+def test_a_whole_batch_that_judged_need_not_confirm_itself() -> None:
+    few, many = ((torch.zeros(n, 4), torch.zeros(n, dtype=torch.int64)) for n in (4, 32))
+    trainer = SimpleNamespace(world_size=4, train_dataloader=None, is_global_zero=True)
+    for batch, confirms in ((few, False), (many, True)):
+        with BatchLoss(trainer, Judged(), batch, 0, samples="auto") as loss:
+            assert (loss.confirming() is not None) is confirms
+
+
+def test_other_processes_wait_in_a_forward_pass_with_sync_batch_norm() -> None:
+    batch = torch.zeros(4, 4), torch.zeros(4, 1)
+    alone, several = (SimpleNamespace(world_size=n) for n in (1, 2))
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(4)))
+    for module, trainer, expected in (
+        (synchronised, several, True),
+        (synchronised, alone, False),
+        (Judged(), several, False),
+    ):
+        assert BatchLoss(trainer, module, batch, 0).communicates is expected
+
+
+def test_where_memory_runs_out_before_a_loss_the_next_one_leaves_no_trace() -> None:
+    class Counts(Judged):
+        rooms = 0
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.count += 1
+            return super().training_step(batch, batch_idx)
+
+    class Tight(torch.Tensor):
+        """Whose first copy does not fit into memory."""
+
+        tried = 0
+
+        def clone(self, **options: Any) -> Tensor:
+            Tight.tried += 1
+            if Tight.tried == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            return super().clone(**options)
+
+    module, callback = Counts(), anderson()
+    module.judged_on = []
+    module.count = torch.zeros(()).as_subclass(Tight)
+    fit(module, batches(4), callback, max_epochs=2)
+    counts = counters(callback)
+    assert Tight.tried > 1
+    assert counts["loss_evaluations"] > 0
+    assert module.count == counts["optimizer_steps"] == 8
 
 
 class Divided(Classified):

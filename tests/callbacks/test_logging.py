@@ -226,6 +226,26 @@ def test_a_third_of_all_candidates_is_enough(
     assert record.levelname == level
 
 
+def test_the_summary_of_a_run_that_an_earlier_version_began_names_no_cause(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its candidates were rejected for what no longer rejects any."""
+    path = tmp_path / "end.ckpt"
+    trainer = fit(Rejects(), batches(1), anderson(), max_epochs=20)
+    trainer.save_checkpoint(path)
+    checkpoint = torch.load(path, weights_only=True)
+    (state,) = (one for one in checkpoint["callbacks"].values() if "outcomes" in one)
+    state["outcomes"] = {"rejected_without_payoff": state["outcomes"].pop("rejected_loss")}
+    torch.save(checkpoint, path)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        fit(Rejects(), batches(1), anderson(), max_epochs=21, ckpt_path=path)
+    (record,) = [one for one in caplog.records if one.getMessage().startswith("Anderson acc")]
+    assert record.getMessage() == (
+        "Anderson acceleration: 0 of 5 extrapolations accepted in 21 optimizer steps."
+    )
+
+
 def test_the_summary_is_short_when_most_were_accepted(caplog: pytest.LogCaptureFixture) -> None:
     callback = anderson(safeguard="none")
     record = summary_of(caplog, callback, module=Regression(), epochs=20)

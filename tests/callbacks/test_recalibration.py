@@ -174,6 +174,30 @@ def test_it_happens_only_after_an_acceptance_and_leaves_no_trace() -> None:
     assert module.network.training
 
 
+@pytest.mark.parametrize("apply_to", ["training", "both"])
+def test_where_memory_runs_out_statistics_stay_as_they_are(
+    apply_to: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    class NoRoom(Normalised):
+        def anderson_loss(self, batch: Any) -> Tensor:
+            self.network[:2](batch[0])  # the layer has seen the batch
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    ends = []
+    for module, batches_kept in ((NoRoom(), 2), (NoRoom(), 0)):
+        callback = anderson(
+            safeguard="none", recalibrate_batch_norm=batches_kept, apply_to=apply_to
+        )
+        fit(module, batches(1), callback, num_sanity_val_steps=0, max_epochs=EPOCHS)
+        ends.append((module.seen, weights(module)))
+    (seen, trained), (expected, plain) = ends
+    assert all(map(torch.equal, seen, expected))
+    assert torch.equal(trained, plain)
+    messages = [one.getMessage() for one in caplog.records if "ran out of memory" in one.message]
+    assert len(messages) == 1
+    assert messages[0].startswith("recalibrating batch normalisation")
+
+
 def test_networks_without_batch_norm_keep_no_batch() -> None:
     module, callback = Regression(), anderson(safeguard="none", recalibrate_batch_norm=2)
     plain = Regression()

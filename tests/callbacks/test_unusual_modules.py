@@ -242,6 +242,35 @@ def test_a_container_that_cannot_be_rebuilt_is_judged_whole(
     assert callback.extra_losses == 6 * (EPOCHS // 4)  # one before, and five lambdas
 
 
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+def test_a_loader_may_skip_steps() -> None:
+    kept: list[Any] = [*batches(4)]
+    with_gaps: Any = [kept[0], None, *kept[1:], None]
+    normalised = network(nn.Linear(INPUTS, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+    callback = anderson(safeguard="none", recalibrate_batch_norm=6)
+    module = Regression(normalised)
+    module.val_dataloader = lambda: batches(1)
+    module.validation_step = lambda batch, batch_idx: module.training_step(batch, batch_idx)
+    fit(module, DataLoader(with_gaps, batch_size=None), callback, max_epochs=4)
+    assert counters(callback)["optimizer_steps"] == 16
+    assert counters(callback)["accepted"] > 0
+    assert callback.extra_losses >= 6
+
+
+def test_anderson_loss_may_return_what_training_step_may() -> None:
+    class Named(Regression):
+        def anderson_loss(self, batch: Any) -> Any:
+            return {"loss": self.training_step(batch, 0), "size": len(batch)}
+
+    ends = []
+    for module in (Named(), Regression()):
+        callback = anderson()
+        fit(module, batches(1), callback, max_epochs=EPOCHS)
+        ends.append((weights(module), counters(callback)))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert ends[0][1] == ends[1][1]
+
+
 def test_a_callback_that_has_fitted_can_be_sent_to_another_process() -> None:
     callback = anderson()
     fit(Regression(), batches(1), callback, max_epochs=8)

@@ -1,5 +1,6 @@
 """A module and data that are no recipe, as a user of stableaa-compare has them."""
 
+import os
 from typing import Any
 
 import lightning
@@ -83,6 +84,16 @@ class CannotBeJudged(Module):
     def anderson_loss(self, batch: list[Tensor]) -> Tensor:
         """No number."""
         raise RuntimeError("no judge")
+
+
+class CannotBeJudgedOnce(Module):
+    """With the seed 1."""
+
+    def anderson_loss(self, batch: list[Tensor]) -> Tensor:
+        """That of training."""
+        if os.environ["PL_GLOBAL_SEED"] == "1":
+            raise RuntimeError("no judge")
+        return self.training_step(batch, 0)
 
 
 class Diverges(Module):

@@ -19,7 +19,11 @@ import pytest
 from hydra import initialize_config_module
 from lightning.pytorch import callbacks
 
+import lightning_stableaa
+from lightning_stableaa.recipes import compare as compare_command
 from lightning_stableaa.recipes.compare import compare, main
+from lightning_stableaa.recipes.comparison import environment, fingerprint
+from lightning_stableaa.recipes.comparison.environment import processor, versions
 from lightning_stableaa.recipes.comparison.report import shorten_paths, to_json
 from lightning_stableaa.recipes.comparison.runner import RESULT, Run, read_run, run_all
 from lightning_stableaa.recipes.comparison.variants import Plan, make_plan
@@ -248,16 +252,28 @@ def test_what_plain_cannot_do_ends_the_comparison(
 
 
 @pytest.mark.parametrize(
-    ("module", "sentence", "tried"),
+    ("module", "sentence", "tried", "finished"),
     [
-        ("StepsItself", "callbacks: automatic_optimization=False is not supported by", []),
-        ("CannotBeJudged", "RuntimeError: no judge", ["seed0", "seed1"]),
+        (
+            "StepsItself",
+            "every seed: callbacks: automatic_optimization=False is not supported by",
+            [],
+            [False] * 3,
+        ),
+        ("CannotBeJudged", "every seed: RuntimeError: no judge", ["seed0", "seed1"], [False] * 3),
+        (
+            "CannotBeJudgedOnce",
+            "1 of the seeds: RuntimeError: no judge",
+            ["seed0", "seed1", "seed2"],
+            [True, False, True],
+        ),
     ],
 )
-def test_a_variant_that_always_fails_is_left_and_said(
+def test_a_variant_that_fails_is_left_where_it_always_does_and_said(
     module: str,
     sentence: str,
     tried: list[str],
+    finished: list[bool],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -271,9 +287,9 @@ def test_a_variant_that_always_fails_is_left_and_said(
         main()
     assert exit_.value.code == 2
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"stableaa-compare: anderson failed with every seed: {sentence}")
+    assert last.startswith(f"stableaa-compare: anderson failed with {sentence}")
     report = json.loads((tmp_path / "results.json").read_text())
-    assert [run["error"] is None for run in report["runs"]] == [True] * 3 + [False] * 3
+    assert [run["error"] is None for run in report["runs"]] == [True] * 3 + finished
     assert sorted(one.name[:5] for one in tmp_path.glob("runs/anderson/*")) == tried
 
 
@@ -336,6 +352,56 @@ def test_a_module_that_is_edited_meanwhile_ends_the_comparison(
     (tmp_path / "meanwhile.py").write_text(source + "# edited\n")
     with pytest.raises(UserError, match=r"^data/meanwhile.py was edited while the comparison "):
         list(run_all(made.jobs, processes=1))
+
+
+def test_another_version_or_source_of_this_package_is_another_run(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "module.py").write_text("X = 1\n")
+    monkeypatch.setattr(lightning_stableaa, "__path__", [str(tmp_path)])
+    hashes = []
+    for text in ("X = 1\n", "X = 2\n", "X = 1\n"):
+        (tmp_path / "module.py").write_text(text)
+        environment.hash_of_package.cache_clear()
+        hashes.append(environment.hash_of_package())
+    environment.hash_of_package.cache_clear()
+    monkeypatch.undo()
+    assert hashes[0] == hashes[2] != hashes[1]
+
+    (known,) = plan(*BURGERS).jobs
+    monkeypatch.setattr(fingerprint, "hash_of_package", lambda: hashes[1])
+    (edited,) = plan(*BURGERS).jobs
+    monkeypatch.undo()
+    monkeypatch.setattr(fingerprint, "versions", lambda: versions() | {"numpy": "0"})
+    (older,) = plan(*BURGERS).jobs
+    assert len({known.fingerprint, edited.fingerprint, older.fingerprint}) == 3
+
+
+def test_a_part_of_the_runs_is_called_so(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*BURGERS, f"compare.folder={tmp_path}", "compare.variants=[plain,anderson]"]
+    options += ["compare.jobs=0", "compare.seeds=1"]
+
+    def stopped(jobs: Any, *, processes: int) -> Iterator[Run]:
+        yield next(run_all(jobs, processes=processes))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_command, "run_all", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            compare(hydra.compose("compare", options), options, "burgers2d")
+    sentence = "Only 1 of 2 runs were made; the same command makes the others."
+    assert f"- {sentence}\n" in (tmp_path / "table.md").read_text()
+    assert json.loads((tmp_path / "results.json").read_text())["verdict"][0] == sentence
+
+    (kept,) = tmp_path.glob(f"runs/plain/*/{RESULT}")
+    found = json.loads(kept.read_text())
+    assert found["processor"] == processor()
+    kept.write_text(json.dumps(found | {"processor": "An abacus"}))
+    compare(hydra.compose("compare", options), options, "burgers2d")
+    first = json.loads((tmp_path / "results.json").read_text())["verdict"][0]
+    assert first.startswith(f"Runs were made on An abacus and on {processor()}: times do not ")
 
 
 def test_other_data_are_another_run(plan: MakePlan, tmp_path: Path) -> None:
@@ -438,6 +504,8 @@ def test_report_is_valid_json_without_paths() -> None:
         "val/loss",
         3,
     ]
+    message = "FileNotFoundError: no '/home/me/a.csv' nor /data/b.csv, at 3 / 4 of them"
+    assert shorten_paths(message) == "FileNotFoundError: no 'a.csv' nor b.csv, at 3 / 4 of them"
 
 
 OWN = ["compare.module=tests.recipes.own_module.Module", "compare.metric=val/loss"]

@@ -11,11 +11,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_stableaa.recipes.comparison.optimizers import (
     LBFGS,
+    PACKAGES,
     CosineSchedule,
     LearningRateMultiple,
     Lookahead,
     ScheduleFree,
-    needs,
+    check_installed,
     one_optimizer,
 )
 from lightning_stableaa.recipes.errors import UserError
@@ -98,10 +99,14 @@ def test_schedule_free_validates_its_average() -> None:
     assert torch.equal(made.weights(), expected[-1])
 
 
-def test_a_package_that_is_missing_is_named_with_what_brings_it() -> None:
-    assert needs("math", "any") is math
-    with pytest.raises(UserError, match=r"lookahead needs no_such_package, .*\[compare\]"):
-        needs("no_such_package", "lookahead")
+def test_a_package_that_is_missing_is_named_with_what_brings_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(PACKAGES, "lookahead", "no_such_package")
+    for variant in ("schedule_free", "anderson"):
+        check_installed(variant)
+    with pytest.raises(UserError, match=r"lookahead needs no_such_package, .*\[recipes,compare\]"):
+        check_installed("lookahead")
 
 
 def test_schedule_free_stands_for_sgd_and_adam_only() -> None:

@@ -314,6 +314,33 @@ def test_the_best_learning_rate_is_beaten_where_seeds_agree(better: int, said: s
     assert f", {said}" in verdict(summary)[0]
 
 
+def test_medians_that_most_seeds_contradict_do_not_stand_alone() -> None:
+    plain, anderson = [3.0, 2.0, 1.9, 0.2, 0.1], [3.1, 1.5, 1.99, 0.21, 0.11]
+    runs = [
+        Run(name, seed, "", made_by(name, [8.0, 4.0, 2.0, end]))
+        for name, ends in {"plain": plain, "anderson": anderson}.items()
+        for seed, end in enumerate(ends)
+    ]
+    text = verdict(summarise(runs, ["plain", "anderson"], "val/mse", "min"))[0]
+    assert "at equal cost val/mse is 1.5 against 1.9 (medians; seed by seed 1.05 times that" in text
+    assert "that of plain), better in 1 of 5 seeds" in text
+
+
+def test_a_swept_run_that_diverged_is_no_goal() -> None:
+    swept = {0: [2.0, 1.0, math.nan, math.nan]}
+    runs = [Run("plain", seed, "", curve(PLAIN)) for seed in range(5)]
+    for seed in range(5):
+        good = [2.0, 1.0, 0.6, 0.5]
+        runs.append(Run("plain@3x", seed, "", curve(swept.get(seed, good))))
+        runs.append(Run("anderson@3x", seed, "", made_by("anderson@3x", [2.0, 0.5, 0.2, 0.1], 3)))
+    summary = summarise(runs, ["plain", "plain@3x", "anderson@3x"], "val/mse", "min")
+    one = summary.variants["anderson@3x"]
+    assert math.isnan(one.seeds[0].swept_ratio)
+    assert one.swept_ratio.count == 4
+    assert one.swept_ratio.worst < 1
+    assert ", beat" in verdict(summary)[0]
+
+
 def test_without_a_common_seed_nothing_is_known() -> None:
     runs = [Run("plain", 0, "", curve(PLAIN)), Run("anderson", 0, "", error="no")]
     sentences = verdict(summarise(runs, ["plain", "anderson"], "val/mse", "min"))

@@ -259,7 +259,7 @@ def test_a_machine_without_slurm_is_named(tmp_path: Path, monkeypatch: pytest.Mo
 def test_missing_submitit_is_named() -> None:
     error = MissingConfigException("not found", "hydra/launcher/submitit_slurm", ["basic"])
     assert explain(error) == (
-        "hydra/launcher=submitit_slurm: pip install 'lightning-stableaa[slurm]' brings it"
+        "hydra/launcher=submitit_slurm: pip install '.[recipes,slurm]' in a checkout brings it"
     )
 
 
