@@ -323,7 +323,7 @@ class Drive:
             assert not report.accepted
             assert not report.replaced
             self._unchanged(own)
-        self._follow_look_ahead(status, best)
+        self._follow_look_ahead(self.kept_out or status, best)
         if status is Status.REJECTED_NON_FINITE_HISTORY:
             self.points.points.clear()
             self.points.linked.clear()
@@ -353,6 +353,7 @@ class Drive:
 
     def _expected_status(self, guarded: bool, report: StepReport) -> tuple[Status, int, bool]:
         """Status, best candidate, and whether it replaces the weights."""
+        self.kept_out: Status | None = None  # why training does not have what validation sees
         replaces = self.options.apply_to != "evaluation"
         if not (np.isfinite(self.squares.mean()) and self._all_differences_are_finite()):
             return Status.REJECTED_NON_FINITE_HISTORY, 0, False
@@ -372,16 +373,20 @@ class Drive:
         if not after[best] < before:
             return Status.REJECTED_LOSS, best, False
         asked = self._least_decrease() * self._checked_noisiness(report)
-        replaces = replaces and after[best] < before - asked * abs(before)
-        if self.options.apply_to == "training" and not replaces:
-            return Status.REJECTED_SMALL_DECREASE, best, False
-        if replaces and not self.mends and self._is_noise(report):
-            replaces = False
-            if self.options.apply_to == "training":
-                return Status.REJECTED_NOISE, best, False
+        of_training = Status.ACCEPTED
+        if not after[best] < before - asked * abs(before):
+            of_training = Status.REJECTED_SMALL_DECREASE
+        elif not self.mends and self._is_noise(report):
+            of_training = Status.REJECTED_NOISE
+        enters = of_training is Status.ACCEPTED
+        if self.options.apply_to == "training" and not enters:
+            return of_training, best, False
         finite = np.isfinite(self.seen[1 + best]).all()
-        status = Status.ACCEPTED if finite else Status.REJECTED_NON_FINITE_CANDIDATE
-        return status, best, replaces
+        if not finite:
+            return Status.REJECTED_NON_FINITE_CANDIDATE, best, False
+        if self.options.apply_to == "both" and not enters:
+            self.kept_out = of_training
+        return Status.ACCEPTED, best, replaces and enters
 
     def _check_candidates(self, own: Vector) -> list[Vector]:
         """Every candidate that the judge saw, against equations (3) to (5)."""
