@@ -112,6 +112,9 @@ class WeightSmoother:
                 return
             self._parameters = trainable_parameters(self._optimizers)
         weights, agreement = self._weights, self._agreement
+        if self._loaded is not None and _layout(self._parameters) != self._loaded["layout"]:
+            # unfrozen since: those of the checkpoint may be those of now
+            self._parameters = trainable_parameters(self._optimizers)
         if weights is None or agreement is None:
             self._begin(self._parameters)
         elif not weights.aliases(arranged(self._parameters)):
@@ -167,3 +170,8 @@ class WeightSmoother:
             if state.get("disturbed"):
                 self._agreement.note(Status.WEIGHTS_CHANGED)
             self._smoother.load_state_dict(state["smoother"])
+
+
+def _layout(parameters: Sequence[Tensor]) -> list[list[list[int]]]:
+    """As ``FlatTensors.signature``, also of none."""
+    return [[list(one.shape), list(one.stride())] for one in parameters]

@@ -44,9 +44,9 @@ class Closing:
 class Cycles:
     """History, smoothing and open cycle of weights that stay the same tensors.
 
-    A process alone begins its cycle anew as soon as something else moves all weights. Of some of
-    them it takes note, as one of several does of any; where the cycle ends, all hear of it and
-    begin anew together.
+    A process alone begins its cycle anew as soon as the few weights that are looked at before every
+    step show that something else moves them. Of others it takes note, as one of several does of
+    any; where the cycle ends, all hear of it and begin anew together.
 
     Args:
         parameters: the weights, laid out alike on all ranks.
@@ -95,6 +95,7 @@ class Cycles:
         self._losses = RecentLosses()
         self._look_ahead = LookAhead(options.look_ahead_cycles)
         self.steps = 0  # taken in the open cycle
+        self._begun = False  # its first step is being made, of several optimizers perhaps
         self.has_evaluation_weights = False
         self.evaluating = False  # parameters and candidate have changed places
         watch.follow(parameters)
@@ -103,8 +104,9 @@ class Cycles:
         """Make sure that the cycle about to begin, or to go on, has a start in the history."""
         if self.points.history.chained:
             return
-        if self.steps == 0:  # what moved the weights before it begins does not disturb it
-            self._watch.mark()
+        if self.steps == 0 and not self._begun:
+            self._begun = True
+            self._watch.mark()  # what moved the weights before it begins does not disturb it
         if not self._averages_into_history:
             self.points.push_weights()
 
@@ -121,6 +123,7 @@ class Cycles:
         cycle ends: there it counts for all of them, interrupted or not.
         """
         if self._agreement.alone and self._watch.shows_at_a_glance:
+            self._agreement.settle(0.0)  # what disturbed the cycle that ends here
             self._restart()
             return True
         if self.steps or self.points.history.chained:  # else no cycle is open
@@ -136,7 +139,7 @@ class Cycles:
             judge: of candidates; ``None`` where nobody judges.
             due: whether it is time for an extrapolation.
         """
-        self.steps = 0
+        self.steps, self._begun = 0, False
         if self._watch.disturbed:
             self._agreement.note(Status.WEIGHTS_CHANGED)
         if not self.points.still_fits(parameters):
@@ -228,7 +231,7 @@ class Cycles:
         """No residual leads across what moved the weights."""
         self.points.break_chain()
         self._losses.forget()
-        self.steps = 0
+        self.steps, self._begun = 0, False
         if self.smoother is not None:
             self.smoother.restart()
         self._watch.mark()

@@ -101,8 +101,8 @@ def extrapolate(
     )
     formed = len(losses) - 2  # the candidate that was judged last
     if judge is not None and decision.replaces and known.asks_again:
-        whole = judge.confirming() or judge
-        again = _losses(points, proposal.jumps[best : best + 1], judge, loss_fn=whole)
+        confirming = judge.confirming() or judge
+        again = _losses(points, proposal.jumps[best : best + 1], judge, loss_fn=confirming)
         losses += again
         before, after = _mean(points, torch.stack(again)).tolist()
         mends = known.of_sample and recent.are_mended_by(before, after)

@@ -106,13 +106,21 @@ class MiniBatchLoss(WholeLoss):
         loss_fn: as that of ``AndersonAccelerator.step``.
         training_loss: that of ``loss.backward()``, a single number; with it no losses are asked
             for where they would change nothing.
+        communicates: other processes wait for this one inside of it, as within SyncBatchNorm.
 
     Raises:
         ValueError: ``training_loss`` is not a single number.
     """
 
-    def __init__(self, loss_fn: LossFunction, training_loss: Tensor | float | None = None) -> None:
+    def __init__(
+        self,
+        loss_fn: LossFunction,
+        training_loss: Tensor | float | None = None,
+        *,
+        communicates: bool = False,
+    ) -> None:
         super().__init__(loss_fn)
+        self._communicates = communicates
         self._training_loss = None if training_loss is None else _single(training_loss)
 
     @property
@@ -124,6 +132,11 @@ class MiniBatchLoss(WholeLoss):
     def surely_of_sample(self) -> bool:
         """Always."""
         return True
+
+    @property
+    def communicates(self) -> bool:
+        """As given."""
+        return self._communicates
 
     @property
     def training_loss(self) -> Tensor | None:
@@ -181,11 +194,15 @@ def loss_value(
 
 
 def _single(loss: Any) -> Tensor:  # ()
-    try:
-        loss = whole(loss if isinstance(loss, Tensor) else torch.as_tensor(loss)).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
+    if not isinstance(loss, Tensor):
         kind = type(loss).__name__
-        raise ValueError(f"a loss must be a single number, got a {kind}: give it alone") from error
+        try:
+            loss = torch.as_tensor(loss)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"a loss must be a single number, got a {kind}: give it alone"
+            ) from error
+    loss = whole(loss).detach()
     if loss.numel() != 1:
         raise ValueError(
             f"a loss must be a single number, got shape {tuple(loss.shape)}; reduce it with .mean()"

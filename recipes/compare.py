@@ -67,7 +67,7 @@ def _compare(plan: Plan, config: DictConfig, overrides: list[str]) -> Summary:
                     _refuse_without_baseline(run, plan)
     finally:
         finished = any(run.error is None for run in runs)
-        summary = _report(plan, runs, overrides, config) if finished else None
+        summary = _report(plan, runs, overrides, config, console) if finished else None
     if summary is None:
         raise UserError(f"no run was finished, and there is nothing to report; {_logs(plan)}")
     return summary
@@ -116,15 +116,20 @@ def _logs(plan: Plan) -> str:
     return f"what a run printed is in {plan.folder}/runs/VARIANT/SEED/{LOG}"
 
 
-def _report(plan: Plan, runs: list[Run], overrides: list[str], config: DictConfig) -> Summary:
+def _report(
+    plan: Plan, runs: list[Run], overrides: list[str], config: DictConfig, console: Console
+) -> Summary:
     runs = sorted(runs, key=lambda run: (plan.variants.index(run.variant), run.seed))
     summary = summarise(runs, plan.variants, plan.metric, plan.mode)
+    cautions = list(_cautions(plan, runs))
+    for sentence in cautions:
+        console.print(sentence, soft_wrap=True)
     write_report(
         plan.folder,
         plan,
         runs,
         summary,
-        [*_cautions(plan, runs), *verdict(summary)],
+        [*cautions, *verdict(summary)],
         overrides=overrides,
         jobs=config.compare.jobs,
         threads=config.threads,

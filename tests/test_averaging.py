@@ -21,9 +21,8 @@ def test_optimizers_that_take_turns_make_one_window_together() -> None:
     reports = []
     for _ in range(8):
         for turn, optimizer in enumerate(optimizers):
-            for one, other in zip(networks, reversed(networks), strict=True):
+            for one in networks:
                 one.requires_grad_(one is networks[turn])
-                assert other is not one
             networks[turn](torch.ones(3)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -63,6 +62,30 @@ def test_a_continuation_knows_of_an_edit_before_the_checkpoint() -> None:
     assert reports_of(saved_at=9, edited_at=9) == whole
     assert reports_of(saved_at=8, edited_at=9) == whole
     assert reports_of(saved_at=11, edited_at=9) == whole
+
+
+def test_a_window_of_weights_that_were_unfrozen_since_goes_on() -> None:
+    """The checkpoint is of a head and a body; they are frozen anew until the fit has begun."""
+    head, body = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([head, body], lr=0.1)
+    smoother = WeightSmoother(optimizer, WINDOW)
+
+    def step() -> StepReport:
+        for one in (head, body):
+            one.grad = torch.ones_like(one)
+        optimizer.step()
+        return smoother.step()
+
+    reports = [step() for _ in range(6)]
+    state = smoother.state_dict()
+    smoother.detach()
+    optimizer.zero_grad()
+    body.requires_grad_(False)
+    smoother = WeightSmoother(optimizer, WINDOW)
+    smoother.load_state_dict(state)
+    body.requires_grad_(True)
+    reports += [step() for _ in range(4)]
+    assert [i for i, one in enumerate(reports) if one.rsd] == [3, 7]
 
 
 def test_weights_that_join_begin_a_new_window() -> None:

@@ -66,9 +66,22 @@ def test_a_resumed_run_is_the_whole_run(edited: list[int], edited_at: int) -> No
         assert other.attempted == engine.attempted
 
 
+@pytest.mark.parametrize("first_at", [2, LATE])
+def test_a_resumed_run_is_the_whole_run_after_two_edits_of_a_cycle(first_at: int) -> None:
+    edits = {first_at: [7], first_at + 1: ALL}
+    whole, engine = run(edits=edits)
+    assert engine.outcomes[Status.WEIGHTS_CHANGED] == 1, "the second one begins the cycle anew"
+    for saved_at in (first_at - 2, first_at, first_at + 1):
+        resumed, other = run(edits=edits, saved_at=saved_at)
+        assert torch.equal(resumed, whole), saved_at
+        assert other.outcomes == engine.outcomes
+
+
 def test_of_all_weights_it_begins_the_cycle_anew_and_of_some_it_ends_it() -> None:
-    _, undisturbed = run(edits={})
-    assert undisturbed.outcomes[Status.WEIGHTS_CHANGED] == 0
-    for edited in (ALL, [7]):
-        _, engine = run(edits={LATE: edited})
-        assert engine.outcomes[Status.WEIGHTS_CHANGED] == 1
+    """``STEPS`` are 16 cycles: those of five steps after step 42 end at others, or one is lost."""
+    stored = {}
+    for name, edited in {"none": [], "all": ALL, "some": [7]}.items():
+        _, engine = run(edits={42: edited})
+        assert engine.outcomes[Status.WEIGHTS_CHANGED] == (name != "none")
+        stored[name] = engine.state_dict()["counters"]["_cycle_steps"]
+    assert stored == {"none": 0, "all": 2, "some": 0}

@@ -17,7 +17,7 @@ from lightning_stableaa.batch_norm import batch_norm_layers, recalibrate_batch_n
 from lightning_stableaa.callbacks.judge import loss_of_batch, silenced
 from lightning_stableaa.callbacks.samples import own_copy
 from lightning_stableaa.dtensors import drop_gathered, is_split, whole, write_whole
-from lightning_stableaa.memory import out_of_memory
+from lightning_stableaa.memory import first_line, out_of_memory
 from lightning_stableaa.safeguard import undo_side_effects
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class EvaluationModel:
     Where ``apply_to`` is ``"evaluation"`` or ``"both"``, validation and the checkpoints of the
     Trainer hold the accepted candidate. Where batches are kept, the running statistics of
     batch normalisation are computed anew before a validation that follows an acceptance; they
-    stay where candidates are for training alone, and come and go with the candidate elsewhere.
+    stay where there is no candidate to be shown, and else come and go with it.
 
     Args:
         engine: decides which candidates are accepted.
@@ -85,6 +85,7 @@ class EvaluationModel:
             return 0
         unknown = candidate and not self._of_candidate  # also after a resume
         outdated = bool(self._recent) and (unknown or engine.accepted != self.recalibrated_at)
+        forward_passes = len(self._recent) if outdated else 0
         if outdated:
             recalibrated = self._recalibrated()
             self.recalibrated_at = engine.accepted
@@ -95,7 +96,7 @@ class EvaluationModel:
         if candidate and self._of_candidate:
             self._of_training = _statistics(self._module)
             _write_statistics(self._module, self._of_candidate)
-        return len(self._recent) if outdated else 0
+        return forward_passes
 
     def remove(self) -> None:
         """After a validation, and after whatever interrupted it."""
@@ -144,7 +145,7 @@ class EvaluationModel:
     def _recalibrated(self) -> dict[str, Tensor]:
         """Statistics of the current weights over the batches that are kept.
 
-        None where memory runs out; then no batch is kept any longer.
+        Nothing where memory runs out; then no batch is kept any longer.
 
         Raises:
             RuntimeError: memory ran out in one of several processes, which may wait for this one.
@@ -165,8 +166,14 @@ class EvaluationModel:
             try:
                 recalibrate_batch_norm(self._module, self._recent, forward, trained=self._trained)
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or self._trainer.world_size > 1:
+                if not out_of_memory(error):
                     raise
+                if self._trainer.world_size > 1:
+                    raise RuntimeError(
+                        "recalibrating batch normalisation ran out of memory in one of "
+                        f"{self._trainer.world_size} processes ({first_line(error)}): use smaller "
+                        "batches, or recalibrate_batch_norm=0"
+                    ) from error
                 log.warning(
                     "recalibrating batch normalisation ran out of memory: from now on its "
                     "statistics stay as they are; use smaller batches, or recalibrate_batch_norm=0"

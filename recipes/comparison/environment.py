@@ -28,14 +28,9 @@ PACKAGES = (
 
 def hardware() -> dict[str, Any]:
     """What the numbers were measured on, without the name of the machine."""
-    processor = platform.processor() or platform.machine()
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        model = re.search(r"model name\s*: (.+)", information.read_text())
-        processor = model[1] if model else processor
     cuda = torch.cuda.is_available()
     return {
-        "processor": processor,
+        "processor": _host_processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -55,9 +50,17 @@ def versions() -> dict[str, str | None]:
 
 
 def processor() -> str:
-    """What computes, on which rounding depends: the device on CUDA, else the processor."""
-    found = hardware()
-    return found["gpu"] or found["processor"]
+    """What has computed in this process, on which rounding depends."""
+    used = torch.cuda.is_initialized()  # there may be one that was not asked for
+    return torch.cuda.get_device_name() if used else _host_processor()
+
+
+def _host_processor() -> str:
+    information = Path("/proc/cpuinfo")
+    model = None
+    if information.exists():
+        model = re.search(r"model name\s*: (.+)", information.read_text())
+    return model[1] if model else platform.processor() or platform.machine()
 
 
 @functools.cache

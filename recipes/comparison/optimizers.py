@@ -147,6 +147,7 @@ class Lookahead(OptimizerChange):
 
     def change(self, training: Training, trainer: lightning.Trainer) -> Training:
         """The optimizer inside a Lookahead."""
+        check_installed("lookahead")  # also of a variant of another name
         package: Any = importlib.import_module(PACKAGES["lookahead"])
         self.optimizer = package.Lookahead(training.optimizer, k=self.k, alpha=self.alpha)
         if training.scheduling is not None:
@@ -186,6 +187,7 @@ class ScheduleFree(OptimizerChange):
 
     def change(self, training: Training, trainer: lightning.Trainer) -> Training:
         """The optimizer of the package, with the rates and weight decays of the module's own."""
+        check_installed("schedule_free")
         schedulefree: Any = importlib.import_module(PACKAGES["schedule_free"])
         replaced = training.optimizer
         if not isinstance(replaced, SGD | Adam | AdamW):

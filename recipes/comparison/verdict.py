@@ -139,7 +139,7 @@ def _tuned_sentence(one: VariantSummary, summary: Summary) -> str:
     """Whether the best learning rate and schedule with acceleration beats the best without."""
     swept = summary.variants[summary.best_swept]
     if not one.swept_ratio.count:
-        return f"{one.name}: no seed was finished by both it and {swept.name}."
+        return f"{one.name}: no seed ended in a finite number both of it and of {swept.name}."
     if one.attempted == 0:
         return _not_tried(one)
     ends = _ends(one, summary, summary.best_swept)
@@ -235,6 +235,8 @@ def _beside(one: VariantSummary, averaging: VariantSummary, summary: Summary) ->
 def _against_swept(one: VariantSummary, summary: Summary) -> str:
     ratio = one.swept_ratio
     head = f"the best-swept plain run ({summary.best_swept}) "
+    if not ratio.count:
+        return f"{head}did not end in a finite number in any of these seeds"
     if math.isinf(ratio.median):
         return f"{head}ended better than it ever was in {ratio.never} of {ratio.count} seeds"
     said = {"beat": "it beat as well", "did not beat": "it did not beat"}

@@ -125,8 +125,6 @@ def test_other_processes_wait_in_a_forward_pass_with_sync_batch_norm() -> None:
 
 def test_where_memory_runs_out_before_a_loss_the_next_one_leaves_no_trace() -> None:
     class Counts(Judged):
-        rooms = 0
-
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("count", torch.zeros(()))

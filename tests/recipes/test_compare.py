@@ -378,7 +378,10 @@ def test_another_version_or_source_of_this_package_is_another_run(
 
 
 def test_a_part_of_the_runs_is_called_so(
-    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: MakePlan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     options = [*BURGERS, f"compare.folder={tmp_path}", "compare.variants=[plain,anderson]"]
     options += ["compare.jobs=0", "compare.seeds=1"]
@@ -401,6 +404,7 @@ def test_a_part_of_the_runs_is_called_so(
     kept.write_text(json.dumps(found | {"processor": "An abacus"}))
     compare(hydra.compose("compare", options), options, "burgers2d")
     first = json.loads((tmp_path / "results.json").read_text())["verdict"][0]
+    assert first in " ".join(capsys.readouterr().err.split())
     assert first.startswith(f"Runs were made on An abacus and on {processor()}: times do not ")
 
 

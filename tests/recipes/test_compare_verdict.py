@@ -341,6 +341,21 @@ def test_a_swept_run_that_diverged_is_no_goal() -> None:
     assert ", beat" in verdict(summary)[0]
 
 
+def test_a_best_swept_run_without_an_end_is_no_rival() -> None:
+    runs = [Run("plain", seed, "", curve(PLAIN)) for seed in range(3)]
+    good = [2.0, 1.0, 0.6, 0.5]
+    for seed in range(3):
+        swept = [2.0, 1.0, math.nan, math.nan] if seed == 0 else good
+        runs.append(Run("plain@3x", seed, "", curve(swept)))
+    for name in ("anderson", "anderson@3x"):
+        runs.append(Run(name, 0, "", made_by(name, good, 3)))
+    names = ["plain", "plain@3x", "anderson", "anderson@3x"]
+    text = " ".join(verdict(summarise(runs, names, "val/mse", "min")))
+    assert "the best-swept plain run (plain@3x) did not end in a finite number in any of" in text
+    assert "anderson@3x: no seed ended in a finite number both of it and of plain@3x." in text
+    assert "nan" not in text
+
+
 def test_without_a_common_seed_nothing_is_known() -> None:
     runs = [Run("plain", 0, "", curve(PLAIN)), Run("anderson", 0, "", error="no")]
     sentences = verdict(summarise(runs, ["plain", "anderson"], "val/mse", "min"))
