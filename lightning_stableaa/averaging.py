@@ -18,7 +18,12 @@ from lightning_stableaa.report import StepReport
 from lightning_stableaa.smoother import DEFAULT_WINDOW, Smoother
 from lightning_stableaa.status import Status
 from lightning_stableaa.watch import StepWatch, unwrap_optimizers
-from lightning_stableaa.weights import FlatTensors, has_lazy_parameters, trainable_parameters
+from lightning_stableaa.weights import (
+    FlatTensors,
+    has_lazy_parameters,
+    signature_of,
+    trainable_parameters,
+)
 
 
 class WeightSmoother:
@@ -112,7 +117,7 @@ class WeightSmoother:
                 return
             self._parameters = trainable_parameters(self._optimizers)
         weights, agreement = self._weights, self._agreement
-        if self._loaded is not None and _layout(self._parameters) != self._loaded["layout"]:
+        if self._loaded is not None and signature_of(self._parameters) != self._loaded["layout"]:
             # unfrozen since: those of the checkpoint may be those of now
             self._parameters = trainable_parameters(self._optimizers)
         if weights is None or agreement is None:
@@ -170,8 +175,3 @@ class WeightSmoother:
             if state.get("disturbed"):
                 self._agreement.note(Status.WEIGHTS_CHANGED)
             self._smoother.load_state_dict(state["smoother"])
-
-
-def _layout(parameters: Sequence[Tensor]) -> list[list[list[int]]]:
-    """As ``FlatTensors.signature``, also of none."""
-    return [[list(one.shape), list(one.stride())] for one in parameters]

@@ -106,13 +106,18 @@ def decide(
         assert reason is not None  # or somebody would have been asked
         return Decision(reason)
     after = known.losses_after[known.best]
-    decision = decide_by_losses(known.loss_before, after, known, options)
-    if decision.replaces and reason is not None and not mends:
-        return only_evaluated(reason, options)
-    return decision
+    return decide_by_losses(known.loss_before, after, known, options, reason=reason, mends=mends)
 
 
-def decide_by_losses(before: float, after: float, known: Known, options: Options) -> Decision:
+def decide_by_losses(
+    before: float,
+    after: float,
+    known: Known,
+    options: Options,
+    *,
+    reason: Status | None,
+    mends: bool,
+) -> Decision:
     """Of a candidate that changes the loss of the batch from ``before`` to ``after``."""
     if not math.isfinite(before) or not math.isfinite(after):
         return Decision(Status.REJECTED_NON_FINITE_LOSS)
@@ -120,11 +125,13 @@ def decide_by_losses(before: float, after: float, known: Known, options: Options
         return Decision(Status.REJECTED_LOSS)
     share = options.least_decrease(of_sample=known.of_sample) * known.noisiness
     if not after < before - share * abs(before):
-        return only_evaluated(Status.REJECTED_SMALL_DECREASE, options)
+        return _only_evaluated(Status.REJECTED_SMALL_DECREASE, options)
+    if reason is not None and not mends:
+        return _only_evaluated(reason, options)
     return Decision(Status.ACCEPTED, replaces=options.apply_to != "evaluation")
 
 
-def only_evaluated(status: Status, options: Options) -> Decision:
+def _only_evaluated(status: Status, options: Options) -> Decision:
     """Good enough to be looked at, where anybody looks at candidates; else for the reason given."""
     if options.apply_to == "training":
         return Decision(status)

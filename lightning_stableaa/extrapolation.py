@@ -17,7 +17,6 @@ from lightning_stableaa.decision import (
     decide_by_losses,
     is_noise,
     kept_out,
-    only_evaluated,
 )
 from lightning_stableaa.look_ahead import LookAhead
 from lightning_stableaa.losses import RecentLosses
@@ -106,9 +105,7 @@ def extrapolate(
         losses += again
         before, after = _mean(points, torch.stack(again)).tolist()
         mends = known.of_sample and recent.are_mended_by(before, after)
-        decision = decide_by_losses(before, after, known, options)
-        if decision.replaces and reason is not None and not mends:
-            decision = only_evaluated(reason, options)
+        decision = decide_by_losses(before, after, known, options, reason=reason, mends=mends)
         formed = best
     jump = None
     if decision.status is Status.ACCEPTED:

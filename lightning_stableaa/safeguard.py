@@ -107,9 +107,6 @@ class MiniBatchLoss(WholeLoss):
         training_loss: that of ``loss.backward()``, a single number; with it no losses are asked
             for where they would change nothing.
         communicates: other processes wait for this one inside of it, as within SyncBatchNorm.
-
-    Raises:
-        ValueError: ``training_loss`` is not a single number.
     """
 
     def __init__(
@@ -121,7 +118,7 @@ class MiniBatchLoss(WholeLoss):
     ) -> None:
         super().__init__(loss_fn)
         self._communicates = communicates
-        self._training_loss = None if training_loss is None else _single(training_loss)
+        self._training_loss = training_loss
 
     @property
     def of_sample(self) -> bool:
@@ -141,7 +138,7 @@ class MiniBatchLoss(WholeLoss):
     @property
     def training_loss(self) -> Tensor | None:
         """As given."""
-        return self._training_loss
+        return None if self._training_loss is None else _single(self._training_loss)
 
 
 def as_judge(loss_fn: LossFunction) -> Judge:

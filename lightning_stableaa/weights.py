@@ -115,8 +115,8 @@ class FlatTensors:
         return self._layout == _layout(tensors)
 
     def signature(self) -> list[list[list[int]]]:
-        """Shape and strides of every tensor: vectors of equal signatures are interchangeable."""
-        return [[list(one.shape), list(one.stride())] for one in self._tensors]
+        """That of the tensors: vectors of equal signatures are interchangeable."""
+        return signature_of(self._tensors)
 
     def checksum(self) -> int:
         """Tells whether these are, bit for bit, the weights that they were elsewhere."""
@@ -215,6 +215,11 @@ class FlatTensors:
                 parts.append(segment[first - low : last - low])
             low += length
         return parts
+
+
+def signature_of(tensors: Iterable[Tensor]) -> list[list[list[int]]]:
+    """Shape and strides of every tensor, in plain lists."""
+    return [[list(one.shape), list(one.stride())] for one in tensors]
 
 
 def momentum_tensors(optimizers: Iterable[Optimizer], parameters: Sequence[Tensor]) -> list[Tensor]:

@@ -286,12 +286,14 @@ def test_momentum_that_carried_training_off_is_set_to_zero(leapt: bool) -> None:
     assert bool((buffer == 0).all()) is leapt
 
 
-def train_amid_noise(judge: Callable[..., Any] | None) -> tuple[Tensor, AndersonAccelerator | None]:
-    """SGD on |x - z|^2 / 2 with another z at every step; ``judge(loss, trained)``, or none."""
+def train_amid_noise(
+    judge: Callable[..., Any], **options: Any
+) -> tuple[Tensor, AndersonAccelerator]:
+    """SGD on |x - z|^2 / 2 with another z at every step; ``judge(loss, trained)``."""
     generator = torch.Generator().manual_seed(0)
     x = nn.Parameter(torch.zeros(20, dtype=torch.float64))
     optimizer = torch.optim.SGD([x], lr=0.05)
-    engine = None if judge is None else AndersonAccelerator(optimizer)
+    engine = AndersonAccelerator(optimizer, **options)
     for _ in range(400):
         z = torch.randn(20, generator=generator, dtype=torch.float64)
 
@@ -302,23 +304,20 @@ def train_amid_noise(judge: Callable[..., Any] | None) -> tuple[Tensor, Anderson
         trained = loss()
         trained.backward()
         optimizer.step()
-        if engine is not None and judge is not None:
-            engine.step(judge(loss, trained))
+        engine.step(judge(loss, trained))
     return x.detach(), engine
 
 
 def test_a_loop_of_ones_own_says_that_its_losses_are_those_of_mini_batches() -> None:
-    plain, _ = train_amid_noise(None)
+    plain, idle = train_amid_noise(MiniBatchLoss, warmup_steps=401)
+    assert idle.attempted == 0
     known, engine = train_amid_noise(MiniBatchLoss)
-    assert engine is not None
     assert torch.equal(known, plain)
     assert engine.outcomes[Status.REJECTED_NOISE] > 15
     assert engine.loss_evaluations < 8, "no longer asked for once residuals are known for noise"
     untold, asked = train_amid_noise(lambda loss, _: MiniBatchLoss(loss))
-    assert asked is not None
     assert torch.equal(untold, plain)
     assert asked.loss_evaluations >= 2 * asked.attempted, "a leap could not be seen otherwise"
     taken_for_all, fooled = train_amid_noise(lambda loss, _: loss)
-    assert fooled is not None
     assert fooled.accepted > 0
     assert not torch.equal(taken_for_all, plain)

@@ -41,10 +41,9 @@ def test_what_is_no_number_is_refused(loss: object) -> None:
 @pytest.mark.parametrize("trained", [0.5, torch.tensor([0.5], requires_grad=True)])
 def test_the_loss_of_training_is_a_number_of_any_kind(trained: torch.Tensor | float) -> None:
     known = MiniBatchLoss(lambda: torch.zeros(()), trained).training_loss
-    assert known is not None
-    assert (known.shape, known.item(), known.requires_grad) == ((), 0.5, False)
+    assert repr(known) == "tensor(0.5000)", "one number, without a graph"
     with pytest.raises(ValueError, match=r"single number, got shape \(2,\)"):
-        MiniBatchLoss(lambda: torch.zeros(()), torch.zeros(2))
+        _ = MiniBatchLoss(lambda: torch.zeros(()), torch.zeros(2)).training_loss
 
 
 def test_buffers_and_metrics_are_restored_also_after_an_error() -> None:
