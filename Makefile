@@ -5,10 +5,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
-SOAK_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test nightly soak check format wheel wheel-test
+.PHONY: help install demo test nightly check docs format wheel wheel-test
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -30,14 +29,15 @@ nightly: $(INSTALLED)  ## 100,000 new examples of every property; STABLEAA_EXAMP
 	STABLEAA_EXAMPLES=$${STABLEAA_EXAMPLES:-100000} \
 		$(BIN)/python -m pytest tests/test_properties.py --hypothesis-show-statistics $(PYTEST_ARGS)
 
-soak: $(INSTALLED)  ## 30 minutes of random faults; SOAK_ARGS='--minutes 5 --seed 3' for others
-	$(BIN)/python -m tests.soak $(SOAK_ARGS)
-
-check: $(INSTALLED) build/typing/lightning_stableaa  ## lint, formatting, types, supply chain
+check: $(INSTALLED) build/typing/lightning_stableaa  ## lint, formatting, types, spelling, documentation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/pyright
-	$(BIN)/python -m tests.supply_chain
+	$(MAKE) --no-print-directory docs
+
+docs: $(INSTALLED)  ## build the documentation into build/site/, without warnings
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: $(INSTALLED)  ## apply the formatting and the safe lint fixes
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """Ablation of the method: the engine without each of its rules, and with it alone.
 
     pip install scikit-learn
-    python -m benchmarks.ablation FOLDER                     # every problem and variant, three seeds
+    python -m benchmarks.ablation FOLDER                     # all problems and variants
     python -m benchmarks.ablation FOLDER --problems admissions@10x --seeds 20,21 --jobs 2
 
 Problems: those of ``benchmarks.unseen``, and the recipes that train in minutes on one core, some at
@@ -42,60 +42,33 @@ from lightning_stableaa import AndersonCallback, SmoothingMonitor
 
 Patches = Sequence[tuple[str, Any]]
 
-_ENGINE = "lightning_stableaa"
-_NO_SPIKES: Patches = [(f"{_ENGINE}.losses.RecentLosses.are_mended_by", lambda *_: False)]
-_NEVER_SEEN: Patches = [(f"{_ENGINE}.callbacks.batches.BatchWatch.see", lambda *_: False)]
-_NO_GATE: Patches = [(f"{_ENGINE}.decision.MOSTLY_NOISE", 2.0)]
-_FIXED_RADIUS: Patches = [(f"{_ENGINE}.look_ahead.LookAhead.note", lambda *_, **__: None)]
-
-
-def _one_radius(self: Any, *, of_sample: bool) -> float:
-    """The same trust region whatever the loss is a function of."""
-    return min(self._longest * self.share, self.trained)
-
-
-_ONE_RADIUS: Patches = [(f"{_ENGINE}.look_ahead.LookAhead.cycles", _one_radius)]
-
-# One page: the rules that DESIGN keeps, and none of the others.
-_PAGE = {"monitor": None, "judge_samples": None, "regularization": 3e-2}
-_PAGE_PATCHES: Patches = [*_NO_SPIKES, *_NEVER_SEEN, *_ONE_RADIUS]
-_TEXTBOOK = {
+_ACCEPTANCE = "lightning_stableaa.core.acceptance"
+_NO_GATE: Patches = [(f"{_ACCEPTANCE}.NOISE_DOMINATED", 0.0)]
+_ANY_DECREASE: Patches = [(f"{_ACCEPTANCE}.SUFFICIENT_DECREASE", 0.0)]
+_FIXED_RADIUS: Patches = [(f"{_ACCEPTANCE}.TrustRegion.update", lambda *_, **__: None)]
+TEXTBOOK = {
     "lag_compensation": 0.0,
-    "look_ahead_cycles": 0.0,
+    "max_horizon": 0.0,
     "safeguard": "none",
     "regularization": 1e-8,
-    "monitor": None,
 }
+_MONITOR = {"smoothing_monitor": {}}
 
 # Options of AndersonCallback (None: no callback), and what is patched.
 VARIANTS: dict[str, tuple[dict[str, Any] | None, Patches]] = {
     "plain": (None, []),
-    "all rules": ({}, []),
-    "no spike recovery": ({}, _NO_SPIKES),
-    "no validation gate": ({"monitor": None}, []),
-    "no batch fingerprint": ({}, _NEVER_SEEN),
-    "judged by all samples": ({"judge_samples": None}, []),
-    "constant ridge": ({"regularization": 3e-2}, []),
-    "one trust region": ({}, _ONE_RADIUS),
-    "fixed radius": ({}, _FIXED_RADIUS),
+    "default": ({}, []),
     "no lag compensation": ({"lag_compensation": 0.0}, []),
-    "no drift": ({"look_ahead_cycles": 0.0}, []),
+    "no drift": ({"max_horizon": 0.0}, []),
     "no noise gate": ({}, _NO_GATE),
-    "any decrease": ({"sufficient_decrease": 0.0}, []),
-    "page": (_PAGE, _PAGE_PATCHES),
-    "page, no lag compensation": (_PAGE | {"lag_compensation": 0.0}, _PAGE_PATCHES),
-    "page, no drift": (_PAGE | {"look_ahead_cycles": 0.0}, _PAGE_PATCHES),
-    "page, no noise gate": (_PAGE, [*_PAGE_PATCHES, *_NO_GATE]),
-    "page, fixed radius": (_PAGE, [*_PAGE_PATCHES, *_FIXED_RADIUS]),
-    "page, any decrease": (_PAGE | {"sufficient_decrease": 0.0}, _PAGE_PATCHES),
-    "page, step at most 50": (_PAGE | {"max_extrapolation": 50.0}, _PAGE_PATCHES),
-    "textbook": (_TEXTBOOK, []),
-    "textbook, safeguard": (_TEXTBOOK | {"safeguard": "loss"}, _NO_SPIKES),
-    "textbook, ridge 3e-2": (_TEXTBOOK | {"regularization": 3e-2}, []),
-    "textbook, safeguard, ridge 3e-2": (
-        _TEXTBOOK | {"safeguard": "loss", "regularization": 3e-2},
-        _NO_SPIKES,
-    ),
+    "any decrease": ({}, _ANY_DECREASE),
+    "fixed radius": ({}, _FIXED_RADIUS),
+    "ridge 3e-2": ({"regularization": 3e-2}, []),
+    "step at most 50": ({"max_extrapolation": 50.0}, []),
+    "smoothing": (_MONITOR, []),
+    "smoothing always": ({"smoothing_monitor": {"rsd_threshold": 0.0}}, []),
+    "textbook": (TEXTBOOK, []),
+    "textbook, safeguard": (TEXTBOOK | {"safeguard": "loss"}, [*_NO_GATE, *_ANY_DECREASE]),
 }
 
 
@@ -106,6 +79,7 @@ class Recorder(Callback):
         self.metric = metric
         self.gradients = 0
         self.losses: list[torch.Tensor] = []
+        self.steps_with_average = 0
         self.rows: list[dict[str, float]] = []
 
     def on_train_batch_end(
@@ -115,11 +89,14 @@ class Recorder(Callback):
         self.gradients += 1
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         self.losses.append(loss.detach())
+        for one in trainer.callbacks:
+            if isinstance(one, AndersonCallback) and one.accelerator is not None:
+                self.steps_with_average += bool(one.accelerator.smoothing_on)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """One row."""
         evaluations = sum(
-            one.extra_losses for one in trainer.callbacks if isinstance(one, AndersonCallback)
+            one.loss_evaluations for one in trainer.callbacks if isinstance(one, AndersonCallback)
         )
         recent = torch.stack(self.losses).double().mean().item() if self.losses else math.nan
         self.losses = []
@@ -147,8 +124,7 @@ class LearningRate(Callback):
                 group["lr"] *= self.multiple
         if self.cosine:
             self.schedules = [
-                torch.optim.lr_scheduler.CosineAnnealingLR(one, steps)
-                for one in trainer.optimizers
+                torch.optim.lr_scheduler.CosineAnnealingLR(one, steps) for one in trainer.optimizers
             ]
 
     def on_train_batch_end(
@@ -160,16 +136,20 @@ class LearningRate(Callback):
                 one.step()
 
 
-def _problem(name: str) -> tuple[Any, Any, str, dict[str, Any]]:
-    """Module, data, metric, and settings of the Trainer."""
+def _problem(name: str, batch_size: int | None = None) -> tuple[Any, Any, str, dict[str, Any], Any]:
+    """Module, data, metric, settings of the Trainer, and whether the loss is stochastic."""
     for one in UNSEEN:
         if one.module.__name__ == name:
             every = {"max_epochs": one.epochs, "check_val_every_n_epoch": one.validated_every}
-            return one.module(), None, "val/loss", every
+            module = one.module()
+            module.batch_size = batch_size or module.batch_size
+            return module, None, "val/loss", every, "auto"
     with initialize_config_module("lightning_stableaa.conf", version_base="1.3"):
         overrides = [f"recipe={name}", "run_folder=.", "logger=none"]
         if name == "admissions_mlp" and "STABLEAA_ADMISSIONS_CSV" in os.environ:
             overrides.append(f"data.csv={os.environ['STABLEAA_ADMISSIONS_CSV']}")
+        if batch_size is not None:
+            overrides.append(f"data.batch_size={batch_size}")
         config = compose("train", overrides)
     module: Any = instantiate(config.module, _convert_="all")
     data: Any = instantiate(config.data, _convert_="all")
@@ -177,20 +157,31 @@ def _problem(name: str) -> tuple[Any, Any, str, dict[str, Any]]:
         name: config.trainer[name]
         for name in ("max_epochs", "max_steps", "val_check_interval", "check_val_every_n_epoch")
     }
-    return module, data, module.decisive_metric, settings
+    return module, data, module.monitor, settings, config.stochastic
 
 
-def run(problem: str, variant: str, seed: int) -> dict[str, Any]:
-    """One run: costs, values and training losses at its validations."""
+Variants = dict[str, tuple[dict[str, Any] | None, Patches]]
+
+
+def run(problem: str, variant: str, seed: int, variants: Variants | None = None) -> dict[str, Any]:
+    """One run: costs, values and training losses at its validations.
+
+    Args:
+        problem: a name, with modifiers: ``@10x`` the learning rate, ``@cosine`` a schedule to
+            zero, ``@b100`` the batch size.
+        variant: one of ``variants``, by default those of the ablation.
+        seed: of weights and batches.
+    """
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     name, *modifiers = problem.split("@")
     rates = [float(one[:-1]) for one in modifiers if one.endswith("x")]
+    sizes = [int(one[1:]) for one in modifiers if one.startswith("b")]
     lightning.seed_everything(seed, verbose=False)
-    module, data, metric, settings = _problem(name)
+    module, data, metric, settings, stochastic = _problem(name, *sizes)
     if data is not None and hasattr(data, "seed"):
         data.seed = seed
-    options, patches = VARIANTS[variant]
+    options, patches = (variants or VARIANTS)[variant]
     recorder = Recorder(metric)
     callbacks: list[Any] = [LearningRate(rates[0] if rates else 1.0, "cosine" in modifiers)]
     with contextlib.ExitStack() as stack:
@@ -200,7 +191,7 @@ def run(problem: str, variant: str, seed: int) -> dict[str, Any]:
             smoothing = options.get("smoothing_monitor")
             own = {k: v for k, v in options.items() if k != "smoothing_monitor"}
             callbacks += [SmoothingMonitor(**smoothing)] if smoothing is not None else []
-            callbacks.append(AndersonCallback(**own))
+            callbacks.append(AndersonCallback(**({"stochastic": stochastic} | own)))
         trainer = lightning.Trainer(
             accelerator="cpu",
             devices=1,
@@ -222,6 +213,7 @@ def run(problem: str, variant: str, seed: int) -> dict[str, Any]:
         "seed": seed,
         "seconds": round(time.process_time() - started, 2),
         "accepted": counts[0] if counts else None,
+        "average on": recorder.steps_with_average / max(1, recorder.gradients),
         **{key: [row[key] for row in recorder.rows] for key in ("cost", "value", "loss")},
     }
 
@@ -282,9 +274,7 @@ def table(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> str:
             f"| {accepted} |"
         )
     for problem in problems:
-        cells = [
-            f"{medians[problem, v]:.2f}" if (problem, v) in medians else "" for v in variants
-        ]
+        cells = [f"{medians[problem, v]:.2f}" if (problem, v) in medians else "" for v in variants]
         details.append(f"| {problem} | {' | '.join(cells)} |")
     return "\n".join([*lines, *details, ""])
 

@@ -33,18 +33,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 from lightning_stableaa import AndersonAccelerator
-from lightning_stableaa.distributed import Communicator
+from lightning_stableaa.core.anderson import anderson_step
+from lightning_stableaa.distributed.communicator import Communicator
+from lightning_stableaa.model.iterates import IterateStore
 from lightning_stableaa.options import Options
-from lightning_stableaa.points import PointStore
 from lightning_stableaa.recipes.files import write_atomically
-from lightning_stableaa.solver import propose
 
 DEPTH = 10
 IDLE_STEPS = 5000
 LARGEST_COPY = 1 << 26  # elements, 256 MiB: beyond any cache
 TENSORS = 160  # as many as ResNet-50 has
 SIZES = (5_000_000, 25_600_000)
-LARGE_MODEL = "small ResNet, 128 images of 32 x 32"
 STEPS = Options.accelerate_every_n_steps
 PLOTTED_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 PLOTTED_SIZE = 2_000_000
@@ -89,35 +88,29 @@ class Clock:
             torch.cuda.synchronize()
 
 
-def filled_store(n: int, depth: int, device: torch.device) -> PointStore:
+def filled_store(n: int, depth: int, device: torch.device) -> IterateStore:
     """A full window of n weights in as many tensors as a ResNet-50 has."""
     sizes = [n // TENSORS] * (TENSORS - 1)
     sizes.append(n - sum(sizes))
     parameters = [nn.Parameter(torch.randn(size, device=device)) for size in sizes if size]
-    store = PointStore(parameters, depth=depth, communicator=Communicator())
+    store = IterateStore(parameters, depth=depth, communicator=Communicator())
     for _ in range(depth + 1):
         move(store)
         store.push_weights()
     return store
 
 
-def move(store: PointStore) -> None:
-    """What an optimizer does: the weights of the next point."""
+def move(store: IterateStore) -> None:
+    """What an optimizer does: the weights of the next iterate."""
     with torch.no_grad():
         for parameter in store.parameters:
             parameter.add_(parameter, alpha=1e-3)
 
 
-def update(store: PointStore) -> None:
-    """Gram, solve, combination, write."""
-    proposal = propose(
-        store.gram(),
-        store.history.linked,
-        regularization=[1e-6],
-        relaxation=1.0,
-        max_extrapolation=1e3,
-    )
-    store.form(proposal.jumps[0])
+def update(store: IterateStore) -> None:
+    """Gram matrix, solve, combination, write."""
+    step = anderson_step(store.gram(), store.history.is_residual, regularization=1e-6)
+    store.form_candidate(step.coefficients)
     store.weights.write(store.candidate)
 
 
@@ -141,7 +134,7 @@ def measure_copy(n: int, depth: int, clock: Clock, device: torch.device, *, repe
 
 
 def measure_update(n: int, depth: int, device: torch.device) -> Row:
-    """An update after one new point, and a push, beside the floor and a copy."""
+    """An update after one new iterate, and a push, beside the floor and a copy."""
     clock = Clock(device)
     repeats = 9 if n <= 30_000_000 else 3
     copying = measure_copy(n, depth, clock, device, repeats=4 * repeats)
@@ -246,7 +239,7 @@ def models() -> dict[str, tuple[nn.Module, Callable[[], tuple[Tensor, Tensor]], 
             mse_loss,
             40,
         ),
-        LARGE_MODEL: (
+        "small ResNet, 128 images of 32 x 32": (
             resnet_small(num_classes=10, width=16, small_images=True),
             images(128, 32),
             cross_entropy,
@@ -261,8 +254,6 @@ def measure_model(
     batch: Callable[[], Any],
     loss: Any,
     cycles: int,
-    *,
-    judged: int | None = None,
 ) -> Row:
     """The default schedule, safeguard included, beside the same steps without it.
 
@@ -270,7 +261,6 @@ def measure_model(
 
     Args:
         cycles: measured, after three that fill the history.
-        judged: samples of the batch that candidates are judged on; ``None`` takes all.
     """
     clock = Clock(torch.device("cpu"))
     inputs, targets = batch()
@@ -279,8 +269,8 @@ def measure_model(
         torch.optim.SGD(one.parameters(), lr=1e-6) for one in (model, accelerated)
     )
 
-    def loss_of(network: nn.Module, count: int | None = None) -> Tensor:
-        return loss(network(inputs[:count]), targets[:count])
+    def loss_of(network: nn.Module) -> Tensor:
+        return loss(network(inputs), targets)
 
     def plain_cycle() -> None:
         for _ in range(STEPS):
@@ -293,11 +283,11 @@ def measure_model(
             optimizer.zero_grad()
             loss_of(accelerated).backward()
             optimizer.step()
-            accelerator.step(lambda: loss_of(accelerated, judged))
+            accelerator.step(lambda: loss_of(accelerated), stochastic=False)
 
     def bare_losses() -> None:
         for _ in range(accelerator.loss_evaluations // accelerator.attempted):
-            loss_of(model, judged)
+            loss_of(model)
 
     plain_cycle()
     accelerator = AndersonAccelerator(optimizer)
@@ -309,7 +299,7 @@ def measure_model(
     ]
     before, after, losses = (statistics.median(times) for times in zip(*turns, strict=True))
     return {
-        "model": name if judged is None else f"{name}, judged on {judged}",
+        "model": name,
         "parameters": sum(one.numel() for one in model.parameters()),
         "step_ms": 1e3 * before / STEPS,
         "overhead": after / before - 1,
@@ -336,8 +326,8 @@ print(json.dumps(seconds[1:]))
 
 def measure_import() -> Row:
     """What the import of the callbacks adds to that of torch and Lightning."""
-    said = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True)
-    seconds = json.loads(said.stdout.splitlines()[-1])
+    printed = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True)
+    seconds = json.loads(printed.stdout.splitlines()[-1])
     return {"what": "both callbacks", "import_ms": 1e3 * statistics.median(seconds)}
 
 
@@ -431,11 +421,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "textbook": [measure_textbook(SIZES[0], DEPTH, device)],
         "idle step": [measure_idle_step(device)],
         "import": [measure_import()],
-        "models": [
-            measure_model(name, *setting, judged=judged)
-            for name, setting in models().items()
-            for judged in ((None, 16) if name == LARGE_MODEL else (None,))
-        ],
+        "models": [measure_model(name, *setting) for name, setting in models().items()],
     }
     if arguments.plot:
         sizes = sizes_that_fit(PLOTTED_SIZES, DEPTH, device)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
 from lightning_stableaa import AndersonAccelerator
-from lightning_stableaa.distributed import GATHERED_AT_ONCE
+from lightning_stableaa.distributed.communicator import GATHERED_AT_ONCE
 from lightning_stableaa.options import Options
 
 N = 5_000_000
@@ -56,9 +56,8 @@ def messages(
     n: int,
     differences: int,
     world: int,
-    candidates: int,
     itemsize: int = 4,
-    accepted: bool = True,
+    safeguard: bool = True,
     at_once: int | None = None,
 ) -> list[Message]:
     """What an update sends, in its order; every rank calls the same.
@@ -66,11 +65,10 @@ def messages(
     Args:
         history: ``"replicated"`` or ``"sharded"``.
         n: weights.
-        differences: q <= m, of consecutive points in the history.
+        differences: q <= m, of consecutive iterates in the history.
         world: P, ranks.
-        candidates: that are judged; 0 without a safeguard.
         itemsize: bytes of a weight.
-        accepted: whether the best candidate is an advance; of several, not the one judged last.
+        safeguard: whether the loss of the candidate is evaluated.
         at_once: elements that one all-gather may have; ``None``: any, as on a GPU.
     """
     if world == 1:
@@ -80,22 +78,14 @@ def messages(
     sizes = [world * min(piece, part - low) for low in range(0, part, piece)]
     gather = [Message("all_gather_into_tensor", size, size * itemsize) for size in sizes]
     gram = Message("all_reduce", differences**2, 8 * differences**2)
-    # what a rank noted, norm, noisiness and rest of the residuals, whether losses are those of
-    # samples and others have to confirm them, the loss of training, and with a judge the losses
-    numbers = 8 + candidates if candidates else 7
-    decision = Message("all_reduce", numbers, 8 * numbers)
-    jump = Message("broadcast", differences, 8 * differences)
-    finite = Message("all_reduce", 1, 4)
+    # three kinds of events, five numbers of the step, and its coefficients
+    step = Message("all_reduce", 8 + differences, 8 * (8 + differences))
+    # two losses, overflow, repeatability, errors, random numbers drawn
+    numbers = 6 if safeguard else 1
+    losses = Message("all_reduce", numbers, 8 * numbers)
     if history == "replicated":
-        return [decision, jump, finite] if accepted else [decision]
-    judged = [gram, *gather * candidates, decision]
-    again = [] if candidates == 1 else gather  # what was judged last is there
-    return [*judged, jump, *again, finite] if accepted else judged
-
-
-def candidates_of(options: Options) -> int:
-    """How many candidates the safeguard judges: one for each lambda."""
-    return len(options.regularization_grid or (None,))
+        return [step, losses]
+    return [gram, step, *gather, losses]
 
 
 def vectors(history: str, *, depth: int, world: int) -> float:
@@ -165,37 +155,30 @@ RESNET50 = {
 
 
 def predict(
-    cluster: Cluster, training: Training, history: str, options: Options, *, judged: float = 1.0
+    cluster: Cluster, training: Training, history: str, options: Options
 ) -> dict[str, float]:
     """Seconds that an update takes, by cause, and its share of the steps between two of them.
 
     Every update is taken to be accepted, the history to be full, and nothing to overlap.
-
-    Args:
-        judged: share of a batch on which candidates are judged; 0 without a safeguard.
     """
     depth, n = options.history_depth, training.weights
-    candidates = candidates_of(options)
+    safeguard = options.safeguard == "loss"
     share = cluster.ranks if history == "sharded" else 1
     sent = messages(
         history,
         n=n,
         differences=depth,
         world=cluster.ranks,
-        candidates=candidates if judged else 0,
+        safeguard=safeguard,
     )
-    formed = candidates if judged else 0
-    # the accepted one anew, unless it was judged last and gathered
-    formed += not (history == "sharded" and formed == 1)
     pushes = options.accelerate_every_n_steps // options.store_every_n_steps
     window = 4 * (depth + 1) * n / share
     vector = 4 * n
     parts = {
         "communication": sum(map(cluster.seconds, sent)),
-        # the window for the Gram and for every candidate; candidates are written and copied
-        "memory": ((1 + formed) * window + formed * 3 * vector + pushes * 2 * vector / share)
-        / cluster.memory,
-        "judging": judged * (1 + candidates) * training.forward_share * training.step,
+        # the window for the Gram matrix and the candidate, which is written and copied
+        "memory": (2 * window + 3 * vector + pushes * 2 * vector / share) / cluster.memory,
+        "losses": 2 * safeguard * training.forward_share * training.step,
     }
     between = options.accelerate_every_n_steps * training.step
     return {
@@ -207,18 +190,15 @@ def predict(
 
 def predictions() -> list[dict[str, Any]]:
     """ResNet-50 on 1,536 GPUs: the default schedule, and what would bring it under 1 %."""
-    default = Options()
-    settings: dict[str, tuple[Options, float]] = {
-        "default": (default, 4 / 128),  # judge_samples="auto" on images and many processes
-        "default, judge_samples=8": (default, 8 / 128),
-        "default, judge_samples=None": (default, 1.0),
-        "default, without a safeguard": (Options(safeguard="none"), 0.0),
-        "every 200 steps": (Options(accelerate_every_n_steps=200), 1.0),
+    settings = {
+        "default": Options(),
+        "without a safeguard": Options(safeguard="none"),
+        "every 200 steps": Options(accelerate_every_n_steps=200),
     }
     return [
         {"setting": setting, "precision": precision, "history": history}
-        | predict(SUMMIT, training, history, options, judged=judged)
-        for setting, (options, judged) in settings.items()
+        | predict(SUMMIT, training, history, options)
+        for setting, options in settings.items()
         for precision, training in RESNET50.items()
         for history in HISTORIES
     ]
@@ -227,7 +207,7 @@ def predictions() -> list[dict[str, Any]]:
 class Recorder:
     """Counts what is handed to torch.distributed while it is entered."""
 
-    NAMES = ("all_reduce", "broadcast", "all_gather_into_tensor")
+    NAMES = ("all_reduce", "all_gather_into_tensor")
 
     def __init__(self) -> None:
         self.sent: list[Message] = []
@@ -261,7 +241,6 @@ def measure(history: str, n: int, updates: int = 5) -> dict[str, Any]:
     accelerator = AndersonAccelerator(
         optimizer, store_every_n_steps=1, accelerate_every_n_steps=1, **options
     )
-    rising = iter(range(10**6))
     seconds, sent = [], []
     for _ in range(depth + updates):
         for one in parameters:
@@ -269,8 +248,8 @@ def measure(history: str, n: int, updates: int = 5) -> dict[str, Any]:
         optimizer.step()
         with Recorder() as recorder:
             start = time.perf_counter()
-            # every loss is larger than the one before: rejected, so that the window stays full
-            report = accelerator.step(lambda: torch.tensor(float(next(rising))))
+            # weights shrink, and the loss grows: rejected, so that the window stays full
+            report = accelerator.step(lambda: -parameters[0].detach().sum(), stochastic=False)
             elapsed = time.perf_counter() - start
         if report.attempted:
             seconds.append(elapsed)
@@ -280,8 +259,6 @@ def measure(history: str, n: int, updates: int = 5) -> dict[str, Any]:
         n=n,
         differences=depth,
         world=dist.get_world_size(),
-        candidates=candidates_of(Options()),
-        accepted=False,
         at_once=GATHERED_AT_ONCE,
     )
     return {

@@ -6,19 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.options import Smoothing
-from lightning_stableaa.report import StepReport
-from lightning_stableaa.safeguard import MiniBatchLoss
-from lightning_stableaa.status import Status
+from lightning_stableaa.report import Status, StepReport
 
 if TYPE_CHECKING:
     from lightning_stableaa.callbacks import AndersonCallback, SmoothingMonitor
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AndersonAccelerator",
     "AndersonCallback",
-    "MiniBatchLoss",
     "Smoothing",
     "SmoothingMonitor",
     "Status",
@@ -27,9 +24,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the callbacks when they are first asked for: the engine needs no Lightning."""
+    """Import the callbacks when they are first used: the engine needs no Lightning."""
     if name in ("AndersonCallback", "SmoothingMonitor"):
         from lightning_stableaa import callbacks
 
         return getattr(callbacks, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Names for completion, those of the callbacks included."""
+    return sorted([*globals(), *__all__])

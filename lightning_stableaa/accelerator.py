@@ -1,11 +1,12 @@
-"""AndersonAccelerator: the state machine observe -> extrapolate -> accept | reject."""
+"""AndersonAccelerator: observe -> attempt -> accept | reject, for any training loop."""
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,89 +14,88 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_stableaa import saved
-from lightning_stableaa.building import Builder
-from lightning_stableaa.cycles import Cycles
-from lightning_stableaa.dtensors import is_split
-from lightning_stableaa.options import (
-    ApplyTo,
-    HistoryPlacement,
-    OptimizerState,
-    Options,
-    Safeguard,
-    Smoothing,
+from lightning_stableaa import checkpoint
+from lightning_stableaa.core.acceptance import TrustRegion, decide, veto_candidate
+from lightning_stableaa.core.anderson import AndersonStep, anderson_step
+from lightning_stableaa.core.smoothing import MovingAverage
+from lightning_stableaa.distributed.communicator import Communicator
+from lightning_stableaa.model.iterates import IterateStore
+from lightning_stableaa.model.objective import LossFunction, Objective
+from lightning_stableaa.model.parameters import (
+    FlatView,
+    has_lazy_parameters,
+    holds_copy_of_weights,
+    trainable_parameters,
 )
-from lightning_stableaa.placement import check_placement
-from lightning_stableaa.report import StepReport
-from lightning_stableaa.safeguard import Judge, LossFunction, as_judge
-from lightning_stableaa.status import Status
-from lightning_stableaa.watch import StepWatch, unwrap_optimizers
-from lightning_stableaa.weights import has_lazy_parameters, trainable_parameters
+from lightning_stableaa.model.step_monitor import (
+    OptimizerStepMonitor,
+    maximizes,
+    unwrap_optimizers,
+)
+from lightning_stableaa.model.trial import evaluate_candidate
+from lightning_stableaa.options import HistoryPlacement, Options, Safeguard, Smoothing
+from lightning_stableaa.report import Status, StepReport
 
-_COUNTERS = (
-    "optimizer_steps",
-    "attempted",
-    "accepted",
-    "loss_evaluations",
-    "_steps_since_attempt",
-)
+log = logging.getLogger(__name__)
+
+# Evaluations in which the loss is computed twice at the same weights, to see that it is repeatable.
+_SELF_CHECKS = 2
+
+# What happened to one rank and counts for all of them, in the order in which it is added up.
+_EVENTS = (Status.EXTERNAL_UPDATE, Status.PARAMETERS_CHANGED, Status.DISABLED)
+
+_COUNTERS = ("optimizer_steps", "attempted", "accepted", "loss_evaluations")
 
 # Reports of the steps on which nothing is due: nothing to compute, nothing to allocate.
 _NO_STEP = StepReport(status=Status.NO_OPTIMIZER_STEP)
-_OPEN = StepReport(status=Status.CYCLE_OPEN)
+_ACCUMULATING = StepReport(status=Status.ACCUMULATING)
+_PARAMETERS_CHANGED = StepReport(status=Status.PARAMETERS_CHANGED)
+_DISABLED = StepReport(status=Status.DISABLED)
 
 
 class AndersonAccelerator:
     """Stable Anderson acceleration of an optimizer, for any training loop.
 
     Call ``step`` after ``optimizer.step()``. Every ``store_every_n_steps`` real optimizer steps
-    the weights enter the history; every ``accelerate_every_n_steps`` a candidate is formed from
-    it, and replaces the weights if it lowers the loss.
+    the weights enter the history; every ``accelerate_every_n_steps`` a candidate is extrapolated
+    from it, and replaces the weights if it lowers the loss.
 
     Args:
         optimizer: one optimizer, or several whose parameters move together. A step counts when
             the optimizer really stepped: skipped steps (GradScaler) and steps without any
             gradient do not.
-        history_depth: m >= 2, residuals kept.
-        store_every_n_steps: s >= 1, optimizer steps in one cycle.
+        history_depth: residuals kept, m >= 2. Raise it for smooth full-batch problems, lower it
+            where memory is short.
+        store_every_n_steps: optimizer steps in one cycle, s >= 1. Raise it where steps are noisy.
         accelerate_every_n_steps: optimizer steps between two extrapolations; a multiple of s.
-        warmup_steps: plain optimizer steps before the first extrapolation.
-        relaxation: beta in (0, 1], share of the mixed residual applied.
-        lag_compensation: c >= 0. A mixture of points lags behind the newest one; it makes up
-            this share of the lag, times what it leaves of the residuals and at most 1, along its
-            mixed residual. 0 is textbook Anderson acceleration; see ``docs/method.md``.
-        look_ahead_cycles: with a safeguard, the candidate of the last lambda goes on by up to so
-            many cycles where residuals are a steady drift, by less or not at all where they are
-            not, and never by more than were trained so far. Of the loss of a sample, by less after
-            one that did not lower the loss, and by more again after one that did; of any other, by
-            half as many.
-        regularization: lambda >= 0, relative to the mean squared residual norm; one value, or a
-            grid from which the safeguard takes the best candidate, at a loss more for each.
-            ``None``: one value by the noise of the residuals, 3e-2 where they have some.
-        max_extrapolation: longest jump, in units of the residual norm sqrt(tr(K)/m).
-        safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current
-            batch; ``"none"`` accepts every finite one.
-        sufficient_decrease: with a safeguard, in [0, 1), share of the magnitude of the loss by
-            which a candidate has to lower it where residuals are noise; by less, down to any
-            decrease, where they are a steady drift or can be eliminated. ``None``: 0.1 of the loss
-            of a sample, and any decrease of a loss that is the same function from step to step.
-            Where it is above 0, and residuals of samples are mostly noise, only candidates that
-            bring training back from a leap enter it. 0 takes every decrease.
-        optimizer_state: momentum on acceptance: ``"keep"``, ``"mix"`` (with the mixing weights of
-            the candidate; doubles the memory of the history) or ``"reset"``.
-        smoothing: ``None``, or the adaptive moving average of the iterates.
-        apply_to: ``"training"``: candidates replace the weights; ``"evaluation"``: they are only
-            seen inside ``evaluation_weights``, and every decrease will do; ``"both"``: seen there,
-            and those of sufficient decrease replace the weights.
-        history: ``"replicated"``, ``"sharded"`` over the ranks, or ``"auto"``.
+            Raise it where a loss evaluation is expensive.
+        warmup_steps: plain optimizer steps before the first extrapolation, for objectives that
+            change in the beginning.
+        relaxation: share of the mixed residual that is applied, beta in (0, 1]; also called mixing
+            or damping. Lower it where undamped steps diverge.
+        lag_compensation: a combination of iterates lags behind the newest one; this share of the
+            lag, c >= 0, is made up along the mixed residual. 0 is classical Anderson acceleration.
+        max_horizon: with a safeguard, the largest number of cycles by which a candidate
+            extrapolates along a steady drift. The radius of a trust region, smaller after rejected
+            candidates and never beyond the cycles trained so far. 0 is classical.
+        regularization: Tikhonov regularization lambda >= 0 of the mixing coefficients, relative to
+            the mean squared residual norm. ``None``: 3e-2, and less where residuals are nearly
+            dependent, so that it rarely has to be set. Near 0 it is classical.
+        max_extrapolation: longest step, in units of the residual norm sqrt(tr(K)/m). Lower it where
+            candidates leave the domain of the model.
+        safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current batch;
+            ``"none"`` accepts every finite one.
+        smoothing: ``None``, or the paper's adaptive moving average of the iterates.
+        history: ``"replicated"`` on every rank, ``"sharded"`` over the ranks, or ``"auto"``: by
+            the memory there is.
         history_device: where the history lives, such as ``"cpu"``; ``None``: with the weights.
         process_group: ranks that train the same weights; ``None`` is the default group.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type, out of range or in conflict with
-            another one, or the optimizer is LBFGS.
+            another one, or the optimizer cannot be accelerated (LBFGS).
 
-    Source: arXiv:2110.14813; the safeguard and the ridge relative to tr(K)/m are this project's.
+    Source: arXiv:2110.14813; ``docs/method.md`` says what is whose.
     """
 
     def __init__(
@@ -108,14 +108,11 @@ class AndersonAccelerator:
         warmup_steps: int = Options.warmup_steps,
         relaxation: float = Options.relaxation,
         lag_compensation: float = Options.lag_compensation,
-        look_ahead_cycles: float = Options.look_ahead_cycles,
-        regularization: float | Sequence[float] | None = Options.regularization,
+        max_horizon: float = Options.max_horizon,
+        regularization: float | None = Options.regularization,
         max_extrapolation: float = Options.max_extrapolation,
         safeguard: Safeguard = Options.safeguard,
-        sufficient_decrease: float | None = Options.sufficient_decrease,
-        optimizer_state: OptimizerState = Options.optimizer_state,
         smoothing: Smoothing | None = Options.smoothing,
-        apply_to: ApplyTo = Options.apply_to,
         history: HistoryPlacement = Options.history,
         history_device: str | None = Options.history_device,
         process_group: dist.ProcessGroup | None = None,
@@ -127,126 +124,162 @@ class AndersonAccelerator:
             warmup_steps=warmup_steps,
             relaxation=relaxation,
             lag_compensation=lag_compensation,
-            look_ahead_cycles=look_ahead_cycles,
+            max_horizon=max_horizon,
             regularization=regularization,
             max_extrapolation=max_extrapolation,
             safeguard=safeguard,
-            sufficient_decrease=sufficient_decrease,
-            optimizer_state=optimizer_state,
             smoothing=smoothing,
-            apply_to=apply_to,
             history=history,
             history_device=history_device,
         )
         self._optimizers = unwrap_optimizers(optimizer)
+        self._process_group = process_group
         # now, and later after a step: between, toggle_optimizer may hide those of the others
         self._parameters = trainable_parameters(self._optimizers)
-        self._some_are_lazy = has_lazy_parameters(self._optimizers)
-        check_placement(history, split=is_split(self._parameters))
+        if has_lazy_parameters(self._optimizers):
+            self._parameters = []  # complete before the first step
+        else:
+            FlatView(self._parameters)  # refuses what cannot be accelerated
         self.optimizer_steps = 0
         self.attempted = 0
         self.accepted = 0
         self.loss_evaluations = 0
         self.outcomes: Counter[Status] = Counter()
+        self.disabled: str | None = None  # why nothing is accelerated any longer
+        self._disabled_by = ""  # the same, before the other ranks know of it
         self._steps_since_attempt = 0
-        self._cycles: Cycles | None = None
-        self._loaded: dict[str, Any] | None = None
-        self._watch = StepWatch(self._optimizers, self._before_optimizer_step)
-        self._builder = Builder(self.options, self._optimizers, self._watch, process_group)
+        self._cycle_steps = 0
+        self._checks_left = _SELF_CHECKS
+        self._draws_samples = False  # a generator moved while the loss was computed, on any rank
+        self._has_backup = False
+        self._events = 0  # bits of _EVENTS, on this rank, that the other ranks do not know of
+        self._trust_region = TrustRegion(max_horizon)
+        self._iterates: IterateStore | None = None
+        self._average: MovingAverage | None = None
+        self._pending_state: dict[str, Any] | None = None
+        self._monitor = OptimizerStepMonitor(self._optimizers)
+        self._hooks: list[Any] = []
+        self._prepared = False
+        self._prepare_at_next_step()
 
-    def step(self, loss_fn: LossFunction | None = None) -> StepReport:
-        """Take note of the optimizer step that was just made; extrapolate when it is due.
+    def step(
+        self, loss_fn: LossFunction | Objective | None = None, *, stochastic: bool = True
+    ) -> StepReport:
+        """Observe the optimizer step that was just made; extrapolate when it is due.
 
         Every rank has to call it after every step.
 
         Args:
             loss_fn: returns the scalar loss of the current batch, a tensor, at the current
-                weights. Called a few times when an extrapolation is due, with gradients enabled,
-                and never differentiated. Buffers that it changes are the caller's to restore:
-                see :func:`~lightning_stableaa.safeguard.undo_side_effects`. Without a safeguard
-                it is not called. A function is taken for the whole of what training minimises:
-                that of one mini-batch of many is a :class:`~lightning_stableaa.MiniBatchLoss`, and
-                who knows more is a :class:`~lightning_stableaa.safeguard.Judge`.
+                weights. Called two to four times when an extrapolation is due, with the same random
+                numbers each time, and never differentiated. State that it changes, such as the
+                running statistics of batch normalisation, is its own to restore: see
+                :func:`~lightning_stableaa.model.objective.preserve_state`. Not needed without a
+                safeguard.
+            stochastic: the loss is that of a sample, such as a mini-batch. ``False`` says that it
+                is the same function of the weights at every step (the full batch, a PINN on fixed
+                points): then any decrease is progress.
 
         Raises:
             ValueError: the safeguard is ``"loss"`` and there is no ``loss_fn``.
         """
-        if self.options.safeguard == "none":
-            loss_fn = None
-        elif loss_fn is None:
+        if loss_fn is None and self.options.safeguard == "loss":
             raise ValueError(
                 "safeguard='loss' needs a loss_fn, got None: call step(loss_fn) with the loss of "
                 "the current batch, or choose safeguard='none'"
             )
-        if not self._watch.take():
+        if not self._monitor.poll():
             return _NO_STEP
+        if self._hooks and self._prepared:
+            self._remove_hooks()  # not within one of them: torch iterates over all of them
         self.optimizer_steps += 1
-        cycles = self._cycles
-        if cycles is None:
-            self._parameters = trainable_parameters(self._optimizers)
-            if self._some_are_lazy:
-                return StepReport(status=Status.PARAMETERS_CHANGED)
-            return StepReport(status=self._builder.why_not or Status.OUT_OF_MEMORY)
+        if self.disabled is not None:
+            return _DISABLED
+        if self._iterates is None:
+            self._build(self._refreshed_parameters())
+            return _PARAMETERS_CHANGED
+        self._cycle_steps += 1
         self._steps_since_attempt += 1
-        try:
-            cycles.observe()
-            if cycles.steps < self.options.store_every_n_steps:
-                return _OPEN
-            return self._close_cycle(cycles, None if loss_fn is None else as_judge(loss_fn))
-        except (RuntimeError, MemoryError) as error:
-            self._give_back_memory(error)
-            return StepReport(status=Status.OUT_OF_MEMORY)
+        if self._average is not None:
+            self._observe(self._average, self._iterates)
+        if self._cycle_steps < self.options.store_every_n_steps:
+            self._monitor.backup = self._iterates if self.attempt_is_next else None
+            return _ACCUMULATING
+        objective = self._as_objective(loss_fn, self._iterates, stochastic=stochastic)
+        return self._end_cycle(self._iterates, objective)
 
     @property
-    def evaluation_weights_ready(self) -> bool:
-        """Whether ``evaluation_weights`` would show other weights than the optimizer's."""
-        return self._cycles is not None and self._cycles.has_evaluation_weights
+    def attempt_is_next(self) -> bool:
+        """Whether an extrapolation is due after the next optimizer step."""
+        options = self.options
+        return (
+            self._cycle_steps + 1 >= options.store_every_n_steps
+            and self._steps_since_attempt + 1 >= options.accelerate_every_n_steps
+            and self.optimizer_steps + 1 >= options.warmup_steps
+            and self.disabled is None
+        )
 
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
-        """The parameters hold the accepted candidate inside (``apply_to`` evaluation or both)."""
-        if self._cycles is None or not self._cycles.has_evaluation_weights:
-            yield
-            return
-        self._notice_changes(self._cycles)
-        with self._cycles.evaluation_weights():
-            yield
-
-    def evaluation_tensors(self) -> dict[Tensor, Tensor]:
-        """By parameter, copies of what ``evaluation_weights`` shows; empty without a candidate."""
-        cycles = self._cycles
-        return {} if cycles is None else cycles.copies(of_candidate=not cycles.evaluating)
-
-    def training_tensors(self) -> dict[Tensor, Tensor]:
-        """By parameter, copies of what the optimizer works on; empty without a candidate."""
-        cycles = self._cycles
-        return {} if cycles is None else cycles.copies(of_candidate=cycles.evaluating)
+    @property
+    def smoothing_on(self) -> bool | None:
+        """Whether averages are in use; ``None`` without smoothing."""
+        return None if self._average is None else self._average.on
 
     @property
     def placement_reason(self) -> str | None:
-        """Where the history lives and why; None before the first optimizer step."""
-        return None if self._cycles is None else self._cycles.points.placement_reason
+        """Where the history lives and why; ``None`` before the first optimizer step."""
+        return None if self._iterates is None else self._iterates.placement_reason
+
+    def disable(self, reason: str) -> None:
+        """Accelerate nothing any longer, and give the memory of the history back."""
+        self.disabled = reason
+        self._iterates = self._average = self._monitor.backup = None
+        log.warning("Anderson acceleration is off for the rest of this run: %s", reason)
+
+    def backup_weights(self) -> None:
+        """Keep a copy of the weights, to recognise them in ``recognize_weights``.
+
+        For code that swaps weights in and out again, such as averages for a validation. Uses the
+        memory of the candidate.
+        """
+        if self._iterates is not None and not self._monitor.external_write():
+            self._iterates.copy_weights()
+            self._has_backup = True
+
+    def recognize_weights(self) -> None:
+        """Continue the sequence of iterates if the weights are those of ``backup_weights``."""
+        if self._has_backup and self._wrote_back():
+            self._monitor.rebaseline()
+        self._has_backup = False
+
+    def _wrote_back(self) -> bool:
+        """Whether something wrote to the weights, and they are bitwise the same again."""
+        return (
+            self._iterates is not None
+            and self._monitor.external_write()
+            and self._iterates.is_unchanged()
+        )
 
     def detach(self) -> None:
         """Remove the hooks from the optimizers; the accelerator sees no further steps."""
-        self._watch.detach()
+        self._monitor.detach()
+        self._remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise continuation needs: plain containers and CPU tensors.
 
         Loads under ``torch.load(weights_only=True)``. Of a sharded history it holds this rank's
-        slice, which loads on the same rank of as many: save one file a rank, or use
-        ``whole_state_dict``.
+        shard, which loads on the same rank of as many: save one file a rank, or use
+        ``full_state_dict``.
         """
-        return self._state(whole=False)
+        return self._state(full=False)
 
-    def whole_state_dict(self) -> dict[str, Any]:
+    def full_state_dict(self) -> dict[str, Any]:
         """``state_dict`` of all ranks together, on the first one; loads on any number of ranks.
 
         A collective call where the history is sharded: every rank has to make it, and only the
         result on the first rank is of use. Vectors are gathered one at a time.
         """
-        return self._state(whole=True)
+        return self._state(full=True)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``, on all ranks. Tensors stay where they are until a step.
@@ -254,110 +287,351 @@ class AndersonAccelerator:
         A history of other weights, or stored under other options, is dropped with a warning.
 
         Raises:
-            ValueError: the state was written by a newer version of this package.
+            ValueError: the state was written by another version of this package.
         """
-        state = saved.checked(state)
+        checkpoint.check_version(state)
         for name in _COUNTERS:
             setattr(self, name, int(state["counters"][name]))
-        known = {status.value: status for status in Status}  # an earlier version had others
-        self.outcomes = Counter({known[k]: n for k, n in state["outcomes"].items() if k in known})
-        self._loaded = state
-        self._cycles = None  # built anew at the next step, from the state
+        self.outcomes = Counter({Status(name): n for name, n in state["outcomes"].items()})
+        self.disabled = state["disabled"]
+        self._pending_state = state if self.disabled is None else None
+        self._cycle_steps = int(state["cycle_steps"])  # now: an attempt may be next
+        self._steps_since_attempt = int(state["steps_since_attempt"])
+        self._iterates = self._average = None
+        self._prepare_at_next_step()
 
-    def _state(self, *, whole: bool) -> dict[str, Any]:
-        if self._loaded is not None:  # loaded and not yet in use
-            return self._loaded
-        cycles = self._cycles
-        vectors = saved.NOTHING
-        if cycles is not None:
-            if not cycles.evaluating:
-                self._notice_changes(cycles)  # a continuation could not know of them
-            vectors = cycles.whole_state_dict() if whole else cycles.state_dict()
-        counters = {name: getattr(self, name) for name in _COUNTERS}
+    def _state(self, *, full: bool) -> dict[str, Any]:
+        if self._pending_state is not None:  # loaded and not yet in use
+            return self._pending_state
+        if self._monitor.external_write() and not (self._has_backup and self._wrote_back()):
+            self._note(Status.EXTERNAL_UPDATE)  # a continuation could not see it
+        iterates = self._iterates
+        vectors = checkpoint.EMPTY
+        if iterates is not None:
+            vectors = checkpoint.save(iterates, self._average, self.options)
+            if full:
+                vectors = checkpoint.gather_full(vectors, iterates)
         return vectors | {
-            "version": saved.STATE_VERSION,
-            "counters": counters | {"_cycle_steps": 0 if cycles is None else cycles.steps},
+            "version": checkpoint.STATE_VERSION,
+            "counters": {name: getattr(self, name) for name in _COUNTERS},
             "outcomes": {status.value: count for status, count in self.outcomes.items()},
+            "disabled": self.disabled,
+            "steps_since_attempt": self._steps_since_attempt,
+            "cycle_steps": self._cycle_steps,
+            "checks_left": self._checks_left,
+            "draws_samples": self._draws_samples,
+            "events": self._any_event(iterates) if full else self._events,
+            "trust_region": self._trust_region.state_dict(),
         }
 
-    def _notice_changes(self, cycles: Cycles) -> None:
-        if self._watch.disturbed and cycles.notice_changes():
-            self.outcomes[Status.WEIGHTS_CHANGED] += 1
+    def _any_event(self, iterates: IterateStore | None) -> int:
+        if iterates is None or not iterates.sharded:
+            return self._events
+        any_rank = iterates.communicator.any(self._events > 0, iterates.weights.device)
+        return int(any_rank)
 
-    def _before_optimizer_step(self) -> None:
-        """Make sure that there are cycles, and that this step belongs to one."""
-        if self._builder.has_no_memory:
+    # Setting up
+
+    def _prepare_at_next_step(self) -> None:
+        """Before the next optimizer step weights, devices and sharding are final."""
+        self._remove_hooks()
+        self._prepared = False
+        self._hooks = [one.register_step_pre_hook(self._prepare) for one in self._optimizers]
+
+    def _prepare(self, *_: object) -> None:
+        # lazy parameters: until the closure has seen a batch
+        if self._prepared or has_lazy_parameters(self._optimizers):
             return
-        try:
-            if self._cycles is None:
-                if self._some_are_lazy:
-                    self._some_are_lazy = has_lazy_parameters(self._optimizers)
-                    if self._some_are_lazy:  # until the closure of this step has seen a batch
-                        return
-                    self._parameters = trainable_parameters(self._optimizers)
-                state, self._loaded = self._loaded, None
-                self._cycles = self._builder.build(self._parameters, state)
-            if self._cycles is None:
-                if self._builder.why_not is Status.OUT_OF_MEMORY:
-                    self._drop_history()
-                return
-            # at a cycle's end all weights are looked at
-            if self._watch.seems_disturbed and self._cycles.notice_changes():
-                self.outcomes[Status.WEIGHTS_CHANGED] += 1
-            self._cycles.begin()
-        except (RuntimeError, MemoryError) as error:
-            self._give_back_memory(error)
+        self._prepared = True
+        if self.disabled is None:
+            self._build(self._parameters or self._refreshed_parameters())
 
-    def _give_back_memory(self, error: RuntimeError | MemoryError) -> None:
-        """Go on without the history; an error where other ranks wait for this one."""
-        self._builder.out_of_memory(error, self._device)
-        self._drop_history()
+    def _remove_hooks(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
-    def _drop_history(self) -> None:
-        self._cycles = self._loaded = None
-        self.outcomes[Status.OUT_OF_MEMORY] += 1
-
-    @property
-    def _device(self) -> torch.device:
-        return self._parameters[0].device if self._parameters else torch.device("cpu")
-
-    def _close_cycle(self, cycles: Cycles, judge: Judge | None) -> StepReport:
+    def _refreshed_parameters(self) -> list[Tensor]:
         self._parameters = trainable_parameters(self._optimizers)
-        waiting = self._waiting()
-        closing = cycles.close(self._parameters, judge, due=waiting is None)
-        if closing.found is not None:
-            self.loss_evaluations += closing.found.loss_evaluations
-        if closing.disturbance is not None:
-            return self._begin_anew(closing.disturbance)
-        if closing.found is None:
-            report = StepReport(status=waiting or Status.HISTORY_TOO_SHORT)
-        else:
-            report = closing.found.report
-            self._steps_since_attempt = 0
-            self.attempted += 1
-            self.accepted += report.accepted
-            self.outcomes[report.status] += 1
-        return dataclasses.replace(
-            report,
-            stored=True,
-            rsd=closing.rsd,
-            smoothing_on=None if cycles.smoother is None else cycles.smoother.on,
+        return self._parameters
+
+    def _build(self, parameters: Sequence[Tensor]) -> None:
+        """Begin a history of these parameters, from a loaded state if there is one; collective."""
+        device = parameters[0].device if parameters else torch.device("cpu")
+        communicator = Communicator(self._process_group)
+        state, self._pending_state = self._pending_state, None
+        shapes = [(one.shape, one.stride(), one.dtype) for one in parameters]
+        if not communicator.equal(device, repr(shapes), str(state is None)):
+            if self.outcomes[Status.PARAMETERS_CHANGED] == 0:
+                log.warning(
+                    "the parameters that are trained differ between processes: training goes on "
+                    "without acceleration until they are the same"
+                )
+            self.outcomes[Status.PARAMETERS_CHANGED] += 1
+            self._iterates = self._average = None  # on all ranks: they try again after every step
+            return
+        options = self.options
+        history_device = options.history_device
+        self._iterates = iterates = IterateStore(
+            parameters,
+            depth=options.history_depth,
+            communicator=communicator,
+            placement=options.history,
+            device=torch.device(history_device) if history_device else None,
+        )
+        if options.smoothing is not None:
+            self._average = MovingAverage(
+                length=iterates.length,
+                dtype=iterates.weights.dtype,
+                device=iterates.device,
+                threshold=options.smoothing.rsd_threshold,
+                rsd=options.smoothing.rsd,
+                of=options.smoothing.of,
+                num_unowned=iterates.num_unowned,
+            )
+        self._cycle_steps = self._events = 0
+        self._monitor.watch(iterates.parameters)
+        if state is None or not self._restore(iterates, state):
+            iterates.push_weights()
+        self._monitor.backup = iterates if self.attempt_is_next else None
+
+    def _restore(self, iterates: IterateStore, state: dict[str, Any]) -> bool:
+        """Continue from a state, on all ranks or on none; a collective call."""
+        self._steps_since_attempt = int(state["steps_since_attempt"])
+        self._checks_left = int(state["checks_left"])
+        self._draws_samples = bool(state["draws_samples"])
+        self._trust_region.load_state_dict(state["trust_region"])
+        if state["iterates"] is None:
+            return False
+        different = checkpoint.load(state, iterates, self._average, self.options)
+        if different:
+            log.warning(
+                "the Anderson history of the checkpoint was dropped and restarts: it was stored "
+                "with another %s",
+                ", ".join(different),
+            )
+            return False
+        self._cycle_steps = int(state["cycle_steps"])
+        self._events = int(state["events"])
+        return True
+
+    # One cycle
+
+    def _observe(self, average: MovingAverage, iterates: IterateStore) -> None:
+        """Take the iterate into the window, which is the last part of the cycle."""
+        assert self.options.smoothing is not None
+        cycle = self.options.store_every_n_steps
+        if self._cycle_steps > cycle - (self.options.smoothing.average_window or cycle):
+            average.observe(iterates.read)
+
+    def _as_objective(
+        self,
+        loss_fn: LossFunction | Objective | None,
+        iterates: IterateStore,
+        *,
+        stochastic: bool,
+    ) -> Objective | None:
+        if self.options.safeguard == "none" or loss_fn is None:
+            return None
+        if isinstance(loss_fn, Objective):
+            return loss_fn
+        return Objective(
+            loss_fn,
+            stochastic=stochastic,
+            maximize=maximizes(self._optimizers),
+            device=iterates.weights.device,
+            collective=iterates.sharded_weights,
         )
 
-    def _waiting(self) -> Status | None:
-        """Why no extrapolation is due; ``None`` where one is."""
-        if self._steps_since_attempt < self.options.accelerate_every_n_steps:
-            return Status.STORED
-        return Status.WARMUP if self.optimizer_steps < self.options.warmup_steps else None
-
-    def _begin_anew(self, disturbance: Status) -> StepReport:
-        """What disturbed any of the ranks undoes as much on all of them."""
-        if disturbance is not Status.OUT_OF_MEMORY:
-            self.outcomes[disturbance] += 1
-            if disturbance is Status.PARAMETERS_CHANGED:
-                self._cycles = None  # built anew at the next step
+    def _end_cycle(self, iterates: IterateStore, objective: Objective | None) -> StepReport:
+        """Store the iterate, and extrapolate where that is due."""
+        self._cycle_steps = 0
+        if self._monitor.external_write():
+            self._note(Status.EXTERNAL_UPDATE)
+        if not iterates.is_current(self._refreshed_parameters()):
+            self._note(Status.PARAMETERS_CHANGED)
+        if self._events and iterates.communicator.is_single_process:
+            return self._handle_event(iterates, self._events)
+        rsd = self._store(iterates)
+        self._trust_region.cycles += 1
+        options = self.options
+        if self._steps_since_attempt < options.accelerate_every_n_steps:
+            report = StepReport(status=Status.STORED)
+        elif self.optimizer_steps < options.warmup_steps:
+            report = StepReport(status=Status.WARMUP)
+        elif iterates.history.num_residuals < 2:
+            report = StepReport(status=Status.HISTORY_TOO_SHORT)
         else:
-            assert self._cycles is not None
-            self._builder.move_to_host(self._cycles.points.communicator.shortage, self._device)
-            self._drop_history()
-        return StepReport(status=disturbance)
+            report = self._attempt(iterates, objective)
+            self._steps_since_attempt = 0
+            self.attempted += report.attempted
+            self.accepted += report.accepted
+            self.loss_evaluations += report.loss_evaluations
+            self.outcomes[report.status] += report.attempted
+        on = None if self._average is None else self._average.on
+        self._monitor.backup = self._iterates if self.attempt_is_next else None
+        return dataclasses.replace(report, stored=True, rsd=rsd, smoothing_on=on)
+
+    def _note(self, event: Status) -> None:
+        self._events |= 1 << _EVENTS.index(event)
+
+    def _handle_event(self, iterates: IterateStore, events: int) -> StepReport:
+        """Undo as much of the history as the gravest of the events makes wrong."""
+        event = _EVENTS[events.bit_length() - 1]
+        self._events = 0
+        if event is Status.DISABLED:
+            self.disable(self._disabled_by or "another process cannot evaluate its loss again")
+            return _DISABLED
+        self.outcomes[event] += 1
+        if event is Status.PARAMETERS_CHANGED:
+            self._build(self._parameters)
+        else:
+            if not iterates.communicator.is_single_process:
+                iterates.history.clear()  # which of the residuals are wrong, one rank alone knows
+            self._restart(iterates)
+        return StepReport(status=event)
+
+    def _restart(self, iterates: IterateStore) -> None:
+        """The sequence of iterates begins again at the current weights."""
+        iterates.restart()
+        if self._average is not None:
+            self._average.reset()
+        if not self._averages_into_history:
+            iterates.push_weights()
+        self._monitor.rebaseline()
+
+    @property
+    def _averages_into_history(self) -> bool:
+        smoothing = self.options.smoothing
+        return (
+            smoothing is not None
+            and smoothing.apply_to == "history"
+            and self._average is not None
+            and self._average.on
+        )
+
+    def _store(self, iterates: IterateStore) -> float | None:
+        """Append the end of the cycle to the history; the RSD of its window, if there is one."""
+        average, rsd = self._average, None
+        if average is not None:
+            before, moments = self._averages_into_history, average.moments()
+            if iterates.sharded and self.options.smoothing is not None:
+                combine = iterates.communicator.sum
+                if self.options.smoothing.rsd == "max":
+                    combine = iterates.communicator.max
+                moments = moments.to(iterates.weights.device)
+                combine(moments)
+            rsd = average.switch(moments)
+            if self._averages_into_history != before:
+                iterates.restart()  # the lag of an average is not a step of the optimizer
+            if self._averages_into_history:
+                iterates.push(average.mean)
+                return rsd
+            if average.on:
+                iterates.write_average(average.mean)
+                self._monitor.rebaseline()
+        iterates.push_weights()
+        return rsd
+
+    # One extrapolation
+
+    def _attempt(self, iterates: IterateStore, objective: Objective | None) -> StepReport:
+        """Propose a candidate, evaluate it, and accept or reject it; a collective call.
+
+        Decisions rest on numbers that all ranks share, so all of them take the same branch.
+        """
+        if objective is not None and objective.unavailable is not None:
+            self._disabled_by = f"the loss cannot be evaluated again: {objective.unavailable}"
+            self._note(Status.DISABLED)
+        horizon = 0.0 if objective is None else self._trust_region.horizon
+        step, events = self._propose(iterates, horizon)
+        if events:
+            return self._handle_event(iterates, events)
+        stochastic = objective is not None and (objective.stochastic or self._draws_samples)
+        report = StepReport(
+            status=Status.ACCEPTED,
+            attempted=True,
+            residual_norm=_if_finite(step.residual_norm),
+            step_norm=_if_finite(step.norm),
+            gain=_if_finite(step.gain),
+            mixing=_if_finite(step.mixing),
+            condition=_if_finite(step.condition),
+            horizon=horizon,
+            stochastic=stochastic,
+        )
+        veto = veto_candidate(step, stochastic=stochastic)
+        if veto is not None:
+            if veto is Status.REJECTED_NON_FINITE_HISTORY:
+                iterates.history.clear()
+                iterates.push_weights()
+            return dataclasses.replace(report, status=veto)
+        iterates.form_candidate(step.coefficients)
+        result = evaluate_candidate(iterates, objective, check=self._checks_left > 0)
+        self._monitor.rebaseline()  # the candidate came and went
+        self._draws_samples = self._draws_samples or result.stochastic
+        self._checks_left = max(0, self._checks_left - 1)
+        report = dataclasses.replace(
+            report,
+            status=decide(step, result),
+            stochastic=result.stochastic,
+            loss_before=_if_finite(result.before),
+            loss_after=_if_finite(result.after),
+            loss_evaluations=result.evaluations,
+        )
+        if not result.repeatable:
+            self.disable(
+                "two losses of the same batch at the same weights differ, so that candidates "
+                "cannot be compared; define anderson_loss(batch) on the LightningModule, or pass "
+                "a loss_fn that gives the same value when it is called again"
+            )
+            return dataclasses.replace(report, status=Status.DISABLED)
+        accepted = report.status is Status.ACCEPTED
+        # of sharded weights or optimizers, a rank may hold none of the copies
+        if (
+            accepted
+            and self.accepted == 0
+            and iterates.communicator.any(
+                holds_copy_of_weights(self._optimizers), iterates.weights.device
+            )
+        ):
+            self.disable(
+                "the optimizer keeps a copy of the weights and writes it over them at its next "
+                "step, candidates included; use an optimizer without master weights"
+            )
+            return dataclasses.replace(report, status=Status.DISABLED)
+        if objective is not None and step.gain > 1:
+            self._trust_region.update(accepted=accepted)
+        if accepted:
+            iterates.weights.write(iterates.candidate)
+            self._restart(iterates)
+        return dataclasses.replace(report, accepted=accepted)
+
+    def _propose(self, iterates: IterateStore, horizon: float) -> tuple[AndersonStep, int]:
+        """The first rank's step on every rank, and what happened to any of them."""
+        options = self.options
+        step = anderson_step(
+            iterates.gram(),
+            iterates.history.is_residual,
+            regularization=options.regularization,
+            relaxation=options.relaxation,
+            lag_compensation=options.lag_compensation,
+            horizon=horizon,
+            max_extrapolation=options.max_extrapolation,
+        )
+        communicator = iterates.communicator
+        if communicator.is_single_process:
+            return step, self._events
+        own = step.packed()
+        if communicator.rank > 0:  # NaN stays: weights of NaN on one rank are rejected by all
+            own = [math.nan if math.isnan(step.residual_norm) else 0.0] * len(own)
+        events = [float(self._events >> k & 1) for k in range(len(_EVENTS))]
+        shared = torch.tensor([*events, *own], dtype=torch.float64)
+        shared = shared.to(iterates.weights.device)
+        communicator.sum(shared)
+        numbers = shared.tolist()
+        happened = sum(1 << k for k, number in enumerate(numbers[: len(events)]) if number > 0)
+        return AndersonStep.unpacked(numbers[len(events) :]), happened
+
+
+def _if_finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

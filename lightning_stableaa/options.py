@@ -1,27 +1,22 @@
-"""Options of the engine: one definition, validated at construction, named in every error."""
+"""Options of the method: one definition, validated at construction, named in every error."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 
 Safeguard = Literal["loss", "none"]
-OptimizerState = Literal["keep", "mix", "reset"]
-ApplyTo = Literal["training", "evaluation", "both"]
 HistoryPlacement = Literal["auto", "replicated", "sharded"]
 RsdKind = Literal["norm", "max"]
-RsdOf = Literal["iterates", "updates"]
+RsdOf = Literal["updates", "iterates"]
 SmoothingApplyTo = Literal["history", "weights"]
 
-# What a candidate has to take off the loss of a sample, unless it is said.
-DECREASE_OF_SAMPLE = 0.1
 
-
-def _check_choice(option: str, value: object, choices: Any) -> None:
+def check_choice(option: str, value: object, choices: Any) -> None:
+    """Raises ValueError unless ``value`` is one of a Literal's."""
     allowed = get_args(choices)
     if value not in allowed:
         names = ", ".join(repr(choice) for choice in allowed)
@@ -36,30 +31,30 @@ def check_integer(option: str, value: object, minimum: int) -> None:
         raise ValueError(f"{option} must be >= {minimum}, got {value}")
 
 
-def _check_real(option: str, value: object) -> float:
+def check_real(option: str, value: object, interval: str, *, inside: bool) -> None:
+    """Raises TypeError or ValueError unless ``value`` is a number ``inside`` the interval."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{option} must be a number, got {value!r}")
-    return float(value)
+    if not inside:
+        raise ValueError(f"{option} must be {interval}, got {float(value)}")
 
 
-def _as_grid(regularization: float | Sequence[float]) -> tuple[float, ...]:
-    if isinstance(regularization, Sequence) and not isinstance(regularization, str):
-        return tuple(regularization)
-    return (regularization,)  # type: ignore[return-value]
+def _number(value: object) -> float:
+    """The number, or NaN, which lies in no interval."""
+    return float(value) if isinstance(value, int | float) else math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
 class Smoothing:
-    """Moving average of the iterates, switched by their relative standard deviation (RSD).
+    """The paper's moving average, switched by a relative standard deviation (RSD).
 
     Args:
         average_window: iterates averaged, the last ones of every cycle; ``None`` takes the
             whole cycle (``store_every_n_steps``), or 10 steps where there is no cycle.
-        rsd_threshold: RSD above which the average is on; dimensionless. It goes off below
-            0.8 of it, so that it does not flap.
+        rsd_threshold: RSD above which the average is on; dimensionless. 0 keeps it on, inf off.
         rsd: ``"norm"`` is ||sigma||_2 / ||mu||_2, ``"max"`` is max sigma_i / max |mu_i|.
-        of: what the RSD is measured on: ``"iterates"`` (the paper) or ``"updates"`` (their
-            consecutive differences, the noise-to-signal ratio of the steps).
+        of: what the RSD is measured on: ``"updates"``, the differences of consecutive iterates
+            (noise to signal of the steps), or ``"iterates"`` themselves.
         apply_to: ``"history"`` puts the averages into the history, ``"weights"`` writes them
             over the weights as well (as the authors' code does).
 
@@ -72,21 +67,21 @@ class Smoothing:
     average_window: int | None = None
     rsd_threshold: float = 0.1
     rsd: RsdKind = "norm"
-    of: RsdOf = "iterates"
+    of: RsdOf = "updates"
     apply_to: SmoothingApplyTo = "history"
 
     def __post_init__(self) -> None:
         if self.average_window is not None:
             check_integer("average_window", self.average_window, 2)
-        threshold = _check_real("rsd_threshold", self.rsd_threshold)
-        if not threshold >= 0:
-            raise ValueError(f"rsd_threshold must be >= 0, got {threshold}")
-        _check_choice("rsd", self.rsd, RsdKind)
-        _check_choice("of", self.of, RsdOf)
-        _check_choice("apply_to", self.apply_to, SmoothingApplyTo)
+        threshold = self.rsd_threshold
+        check_real("rsd_threshold", threshold, ">= 0", inside=_number(threshold) >= 0)
+        check_choice("rsd", self.rsd, RsdKind)
+        check_choice("of", self.of, RsdOf)
+        check_choice("apply_to", self.apply_to, SmoothingApplyTo)
         if (self.rsd, self.of) == ("max", "updates"):
             raise ValueError(
-                "rsd='max' is defined on iterates only, got of='updates'; use rsd='norm'"
+                "rsd='max' is defined on iterates only, got of='updates'; use of='iterates', or "
+                "rsd='norm'"
             )
 
 
@@ -94,7 +89,7 @@ class Smoothing:
 class Options:
     """All options of ``AndersonAccelerator`` but the optimizer and the process group.
 
-    The defaults are the recommended setting; the reasons stand in ``benchmarks/NOTES.md``.
+    The defaults are the recommended setting; ``docs/method.md`` has the evidence for each.
     Meanings: the docstring of :class:`~lightning_stableaa.AndersonAccelerator`.
 
     Raises:
@@ -107,14 +102,11 @@ class Options:
     warmup_steps: int = 0
     relaxation: float = 1.0
     lag_compensation: float = 0.75
-    look_ahead_cycles: float = 40.0
-    regularization: float | Sequence[float] | None = None
+    max_horizon: float = 40.0
+    regularization: float | None = None
     max_extrapolation: float = 1000.0
     safeguard: Safeguard = "loss"
-    sufficient_decrease: float | None = None
-    optimizer_state: OptimizerState = "keep"
     smoothing: Smoothing | None = None
-    apply_to: ApplyTo = "training"
     history: HistoryPlacement = "auto"
     history_device: str | None = None
 
@@ -128,49 +120,21 @@ class Options:
                 "accelerate_every_n_steps must be a multiple of store_every_n_steps "
                 f"({self.store_every_n_steps}), got {self.accelerate_every_n_steps}"
             )
-        relaxation = _check_real("relaxation", self.relaxation)
-        if not 0 < relaxation <= 1:
-            raise ValueError(f"relaxation must be in (0, 1], got {relaxation}")
-        compensation = _check_real("lag_compensation", self.lag_compensation)
-        if not (compensation >= 0 and math.isfinite(compensation)):
-            raise ValueError(
-                f"lag_compensation must be finite and >= 0 (0 for none), got {compensation}"
-            )
-        cycles = _check_real("look_ahead_cycles", self.look_ahead_cycles)
-        if not (cycles >= 0 and math.isfinite(cycles)):
-            raise ValueError(
-                f"look_ahead_cycles must be finite and >= 0 (0 for none), got {cycles}"
-            )
-        self._check_regularization()
-        cap = _check_real("max_extrapolation", self.max_extrapolation)
-        if not cap > 0:
-            raise ValueError(f"max_extrapolation must be > 0 (inf for no cap), got {cap}")
-        _check_choice("safeguard", self.safeguard, Safeguard)
-        if self.sufficient_decrease is not None:
-            decrease = _check_real("sufficient_decrease", self.sufficient_decrease)
-            if not 0 <= decrease < 1:
-                raise ValueError(f"sufficient_decrease must be in [0, 1), got {decrease}")
-        _check_choice("optimizer_state", self.optimizer_state, OptimizerState)
-        _check_choice("apply_to", self.apply_to, ApplyTo)
-        _check_choice("history", self.history, HistoryPlacement)
+        relaxation = _number(self.relaxation)
+        check_real("relaxation", self.relaxation, "in (0, 1]", inside=0 < relaxation <= 1)
+        for option in ("lag_compensation", "max_horizon"):
+            value = getattr(self, option)
+            allowed = 0 <= _number(value) < math.inf
+            check_real(option, value, "finite and >= 0 (0 for none)", inside=allowed)
+        if self.regularization is not None:
+            allowed = 0 <= _number(self.regularization) < math.inf
+            check_real("regularization", self.regularization, "finite and >= 0", inside=allowed)
+        cap = self.max_extrapolation
+        check_real("max_extrapolation", cap, "> 0 (inf for no cap)", inside=_number(cap) > 0)
+        check_choice("safeguard", self.safeguard, Safeguard)
+        check_choice("history", self.history, HistoryPlacement)
         self._check_history_device()
         self._check_smoothing()
-
-    def _check_regularization(self) -> None:
-        if self.regularization is None:
-            return
-        grid = _as_grid(self.regularization)
-        if not grid:
-            raise ValueError("regularization must hold at least one value, got an empty list")
-        for one in grid:
-            number = _check_real("regularization", one)
-            if not (number >= 0 and math.isfinite(number)):
-                raise ValueError(f"regularization must be finite and >= 0, got {number}")
-        if len(grid) > 1 and self.safeguard == "none":
-            raise ValueError(
-                f"regularization must be a single value when safeguard is 'none', got {list(grid)}:"
-                " only the safeguard can choose from a grid"
-            )
 
     def _check_history_device(self) -> None:
         if self.history_device is None:
@@ -199,25 +163,3 @@ class Options:
                 "average_window must be <= store_every_n_steps "
                 f"({self.store_every_n_steps}), got {window}"
             )
-        if self.smoothing.apply_to == "weights" and self.apply_to == "evaluation":
-            raise ValueError(
-                "smoothing.apply_to='weights' changes training, got apply_to='evaluation'; "
-                "use smoothing.apply_to='history'"
-            )
-
-    @property
-    def regularization_grid(self) -> tuple[float, ...] | None:
-        """The values of lambda to try, one or more; ``None`` where residuals tell the one."""
-        if self.regularization is None:
-            return None
-        return tuple(float(one) for one in _as_grid(self.regularization))
-
-    def least_decrease(self, *, of_sample: bool) -> float:
-        """Share of the loss that a candidate takes off it, where residuals are noise.
-
-        Args:
-            of_sample: the loss is that of samples of many.
-        """
-        if self.sufficient_decrease is None:
-            return DECREASE_OF_SAMPLE if of_sample else 0.0
-        return float(self.sufficient_decrease)

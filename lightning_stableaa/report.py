@@ -1,10 +1,84 @@
-"""What one step did."""
+"""What one step did, why, and which option to turn when that is not wanted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
-from lightning_stableaa.status import Status
+
+class Status(Enum):
+    """Outcome of one call of ``AndersonAccelerator.step``; ``hint`` says what a user can do."""
+
+    NO_OPTIMIZER_STEP = "no_optimizer_step"
+    ACCUMULATING = "accumulating"
+    STORED = "stored"
+    WARMUP = "warmup"
+    HISTORY_TOO_SHORT = "history_too_short"
+    PARAMETERS_CHANGED = "parameters_changed"
+    EXTERNAL_UPDATE = "external_update"
+    DISABLED = "disabled"
+    ACCEPTED = "accepted"
+    SKIPPED_NOISE_DOMINATED = "skipped_noise_dominated"
+    REJECTED_LOSS_INCREASE = "rejected_loss_increase"
+    REJECTED_INSUFFICIENT_DECREASE = "rejected_insufficient_decrease"
+    REJECTED_ERROR = "rejected_error"
+    REJECTED_NON_FINITE_LOSS = "rejected_non_finite_loss"
+    REJECTED_NON_FINITE_HISTORY = "rejected_non_finite_history"
+    REJECTED_NON_FINITE_CANDIDATE = "rejected_non_finite_candidate"
+    REJECTED_ZERO_RESIDUAL = "rejected_zero_residual"
+
+    @property
+    def rejected(self) -> bool:
+        """Whether an extrapolation was due and no candidate was accepted."""
+        return self.value.startswith(("rejected", "skipped"))
+
+    @property
+    def hint(self) -> str:
+        """One sentence naming the cause and what to turn; empty where nothing is wrong."""
+        return _HINTS.get(self, "")
+
+
+_HINTS = {
+    Status.REJECTED_LOSS_INCREASE: "the candidate did not lower the loss of the current batch",
+    Status.REJECTED_INSUFFICIENT_DECREASE: (
+        "the candidate lowered the loss of the batch by less than the noise of its samples"
+    ),
+    Status.SKIPPED_NOISE_DOMINATED: (
+        "gradient noise dominated the residuals, and training was left unchanged; larger batches "
+        "or a larger store_every_n_steps let the trend stand out"
+    ),
+    Status.REJECTED_ERROR: (
+        "the loss raised an error at the candidate, which may be outside of the domain of the "
+        "model: lower max_extrapolation"
+    ),
+    Status.REJECTED_NON_FINITE_LOSS: (
+        "the loss was not finite, with or without the candidate: lower the learning rate, clip "
+        "gradients, or lower max_extrapolation"
+    ),
+    Status.REJECTED_NON_FINITE_HISTORY: (
+        "the weights were not finite and the history was dropped: lower the learning rate or "
+        "clip gradients"
+    ),
+    Status.REJECTED_NON_FINITE_CANDIDATE: (
+        "the candidate was beyond the range of the weights' precision: raise regularization or "
+        "lower max_extrapolation"
+    ),
+    Status.PARAMETERS_CHANGED: (
+        "the trained parameters were replaced within a cycle, or moved to other memory, and the "
+        "history restarted: freeze and unfreeze them less often than every store_every_n_steps, "
+        "and write new values into them (one.copy_(other)) instead of replacing their memory "
+        "(one.data = other)"
+    ),
+    Status.EXTERNAL_UPDATE: (
+        "something other than the optimizer changed the weights before a cycle was complete, and "
+        "no residual spans such a change: do it less often than every store_every_n_steps, or "
+        "lower that option"
+    ),
+    Status.REJECTED_ZERO_RESIDUAL: (
+        "the weights did not move between stored iterates: check that the optimizer updates them "
+        "(learning rate, frozen parameters)"
+    ),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,21 +86,22 @@ class StepReport:
     """What one call of ``AndersonAccelerator.step`` did; ``None`` where nothing was measured.
 
     Attributes:
-        status: why; ``status.remedy`` names the option to turn.
-        stored: a point entered the history.
-        attempted: an extrapolation was due: candidates were formed, or validation kept them out.
-        accepted: a candidate passed the safeguard.
-        replaced: the accepted candidate replaced the weights of training.
-        residual_norm: sqrt(tr(K)/m), the root of the mean squared residual norm, in units of the
+        status: the outcome; ``status.hint`` names what to turn.
+        stored: an iterate entered the history.
+        attempted: an extrapolation was due.
+        accepted: the candidate replaced the weights.
+        residual_norm: sqrt(tr(K)/m), root of the mean squared residual norm, in units of the
             weights.
-        jump_norm: length of the accepted, or else of the longest jump, in units of the weights.
-        condition: condition number of K.
-        regularization: lambda of the accepted candidate.
-        looked_ahead: the accepted candidate went on along a drift.
-        noisiness: 1 where residuals are noise, 0 where they are a steady drift or depend on one
-            another; share of ``sufficient_decrease`` that is asked for.
+        step_norm: length of the step to the candidate, in units of the weights.
+        gain: rho; 0 where residuals are eliminated, 1 where they are independent noise, up to
+            ``history_depth`` where they are a steady drift.
+        mixing: beta_k, the mixing parameter of the candidate.
+        horizon: Delta, cycles that the candidate may extrapolate along a drift.
+        condition: condition number of the Gram matrix of the residuals.
+        stochastic: the loss is that of a sample: it has to decrease sufficiently.
         loss_before: loss of the current batch at the optimizer's weights.
-        loss_after: loss of the best candidate on the same batch.
+        loss_after: loss of the same batch at the candidate.
+        loss_evaluations: calls of the loss in this step.
         rsd: relative standard deviation of the window that ended with this step.
         smoothing_on: whether averages are in use.
     """
@@ -35,14 +110,15 @@ class StepReport:
     stored: bool = False
     attempted: bool = False
     accepted: bool = False
-    replaced: bool = False
     residual_norm: float | None = None
-    jump_norm: float | None = None
+    step_norm: float | None = None
+    gain: float | None = None
+    mixing: float | None = None
+    horizon: float | None = None
     condition: float | None = None
-    regularization: float | None = None
-    looked_ahead: bool = False
-    noisiness: float | None = None
+    stochastic: bool | None = None
     loss_before: float | None = None
     loss_after: float | None = None
+    loss_evaluations: int = 0
     rsd: float | None = None
     smoothing_on: bool | None = None

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_stableaa.recipes.errors import UserError, blamed_on, expect_kind
+from lightning_stableaa.recipes.errors import UserError, attribute_to, check_type
 
 
 class RecipeModule(lightning.LightningModule):
@@ -28,8 +28,8 @@ class RecipeModule(lightning.LightningModule):
         TypeError: ``network`` is no module.
     """
 
-    decisive_metric: ClassVar[str]
-    decisive_mode: ClassVar[str] = "min"
+    monitor: ClassVar[str]
+    monitor_mode: ClassVar[str] = "min"
     shardable: ClassVar[bool] = True  # FSDP2 cannot differentiate a network by its inputs twice
 
     def __init__(
@@ -74,14 +74,14 @@ class RecipeModule(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Builds the optimizer, and the scheduler with the length of the run."""
-        with blamed_on("optimizer"):
+        with attribute_to("optimizer"):
             optimizer = self.make_optimizer(self.parameter_groups())
-        expect_kind(optimizer, "Optimizer", "optimizer")
+        check_type(optimizer, "Optimizer", "optimizer")
         if self.make_scheduler is None:
             return optimizer
-        with blamed_on("scheduler"):
+        with attribute_to("scheduler"):
             scheduler = self.make_scheduler(optimizer, int(self.trainer.estimated_stepping_batches))
-        expect_kind(scheduler, "LRScheduler", "scheduler")
+        check_type(scheduler, "LRScheduler", "scheduler")
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},

@@ -15,7 +15,7 @@ class LastCheckpoint(Checkpoint):
     the epoch before.
 
     Args:
-        path: of the file, which is written anew; a folder where weights are split.
+        path: of the file, which is overwritten; a folder where weights are split.
     """
 
     def __init__(self, path: str) -> None:
@@ -38,7 +38,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def _validation_follows(trainer: lightning.Trainer) -> bool:
-    """Whether this step is followed by one; only Lightning's own loop knows."""
+    """Whether this step is followed by one; Lightning has no public name for it."""
     loop = trainer.fit_loop
     assert loop._data_fetcher is not None  # in a fit
     return trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)

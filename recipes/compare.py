@@ -13,16 +13,16 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lightning_stableaa.recipes.comparison.drawing import draw
+from lightning_stableaa.recipes.cli_errors import exit_on_user_error
+from lightning_stableaa.recipes.comparison.plots import draw
 from lightning_stableaa.recipes.comparison.report import write_report
 from lightning_stableaa.recipes.comparison.runner import LOG, Run, read_run, run_all
 from lightning_stableaa.recipes.comparison.summary import Summary, summarise
 from lightning_stableaa.recipes.comparison.variants import OWN_MODULE, Plan, make_plan
 from lightning_stableaa.recipes.comparison.verdict import verdict
 from lightning_stableaa.recipes.errors import UserError
-from lightning_stableaa.recipes.files import locked, refusals_of_the_disk
-from lightning_stableaa.recipes.mistakes import mistakes_in_one_sentence
-from lightning_stableaa.recipes.train import perhaps_only_showing, quieten
+from lightning_stableaa.recipes.files import disk_errors, locked
+from lightning_stableaa.recipes.train import config_only_mode, filter_warnings
 
 
 def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
@@ -41,7 +41,7 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
         raise UserError(f"compare.jobs={options.jobs}: expected a whole number >= 0")
     try:
         plan = make_plan(config, overrides, title)
-        with _alone_in(plan.folder):
+        with _exclusive_folder(plan.folder):
             return _compare(plan, config, overrides)
     except UserError as error:
         if options.module is None:
@@ -74,19 +74,19 @@ def _compare(plan: Plan, config: DictConfig, overrides: list[str]) -> Summary:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """The folder is this comparison's alone, and can be written to."""
+def _exclusive_folder(folder: Path) -> Iterator[None]:
+    """Holds the folder for this comparison alone; it can be written to."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"compare.folder={folder}: is a file; choose another folder")
     made = [one for one in (folder, *folder.parents) if not one.exists()]
-    with refusals_of_the_disk("compare.folder", folder):
+    with disk_errors("compare.folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with locked(folder):
                 yield
         except BlockingIOError:
             raise UserError(
-                f"compare.folder={folder}: another comparison is at work there; wait for it, or "
+                f"compare.folder={folder}: another comparison is running there; wait for it, or "
                 "choose another folder"
             ) from None
         finally:
@@ -104,11 +104,11 @@ def _of_own_module(message: str) -> str:
 
 
 def _refuse_without_baseline(run: Run, plan: Plan) -> None:
-    """Ends the comparison where plain fails with its first seed: all others would be in vain."""
+    """Ends the comparison where plain fails with its first seed: all others depend on it."""
     first = plan.jobs[0]
     if (run.variant, run.seed) == (first.variant, first.seed):
         raise UserError(
-            f"{run.variant} failed with its first seed, {run.error}; mend that first, {_logs(plan)}"
+            f"{run.variant} failed with its first seed, {run.error}; fix that first, {_logs(plan)}"
         )
 
 
@@ -121,7 +121,7 @@ def _report(
 ) -> Summary:
     runs = sorted(runs, key=lambda run: (plan.variants.index(run.variant), run.seed))
     summary = summarise(runs, plan.variants, plan.metric, plan.mode)
-    cautions = list(_cautions(plan, runs))
+    cautions = list(_cautions(plan, runs, summary))
     for sentence in cautions:
         console.print(sentence, soft_wrap=True)
     write_report(
@@ -138,13 +138,20 @@ def _report(
     return summary
 
 
-def _cautions(plan: Plan, runs: list[Run]) -> Iterator[str]:
-    """What a reader of the report has to know first."""
+def _cautions(plan: Plan, runs: list[Run], summary: Summary) -> Iterator[str]:
+    """Warnings that stand above the verdict."""
     if len(runs) < len(plan.jobs):
         yield (
             f"Only {len(runs)} of {len(plan.jobs)} runs were made; the same command makes the "
             "others."
         )
+    for one in summary.variants.values():
+        for reason in sorted(set(one.disabled.values())):
+            seeds = [seed for seed, text in one.disabled.items() if text == reason]
+            yield (
+                f"{one.name}: acceleration was switched off in {len(seeds)} of {len(one.seeds)} "
+                f"seeds: {reason}."
+            )
     processors = sorted({run.processor for run in runs if run.processor is not None})
     if len(processors) > 1:
         yield (
@@ -167,7 +174,7 @@ def _progress(console: Console) -> Progress:
 @hydra.main(version_base="1.3", config_path="pkg://lightning_stableaa.conf", config_name="compare")
 def _compare_from_command_line(config: DictConfig) -> None:
     # inside Hydra too, or it announces the failed job with two lines of its own
-    with mistakes_in_one_sentence("stableaa-compare"):
+    with exit_on_user_error("stableaa-compare"):
         hydra_config = HydraConfig.get()
         overrides = list(hydra_config.overrides.task)
         title = hydra_config.runtime.choices["recipe"]
@@ -182,14 +189,14 @@ def _compare_from_command_line(config: DictConfig) -> None:
 
 
 def main() -> None:
-    """Entry point of ``stableaa-compare``; a mistake ends in one sentence and exit code 2."""
+    """Entry point of ``stableaa-compare``; a user error ends in one sentence and exit code 2."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.path.insert(0, str(Path.cwd()))  # a module of the user's own, as python -m would find it
     names = {argument.split("=")[0].lstrip("+") for argument in sys.argv[1:]}
     if "compare.module" in names and "recipe" not in names:
         sys.argv.insert(1, OWN_MODULE)
-    quieten()
-    with mistakes_in_one_sentence("stableaa-compare"), perhaps_only_showing(sys.argv):
+    filter_warnings()
+    with exit_on_user_error("stableaa-compare"), config_only_mode(sys.argv):
         for argument in sys.argv[1:]:
             if argument in ("-m", "--multirun"):  # before Hydra writes what belongs to a sweep
                 raise UserError(

@@ -7,7 +7,7 @@ import hydra
 import numpy as np
 from hydra import initialize_config_module
 
-from lightning_stableaa.recipes.pictures import (
+from lightning_stableaa.recipes.plots import (
     BLUE,
     VERMILLION,
     Series,
@@ -15,7 +15,7 @@ from lightning_stableaa.recipes.pictures import (
     figure,
     read_metrics,
 )
-from lightning_stableaa.recipes.train import quieten, train
+from lightning_stableaa.recipes.train import filter_warnings, train
 
 ACCELERATED_STEPS = 1300
 LOSS_COST = 1 / 3  # of a gradient: a forward pass without the backward pass
@@ -23,8 +23,8 @@ ERROR = "val/relative_l2"
 
 
 def main() -> None:
-    """Trains both ways, prints the comparison and says where the pictures are."""
-    quieten()
+    """Trains both ways, prints the comparison and where the pictures are."""
+    filter_warnings()
     folder = Path("runs/demo") / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     print(f"1/2  burgers2d with stable Anderson acceleration, {ACCELERATED_STEPS} steps")
     accelerated = _train("stable_aa", ACCELERATED_STEPS, folder / "accelerated")
@@ -45,14 +45,14 @@ def main() -> None:
 
 
 def cost(results: dict[str, float]) -> float:
-    """Gradient evaluations of a run, the losses that the safeguard asked for included."""
-    return results["cost/gradients"] + LOSS_COST * results.get("cost/losses", 0)
+    """Gradient evaluations of a run, and the loss evaluations of its safeguard at one third."""
+    return results["cost/gradients"] + LOSS_COST * results.get("cost/loss_evaluations", 0)
 
 
 def with_cost(metrics: dict[str, Series], results: dict[str, float]) -> dict[str, Series]:
-    """The metrics against the cost so far in place of the step; attempts all cost the same."""
+    """The metrics against the mean cost so far in place of the step."""
     steps, attempts = metrics["anderson/attempted"]
-    cost_of_attempt = LOSS_COST * results["cost/losses"] / max(attempts[-1], 1)
+    cost_of_attempt = LOSS_COST * results["cost/loss_evaluations"] / max(attempts[-1], 1)
 
     def cost_at(step: np.ndarray) -> np.ndarray:
         made = np.concatenate([[0], attempts])[np.searchsorted(steps, step, side="right")]

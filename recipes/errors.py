@@ -1,14 +1,14 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that means a wrong configuration."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """A mistake the user can mend; the message names the option, its value and the way out."""
+    """A wrong configuration; the message names the option, its value and the way out."""
 
 
-def expect_kind(built: object, kind: str, option: str) -> None:
+def check_type(built: object, kind: str, option: str) -> None:
     """Raises UserError where ``option`` has built no ``kind``, the name of a class.
 
     By name, since ``lightning`` and ``pytorch_lightning`` have two classes of most names.
@@ -21,8 +21,8 @@ def expect_kind(built: object, kind: str, option: str) -> None:
 
 
 @contextmanager
-def blamed_on(option: str, *refusals: type[Exception]) -> Iterator[None]:
-    """Turns a constructor's refusal of a value into a mistake in the option ``option``.
+def attribute_to(option: str, *refusals: type[Exception]) -> Iterator[None]:
+    """Turns a constructor's refusal of a value into a UserError about ``option``.
 
     ``refusals`` are the exceptions that mean it beside ValueError and TypeError.
     """

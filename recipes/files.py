@@ -54,7 +54,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def refusals_of_the_disk(option: str, folder: Path) -> Iterator[None]:
+def disk_errors(option: str, folder: Path) -> Iterator[None]:
     """A folder that cannot be written to, before the work or in its midst.
 
     Raises:

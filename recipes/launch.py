@@ -13,8 +13,8 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig
 
+from lightning_stableaa.recipes.cli_errors import exit_on_user_error
 from lightning_stableaa.recipes.errors import UserError
-from lightning_stableaa.recipes.mistakes import mistakes_in_one_sentence
 
 COMMAND = "-m lightning_stableaa.recipes.train"
 
@@ -115,10 +115,11 @@ def check_sweep(settings: Any, launcher: Any) -> None:
         )
     expected = (count(trainer["num_nodes"]), count(trainer["devices"]))
     if "submitit" in launcher["_target_"]:
-        asked = (launcher["nodes"], launcher["tasks_per_node"])
-        if asked != expected:
+        requested = (launcher["nodes"], launcher["tasks_per_node"])
+        if requested != expected:
             raise UserError(
-                f"hydra.launcher.nodes={asked[0]} and hydra.launcher.tasks_per_node={asked[1]}, "
+                f"hydra.launcher.nodes={requested[0]} and "
+                f"hydra.launcher.tasks_per_node={requested[1]}, "
                 f"but trainer.num_nodes={trainer['num_nodes']} and trainer.devices="
                 f"{trainer['devices']}: set those of the trainer alone, as numbers, with "
                 f"cluster=slurm"
@@ -135,7 +136,7 @@ class CheckSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Ends the program where the sweep cannot work."""
-        with mistakes_in_one_sentence("stableaa-train"):
+        with exit_on_user_error("stableaa-train"):
             check_sweep(config, config.hydra.launcher)
 
 

@@ -24,7 +24,7 @@ def training_loader(
 
 
 class EpochSampler(DistributedSampler):
-    """A ``DistributedSampler``, which Lightning keeps and tells the epoch, with resumable order."""
+    """A ``DistributedSampler``, whose epoch Lightning sets, with resumable order."""
 
     def __iter__(self) -> Iterator[int]:
         return _EpochOrder(self)
@@ -37,7 +37,7 @@ class EpochSampler(DistributedSampler):
 class _EpochOrder(Iterator[int]):
     """Indices of one epoch; ``StatefulDataLoader`` saves and restores the position.
 
-    The epoch is part of the position: Lightning tells the sampler only after the restoration.
+    The epoch is part of the position: Lightning sets the sampler's only after the restoration.
     """
 
     def __init__(self, sampler: EpochSampler) -> None:

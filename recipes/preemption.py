@@ -23,7 +23,7 @@ class Preemption(Checkpoint):
 
     Lightning and submitit act on a signal at once, wherever each rank happens to be: in the middle
     of an optimizer step, of an extrapolation, or of a collective that another rank then waits for.
-    Here a signal is noted; after the step, when all ranks have agreed that one of them has been
+    Here a signal is recorded; after the step, when all ranks have agreed that one of them has been
     given notice, the checkpoint is saved and the signal handed to those for whom it was meant.
 
     Args:
@@ -33,29 +33,29 @@ class Preemption(Checkpoint):
     def __init__(self, path: str) -> None:
         # a Checkpoint runs after all other callbacks, so it saves what they have made of the step
         self.path = path
-        self.noted: set[int] = set()
+        self.received: set[int] = set()
         self.handlers: dict[int, Any] = {}
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         """Takes the place of the handlers that Lightning and submitit have installed by now."""
-        self.noted.clear()
+        self.received.clear()
         self.handlers = {number: signal.getsignal(number) for number in NOTICES}
         for number in NOTICES:
-            signal.signal(number, lambda number, _: self.noted.add(number))
+            signal.signal(number, lambda number, _: self.received.add(number))
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Acts on notices, on all ranks after the same step."""
         notices = torch.tensor(
-            [number in self.noted for number in NOTICES],
+            [number in self.received for number in NOTICES],
             dtype=torch.int32,
             device=trainer.strategy.root_device,
         )
         notices = trainer.strategy.reduce(notices, reduce_op="max")
-        for number, noted in zip(NOTICES, notices.tolist(), strict=True):
-            if noted:
-                self.noted.discard(number)
+        for number, received in zip(NOTICES, notices.tolist(), strict=True):
+            if received:
+                self.received.discard(number)
                 self._act(trainer, number)
 
     def on_exception(

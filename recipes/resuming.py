@@ -1,4 +1,4 @@
-"""What a resumed run is told otherwise than the run that wrote its checkpoint."""
+"""Options of a resumed run that differ from those of the run that wrote its checkpoint."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -7,16 +7,16 @@ from typing import Any
 
 import yaml
 
-# Of what decides the course of training; others, such as where results go, may differ.
-DECISIVE = ("seed", "module", "data", "optimizer", "scheduler", "callbacks.anderson")
+# These determine the course of training; others, such as where results go, may differ.
+COMPARED = ("seed", "module", "data", "optimizer", "scheduler", "callbacks.anderson")
 
 
-def tell_differences(checkpoint: Path, settings: Mapping[str, Any]) -> None:
-    """Prints one sentence on the options that differ, where any does.
+def warn_config_diff(checkpoint: Path, settings: Mapping[str, Any]) -> None:
+    """Prints one sentence on the options that differ, if any do.
 
     Args:
         checkpoint: beside the ``config.yaml`` of its run, or in a folder beside it.
-        settings: of the run that is to go on.
+        settings: of the run that resumes.
     """
     configs = [folder / "config.yaml" for folder in list(checkpoint.absolute().parents)[:2]]
     found = next((one for one in configs if one.is_file()), None)
@@ -27,7 +27,7 @@ def tell_differences(checkpoint: Path, settings: Mapping[str, Any]) -> None:
         f"{name}={now.get(name)} (was {before.get(name)})"
         for name in sorted({*before, *now})
         if before.get(name) != now.get(name)
-        and any(name == one or name.startswith(f"{one}.") for one in DECISIVE)
+        and any(name == one or name.startswith(f"{one}.") for one in COMPARED)
     ]
     if changed:
         print(

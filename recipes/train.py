@@ -30,24 +30,24 @@ from torch.distributed.rendezvous import rendezvous
 
 from lightning_stableaa import AndersonCallback
 from lightning_stableaa.recipes.base import RecipeModule
-from lightning_stableaa.recipes.errors import UserError, blamed_on, expect_kind
-from lightning_stableaa.recipes.files import refusals_of_the_disk, write_atomically
-from lightning_stableaa.recipes.launch import check_launch, check_sweep, join_submitit
-from lightning_stableaa.recipes.mistakes import (
-    MISTAKES,
+from lightning_stableaa.recipes.cli_errors import (
+    USER_ERRORS,
     check_run,
-    mistakes_in_one_sentence,
+    exit_on_user_error,
 )
-from lightning_stableaa.recipes.pictures import draw_run
+from lightning_stableaa.recipes.errors import UserError, attribute_to, check_type
+from lightning_stableaa.recipes.files import disk_errors, write_atomically
+from lightning_stableaa.recipes.launch import check_launch, check_sweep, join_submitit
+from lightning_stableaa.recipes.plots import draw_run
 from lightning_stableaa.recipes.preemption import checkpoint_to_resume
-from lightning_stableaa.recipes.resuming import tell_differences
+from lightning_stableaa.recipes.resuming import warn_config_diff
 
 
 def train(config: DictConfig) -> dict[str, float]:
     """Trains as configured and leaves everything about the run in ``config.run_folder``.
 
     Returns:
-        The last value of everything logged, and ``best/<metric>`` for the decisive metric.
+        The last value of everything logged, and ``best/<metric>`` for the monitored metric.
 
     Raises:
         UserError, or an error of Hydra, OmegaConf or Lightning that means a wrong configuration;
@@ -56,8 +56,8 @@ def train(config: DictConfig) -> dict[str, float]:
     if not isinstance(config.run_folder, str) or not config.run_folder:
         raise UserError(f"run_folder={config.run_folder}: expected the path of a folder")
     with (
-        _nothing_left_behind(Path(config.run_folder)) as folder,
-        refusals_of_the_disk("run_folder", folder),
+        _cleanup_on_error(Path(config.run_folder)) as folder,
+        disk_errors("run_folder", folder),
     ):
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         check_run(settings)
@@ -70,10 +70,10 @@ def train(config: DictConfig) -> dict[str, float]:
                 f"run_folder={folder}: holds checkpoints of an earlier run, which this one would "
                 "overwrite; add resume_from=auto to go on with it, or choose another run_name"
             )
-        with blamed_on("seed"):
+        with attribute_to("seed"):
             lightning.seed_everything(config.seed, workers=True, verbose=False)
         if config.threads is not None:
-            with blamed_on("threads", RuntimeError):
+            with attribute_to("threads", RuntimeError):
                 torch.set_num_threads(config.threads)
         folder.mkdir(parents=True, exist_ok=True)
         data = _instantiate(config.data, "LightningDataModule", "data")
@@ -81,20 +81,20 @@ def train(config: DictConfig) -> dict[str, float]:
         callbacks = _instantiate_all(config.callbacks, "Callback", "callbacks")
         loggers = _instantiate_all(config.logger, "Logger", "logger")
         make_trainer = instantiate(config.trainer, _partial_=True, _convert_="all")
-        with blamed_on("trainer", MisconfigurationException):
+        with attribute_to("trainer", MisconfigurationException):
             trainer: lightning.Trainer = make_trainer(
                 callbacks=[_SaveConfiguration(settings, folder), *callbacks], logger=loggers
             )
-        expect_kind(trainer, "Trainer", "trainer")
+        check_type(trainer, "Trainer", "trainer")
         if isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(module, RecipeModule):
             module.configure_model = module.shard_weights  # a module of the user's own has its own
         if checkpoint is not None and trainer.is_global_zero:
-            tell_differences(checkpoint, settings)
-        with _late_refusals(config.resume_from):
+            warn_config_diff(checkpoint, settings)
+        with _translate_fit_errors(config.resume_from):
             trainer.fit(module, data, ckpt_path=checkpoint)
     if config.pictures and isinstance(module, RecipeModule) and trainer.is_global_zero:
-        with refusals_of_the_disk("run_folder", folder):
-            draw_run(folder, module.decisive_metric)
+        with disk_errors("run_folder", folder):
+            draw_run(folder, module.monitor)
             module.draw(folder / "pictures")
     return _results(trainer, callbacks)
 
@@ -118,7 +118,7 @@ class _SaveConfiguration(Callback):
 def _instantiate(config: DictConfig | None, kind: str, option: str) -> Any:
     built = instantiate(config, _convert_="all")
     if built is not None:  # a module may bring its own data
-        expect_kind(built, kind, option)
+        check_type(built, kind, option)
     return built
 
 
@@ -132,7 +132,7 @@ def _check_history_device(callbacks: dict[str, Any] | None) -> None:
     device = ((callbacks or {}).get("anderson") or {}).get("history_device")
     if device is not None:
         # "Torch not compiled with CUDA enabled" is an AssertionError
-        with blamed_on("callbacks.anderson.history_device", RuntimeError, AssertionError):
+        with attribute_to("callbacks.anderson.history_device", RuntimeError, AssertionError):
             torch.empty(0, device=device)
 
 
@@ -144,8 +144,8 @@ def _check_trainer(trainer: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _late_refusals(resume_from: str | None) -> Iterator[None]:
-    """What callbacks, cluster environments and checkpoints refuse once training would begin."""
+def _translate_fit_errors(resume_from: str | None) -> Iterator[None]:
+    """Turns what callbacks, environments and checkpoints reject at the start into a UserError."""
     try:
         yield
     except pickle.UnpicklingError as error:
@@ -186,23 +186,23 @@ def _results(trainer: lightning.Trainer, callbacks: list[Callback]) -> dict[str,
     results["cost/gradients"] = trainer.fit_loop.total_batch_idx + 1
     for callback in callbacks:
         if isinstance(callback, AndersonCallback):
-            losses = callback.state_dict().get("extra_losses")
-            if losses is not None:  # the processes of ddp_fork keep them to themselves
-                results["cost/losses"] = losses
+            counters = callback.state_dict().get("counters")
+            if counters is not None:  # the processes of ddp_fork keep them to themselves
+                results["cost/loss_evaluations"] = counters["loss_evaluations"]
         if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
             results[f"best/{callback.monitor}"] = callback.best_model_score.item()
     return results
 
 
 @contextmanager
-def _nothing_left_behind(folder: Path) -> Iterator[Path]:
-    """Removes what a mistaken run wrote, unless the folder was in use or holds a checkpoint."""
+def _cleanup_on_error(folder: Path) -> Iterator[Path]:
+    """Removes what a refused run wrote, unless the folder was in use or holds a checkpoint."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run_folder={folder}: is a file; choose another folder")
     in_use = folder.is_dir() and any(folder.iterdir())
     try:
         yield folder
-    except MISTAKES:
+    except USER_ERRORS:
         if not in_use and not any(folder.glob("checkpoints/*.ckpt")):
             shutil.rmtree(folder, ignore_errors=True)
             _remove_empty(folder.parent)
@@ -258,7 +258,7 @@ _register_resolvers()
 @hydra.main(version_base="1.3", config_path="pkg://lightning_stableaa.conf", config_name="train")
 def _train_from_command_line(config: DictConfig) -> None:
     # inside Hydra too, or it announces the failed job with two lines of its own
-    with mistakes_in_one_sentence("stableaa-train"):
+    with exit_on_user_error("stableaa-train"):
         join_submitit()
         hydra_config = HydraConfig.get()
         if hydra_config.mode == RunMode.MULTIRUN:  # a sweep can change what was checked before
@@ -275,7 +275,7 @@ def _print_results(results: dict[str, float], folder: str) -> None:
     print(f"everything about this run: {folder}")
 
 
-def quieten() -> None:
+def filter_warnings() -> None:
     """Hides what a user can do nothing about."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     # reports an import that fails in three lines, before the one sentence that is enough
@@ -292,7 +292,7 @@ def quieten() -> None:
 
 
 @contextmanager
-def perhaps_only_showing(arguments: list[str]) -> Iterator[None]:
+def config_only_mode(arguments: list[str]) -> Iterator[None]:
     """A configuration that is shown needs a recipe as well, and may be read to its first lines."""
     if not {"--help", "-h", "--cfg", "-c", "--info", "-i"} & set(arguments):
         yield
@@ -309,11 +309,11 @@ def perhaps_only_showing(arguments: list[str]) -> Iterator[None]:
 
 
 def main() -> None:
-    """Entry point of ``stableaa-train``; a mistake ends in one sentence and exit code 2."""
+    """Entry point of ``stableaa-train``; a user error ends in one sentence and exit code 2."""
     # makes Hydra raise its errors instead of printing them itself and exiting with code 1
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    quieten()
-    with mistakes_in_one_sentence("stableaa-train"), perhaps_only_showing(sys.argv):
+    filter_warnings()
+    with exit_on_user_error("stableaa-train"), config_only_mode(sys.argv):
         _train_from_command_line()
 
 

@@ -1,9 +1,19 @@
-"""What an import brings with it, seen from new processes."""
+"""What an import brings with it, and which part of the package may use which."""
 
+from __future__ import annotations
+
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
-UNWANTED = ("lightning", "pytorch_lightning", "hydra", "omegaconf", "matplotlib", "torchvision")
+import pytest
+
+import lightning_stableaa
+
+ROOT = Path(lightning_stableaa.__file__).parent
+
+UNWANTED = "lightning pytorch_lightning lightning_utilities torchmetrics hydra omegaconf matplotlib"
 
 WITHOUT_LIGHTNING = f"""
 import sys
@@ -19,7 +29,7 @@ for _ in range(4):
     optimizer.step()
     accelerator.step(lambda: w @ w)
 assert accelerator.attempted == 2
-print([name for name in {UNWANTED} if name in sys.modules])
+print([name for name in {UNWANTED.split()} if name in sys.modules])
 """
 
 ONLY_PYTORCH_LIGHTNING = """
@@ -48,28 +58,60 @@ trainer = pytorch_lightning.Trainer(
     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
 )
 trainer.fit(Module(), torch.utils.data.DataLoader(torch.ones(12, 2)))
-counts = callbacks[1].state_dict()["counters"]
-assert (counts["optimizer_steps"], counts["attempted"]) == (12, 3), counts
+counters = callbacks[1].state_dict()["counters"]
+assert (counters["optimizer_steps"], counters["attempted"]) == (12, 3)
 assert all(isinstance(one, pytorch_lightning.Callback) for one in callbacks)
 print([name for name in ("lightning",) if name in sys.modules])
 """
 
 
-def last_line(code: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
+@pytest.mark.parametrize("program", [WITHOUT_LIGHTNING, ONLY_PYTORCH_LIGHTNING], ids=range(2))
+def test_import_brings_nothing_unwanted(program: str) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_engine_imports_no_lightning_and_no_extras() -> None:
-    assert last_line(WITHOUT_LIGHTNING) == "[]"
+# Parts of the package, and those that each may import beside itself and the public options.
+COMMON = {"options", "report"}
+MAY_IMPORT = {
+    "core": COMMON,
+    "distributed": COMMON,
+    "model": COMMON | {"core", "distributed"},
+    "options": set(),
+    "report": set(),
+    "checkpoint": COMMON | {"core", "distributed", "model"},
+    "accelerator": COMMON | {"checkpoint", "core", "distributed", "model"},
+}
+ENGINE_NEEDS = {"torch", "numpy", "lightning_stableaa"} | set(sys.stdlib_module_names)
 
 
-def test_pytorch_lightning_serves_alone() -> None:
-    assert last_line(ONLY_PYTORCH_LIGHTNING) == "[]"
+def imported_by(part: str) -> set[str]:
+    """Modules imported anywhere in a folder or module of the package."""
+    paths = list((ROOT / part).rglob("*.py")) or [ROOT / f"{part}.py"]
+    names: set[str] = set()
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0
+                names |= {f"{node.module}.{one.name}" for one in node.names}
+            elif isinstance(node, ast.Import):
+                names |= {one.name for one in node.names}
+    return names
+
+
+@pytest.mark.parametrize("part", MAY_IMPORT)
+def test_layer_imports_only_layers_below(part: str) -> None:
+    imported = imported_by(part)
+    assert {name.split(".")[0] for name in imported} <= ENGINE_NEEDS
+    own = {name.split(".")[1] for name in imported if name.startswith("lightning_stableaa.")}
+    assert own <= MAY_IMPORT[part] | {part}
+
+
+def test_public_names_are_importable_and_listed() -> None:
+    for name in lightning_stableaa.__all__:
+        assert getattr(lightning_stableaa, name).__name__ == name
+    assert set(lightning_stableaa.__all__) <= set(dir(lightning_stableaa))
+    with pytest.raises(AttributeError, match="has no attribute 'MiniBatchLoss'"):
+        _ = lightning_stableaa.MiniBatchLoss

@@ -1,31 +1,228 @@
-"""Random options and histories: a result that equals the reference, or a documented refusal.
+"""Random options, events and resumes: the accelerator does what a plain model of it does.
 
-A few hundred examples by default, always the same ones; ``make nightly`` draws 100,000 new ones of
-each property (``STABLEAA_EXAMPLES=100000``).
+A few examples by default, always the same ones; ``make nightly`` draws 100,000 new ones
+(``STABLEAA_EXAMPLES=100000``).
 """
 
 from __future__ import annotations
 
+import io
 import math
 import os
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, event, example, given, settings
+from hypothesis import HealthCheck, Phase, event, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
+from torch import Tensor, nn
 
-from lightning_stableaa import AndersonAccelerator, Smoothing
-from lightning_stableaa.options import Options, RsdKind, SmoothingApplyTo
-from lightning_stableaa.solver import mixing_weights, propose
-from tests import reference
-from tests.twin import UNINFORMATIVE, Drive, Scenario, condition
+from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
+from lightning_stableaa.core.acceptance import NOISE_DOMINATED, ROUNDING_ERRORS, required_decrease
+from lightning_stableaa.options import Options
+from tests.helpers.model_based import EPS, Model, Vector
 
 EXAMPLES = int(os.environ.get("STABLEAA_EXAMPLES", "0"))
 
-profile = settings(
-    max_examples=EXAMPLES or 200,
+CYCLES = st.integers(1, 3)
+
+
+@st.composite
+def valid_options(draw: st.DrawFn) -> Options:
+    cycle = draw(CYCLES)
+    smoothing = Smoothing(
+        average_window=draw(st.none() | st.integers(2, cycle)) if cycle > 1 else None,
+        rsd_threshold=draw(st.sampled_from([0.0, 0.1, 1.0])),
+        of=draw(st.sampled_from(["updates", "iterates"])),
+        apply_to=draw(st.sampled_from(["history", "weights"])),
+    )
+    return Options(
+        history_depth=draw(st.integers(2, 5)),
+        store_every_n_steps=cycle,
+        accelerate_every_n_steps=cycle * draw(CYCLES),
+        warmup_steps=draw(st.sampled_from([0, 7])),
+        relaxation=draw(st.sampled_from([1.0, 0.5])),
+        lag_compensation=draw(st.sampled_from([0.75, 0.0, 10.0])),
+        max_horizon=draw(st.sampled_from([40.0, 0.0, 0.5])),
+        regularization=draw(st.sampled_from([None, 1e-4, 1e-2, 1.0])),
+        max_extrapolation=draw(st.sampled_from([1000.0, 1.0, math.inf])),
+        safeguard=draw(st.sampled_from(["loss", "loss", "none"])),
+        smoothing=draw(st.sampled_from([None, smoothing])),
+    )
+
+
+class AcceleratorMachine(RuleBasedStateMachine):
+    """Two parameters moved by given steps, with what else happens to them in a training."""
+
+    @initialize(options=valid_options(), stochastic=st.booleans(), seed=st.integers(0, 2**32 - 1))
+    def start(self, options: Options, stochastic: bool, seed: int) -> None:
+        self.options, self.stochastic, self.written = options, stochastic, False
+        self.random = np.random.default_rng(seed)
+        self.drift = self.random.normal(size=5)
+        self.weights = [nn.Parameter(torch.ones(n, dtype=torch.float64)) for n in (2, 3)]
+        self.tracked = self.weights
+        self.optimizer = torch.optim.SGD(self.weights, lr=1.0)
+        self.engine = self.new_engine()
+        self.model = Model(options)
+        self.attempted = self.accepted = self.cycles = 0
+        self.started = False
+
+    def new_engine(self) -> AndersonAccelerator:
+        names = self.options.__dataclass_fields__
+        return AndersonAccelerator(self.optimizer, **{k: getattr(self.options, k) for k in names})
+
+    @property
+    def moving(self) -> list[nn.Parameter]:
+        return [one for one in self.weights if one.requires_grad]
+
+    def tracked_weights(self) -> Vector:
+        return torch.cat([one.detach() for one in self.tracked]).numpy()
+
+    def begin(self) -> None:
+        """The first iterate is stored before a step, of the parameters of the construction."""
+        if not self.started:
+            self.started = True
+            self.model.push(self.tracked_weights())
+
+    def evaluate(self, x: Any, kind: str) -> Any:  # of tensors or arrays
+        return (x * x).sum() * (math.nan if kind == "nan" else -1.0 if kind == "worse" else 1.0)
+
+    @rule(
+        noise=st.sampled_from([0.0, 0.1, 1.0]),
+        drift=st.sampled_from([0.0, -0.01, 1.0]),
+        loss=st.sampled_from(["bowl", "bowl", "bowl", "worse", "nan", "raises"]),
+        count=st.integers(1, 6),
+    )
+    def train(self, noise: float, drift: float, loss: str, count: int) -> None:
+        for _ in range(count):
+            self.begin()
+            step = torch.from_numpy(noise * self.random.normal(size=5) + drift * self.drift)
+            for one, update in zip(self.weights, step.split([2, 3]), strict=True):
+                one.grad = -update if one.requires_grad else None
+            self.optimizer.step()
+            own = self.tracked_weights()
+
+            def loss_fn() -> Tensor:
+                if loss == "raises":
+                    raise ArithmeticError("outside of the domain")
+                return self.evaluate(torch.cat([*self.tracked]), loss)
+
+            self.check(self.engine.step(loss_fn, stochastic=self.stochastic), own, loss)
+
+    @rule()
+    def step_without_gradient(self) -> None:
+        self.begin()
+        self.optimizer.zero_grad()
+        self.optimizer.step()
+        report = self.engine.step(lambda: torch.zeros(()))
+        assert report == StepReport(status=Status.NO_OPTIMIZER_STEP)
+
+    @rule()
+    def write(self) -> None:
+        with torch.no_grad():
+            self.weights[0].mul_(0.5)
+        self.written = self.started
+
+    @rule()
+    def freeze_or_unfreeze(self) -> None:
+        self.weights[1].requires_grad_(not self.weights[1].requires_grad)
+        self.weights[1].grad = None
+
+    @rule()
+    def save_and_load(self) -> None:
+        if len(self.moving) != len(self.tracked) or not self.started:  # such a history is dropped
+            return
+        file = io.BytesIO()
+        torch.save(self.engine.state_dict(), file)
+        file.seek(0)
+        self.engine.detach()
+        self.engine = self.new_engine()
+        self.engine.load_state_dict(torch.load(file, weights_only=True))
+        self.train(noise=0.1, drift=1.0, loss="bowl", count=1)  # the state is in use
+
+    def check(self, report: StepReport, own: Vector, loss: str) -> None:
+        """The report and the weights after one real step of the optimizer."""
+        model, weights = self.model, self.tracked_weights()
+        event(report.status.value)
+        status: Status | None = None
+        if not model.observe(own):
+            status = Status.ACCUMULATING
+        elif len(self.moving) != len(self.tracked):
+            status, self.model = Status.PARAMETERS_CHANGED, Model(self.options)
+            self.model.steps, self.model.since_attempt = model.steps, model.since_attempt
+            self.tracked, self.written = self.moving, False
+            own = weights = self.tracked_weights()
+            self.model.push(own)
+        elif self.written:
+            status, self.written = Status.EXTERNAL_UPDATE, False
+            model.restart_at(own)
+        else:
+            self.cycles += 1
+            own = model.store(own, averaging=bool(report.smoothing_on))
+            status = model.due()
+        if status is None:
+            self.check_attempt(report, own, loss)
+            model.since_attempt = 0
+        else:
+            assert report.status is status
+            np.testing.assert_allclose(weights, own, rtol=1e-14, atol=1e-14)  # of an average
+        assert self.engine.optimizer_steps == self.model.steps
+        counters = (self.engine.attempted, self.engine.accepted)
+        assert counters == (self.attempted, self.accepted)
+
+    def check_attempt(self, report: StepReport, own: Vector, loss: str) -> None:
+        options, weights = self.options, self.tracked_weights()
+        self.attempted += 1
+        self.accepted += report.accepted
+        assert report.horizon is not None
+        assert 0 <= report.horizon <= min(options.max_horizon, self.cycles)
+        predicted = self.model.candidate(report.horizon)
+        if predicted is None:
+            assert report.status is Status.REJECTED_ZERO_RESIDUAL
+            return
+        candidate, gain, error = predicted
+        assert report.gain is not None
+        informative = error < 1e-6
+        if informative:
+            assert math.isclose(report.gain, gain, rel_tol=1e-6, abs_tol=1e-9)
+        if not report.accepted:
+            np.testing.assert_allclose(weights, own, rtol=1e-14, atol=1e-14)  # of an average
+        elif informative:
+            event("candidate compared")
+            assert np.linalg.norm(weights - candidate) <= error
+        if report.accepted:
+            self.model.restart_at(weights)
+        assert report.status is self.expected_status(report, loss)
+        if report.loss_before is not None:
+            assert math.isclose(report.loss_before, self.evaluate(own, loss), rel_tol=1e-12)
+        if report.loss_after is not None and report.accepted:
+            assert math.isclose(report.loss_after, self.evaluate(weights, loss), rel_tol=1e-12)
+
+    def expected_status(self, report: StepReport, loss: str) -> Status:
+        if self.options.safeguard == "none":
+            return Status.ACCEPTED
+        assert report.gain is not None
+        if self.stochastic and report.gain < NOISE_DOMINATED:
+            return Status.SKIPPED_NOISE_DOMINATED
+        if loss in ("raises", "nan"):
+            kinds = {"raises": Status.REJECTED_ERROR, "nan": Status.REJECTED_NON_FINITE_LOSS}
+            return kinds[loss]
+        assert report.loss_before is not None
+        assert report.loss_after is not None
+        decrease, size = report.loss_before - report.loss_after, abs(report.loss_before)
+        if not decrease > ROUNDING_ERRORS * EPS * size:
+            return Status.REJECTED_LOSS_INCREASE
+        if not decrease > required_decrease(report.gain, stochastic=self.stochastic) * size:
+            return Status.REJECTED_INSUFFICIENT_DECREASE
+        return Status.ACCEPTED
+
+
+TestAcceleratorMachine = AcceleratorMachine.TestCase
+TestAcceleratorMachine.settings = settings(
+    max_examples=EXAMPLES or 80,
+    stateful_step_count=20,
     derandomize=not EXAMPLES,
     deadline=None,  # one slow example on a busy machine is no failure
     database=None,
@@ -33,290 +230,4 @@ profile = settings(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-nightly = pytest.mark.timeout(0) if EXAMPLES else pytest.mark.timeout(300)
-
-# Strategies that depend on nothing are built once: building them anew for every example would cost
-# as much as the examples.
-LAMBDAS = st.sampled_from([0.0, 1e-12, 1e-8, 1e-4, 1e-2, 0.3, 1.0, 100.0, 1])
-CAPS = st.sampled_from([math.inf, 1e6, 1000.0, 10, 1.0, 0.3])
-BOOLEANS = st.booleans()
-SEEDS = st.integers(0, 2**32 - 1)
-
-
-def smoothings(cycle: int) -> list[Smoothing]:
-    """All that fit a cycle of that many steps."""
-    return [
-        Smoothing(average_window=window, rsd_threshold=threshold, rsd=rsd, of=of, apply_to=apply_to)
-        for window in (None, *range(2, cycle + 1))
-        for threshold in (0, 0.01, 0.1, 0.5, 2.0, math.inf)
-        for rsd in get_args(RsdKind)
-        for of in (("iterates",) if rsd == "max" else ("iterates", "updates"))
-        for apply_to in get_args(SmoothingApplyTo)
-    ]
-
-
-CYCLES = st.integers(1, 4)
-SMOOTHINGS = {cycle: st.none() | st.sampled_from(smoothings(cycle)) for cycle in range(1, 5)}
-APPLICATIONS = st.sampled_from(["training", "evaluation", "both"])
-APPLICATIONS_OF_AVERAGES = st.sampled_from(["training", "both"])
-SAFEGUARDS = st.sampled_from(["loss", "none"])
-ONE_LAMBDA = st.none() | LAMBDAS
-GRIDS = ONE_LAMBDA | st.lists(LAMBDAS, min_size=1, max_size=3) | st.tuples(LAMBDAS, LAMBDAS)
-FREE_OPTIONS = st.fixed_dictionaries(
-    {
-        "history_depth": st.integers(2, 8),
-        "warmup_steps": st.sampled_from([0, 0, 1, 7]),
-        "relaxation": st.sampled_from([1.0, 1, 0.5, 1e-3]),
-        "lag_compensation": st.sampled_from([0.5, 0, 1.0, 100]),
-        "look_ahead_cycles": st.sampled_from([10.0, 0, 0.5]),
-        "sufficient_decrease": st.sampled_from([None, 0.03, 0, 0.3]),
-        "max_extrapolation": CAPS,
-        "optimizer_state": st.sampled_from(["keep", "mix", "reset"]),
-        "history": st.sampled_from(["auto", "replicated", "sharded"]),
-        "history_device": st.sampled_from([None, "cpu"]),
-    }
-)
-
-
-@st.composite
-def valid_options(draw: st.DrawFn) -> dict[str, Any]:
-    safeguard, cycle = draw(SAFEGUARDS), draw(CYCLES)
-    smoothing = draw(SMOOTHINGS[cycle])
-    follows = smoothing is not None and smoothing.apply_to == "weights"
-    return draw(FREE_OPTIONS) | {
-        "safeguard": safeguard,
-        "store_every_n_steps": cycle,
-        "accelerate_every_n_steps": cycle * draw(CYCLES),
-        "regularization": draw(GRIDS if safeguard == "loss" else ONE_LAMBDA),
-        "smoothing": smoothing,
-        "apply_to": draw(APPLICATIONS_OF_AVERAGES if follows else APPLICATIONS),
-    }
-
-
-RARE = ("same again", "stand still", "no gradient", "edit", "late edit", "reload", "freeze")
-CALM = ("step",) * 24 + RARE
-STORMY = ("step",) * 12 + RARE + ("nan", "inf")
-
-VALID_OPTIONS = valid_options()
-SHAPES = st.lists(
-    st.sampled_from([(), (1,), (2,), (7,), (3, 4), (2, 1, 5), (0,), (20,)]), min_size=1, max_size=4
-)
-DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
-MIXED = st.sampled_from([False, False, False, True])
-ORDINARY = [1.0, 1.0, 1e-3, 1e4, 1e-30, 1e37]
-SCALES = st.sampled_from(ORDINARY)
-SCALES_OF_DOUBLES = st.sampled_from([*ORDINARY, 1e-120, 1e120, 1e-200, 1e200])
-OFFSETS = st.sampled_from([0.0, 1.0, 1.0, 100.0])
-KINDS = st.sampled_from([CALM, CALM, CALM, STORMY])
-EVENTS = st.binary(min_size=1, max_size=6) | st.binary(min_size=20, max_size=40)
-LOSSES = st.sampled_from(["bowl", "bowl", "finite", "any", "nothing", "raises"])
-
-
-@st.composite
-def scenarios(draw: st.DrawFn) -> Scenario:
-    shapes = draw(SHAPES)
-    dtype, mixed = draw(DTYPES), draw(MIXED)
-    other = torch.float32 if mixed else dtype
-    doubles = dtype == torch.float64 and not mixed
-    kinds = draw(KINDS)
-    return Scenario(
-        options=draw(VALID_OPTIONS),
-        sizes=tuple(shapes),
-        dtypes=tuple(dtype if k % 2 == 0 else other for k in range(len(shapes))),
-        scale=draw(SCALES_OF_DOUBLES if doubles else SCALES),
-        offset=draw(OFFSETS),
-        events=tuple(kinds[one % len(kinds)] for one in draw(EVENTS)),
-        losses=draw(LOSSES),
-        with_loss=draw(BOOLEANS),
-        seed=draw(SEEDS),
-        of_sample=draw(BOOLEANS),
-        tells_training_loss=draw(BOOLEANS),
-    )
-
-
-# A point that is not finite begins a cycle, and something else mends the weights.
-MENDED = Scenario(
-    options={
-        "history_depth": 4,
-        "store_every_n_steps": 2,
-        "accelerate_every_n_steps": 2,
-        "smoothing": Smoothing(average_window=2, rsd_threshold=0.5, rsd="max", apply_to="history"),
-    },
-    sizes=((), ()),
-    dtypes=(torch.float64, torch.float64),
-    scale=1.0,
-    offset=0.0,
-    events=("step",) * 7 + ("nan", "step", "edit") + ("step",) * 10,
-    losses="bowl",
-    with_loss=False,
-    seed=1,
-)
-
-
-@nightly
-@profile
-@example(MENDED)
-@given(scenarios())
-@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
-def test_every_history_gives_the_reference_or_a_documented_refusal(scenario: Scenario) -> None:
-    outcome = Drive(scenario).run()
-    for status in outcome.statuses:
-        event(status.value)
-    event(f"compared: {min(outcome.compared, 3)}, uninformative: {min(outcome.uninformative, 3)}")
-    if outcome.refused:
-        event(outcome.refused)
-
-
-COUNTS, SIZES = st.integers(1, 8), st.integers(1, 40)
-SCALES_OF_VECTORS = st.sampled_from([1.0, 1e-3, 1e-120, 1e120])
-SPREADS = st.sampled_from([1.0, 1e-8])
-ROWS = st.sampled_from(["own", "own", "own", "zero", "repeated", "collinear"])
-SPOILED = st.sampled_from([None] * 9 + [math.nan, math.inf, -math.inf])
-
-
-@st.composite
-def residuals(draw: st.DrawFn) -> np.ndarray:  # (m, n)
-    """Vectors of one history, some of them zero, repeated, collinear or not finite."""
-    m, n = draw(COUNTS), draw(SIZES)
-    random = np.random.default_rng(draw(SEEDS))
-    rows = random.normal(size=(m, n)) * draw(SCALES_OF_VECTORS)
-    rows *= random.choice([1.0, draw(SPREADS)], size=(m, 1))
-    for row in range(m):
-        match draw(ROWS):
-            case "zero":
-                rows[row] = 0.0
-            case "repeated":
-                rows[row] = rows[0]
-            case "collinear":
-                rows[row] = -3 * rows[0]
-    spoiled = draw(SPOILED)
-    if spoiled is not None:
-        rows[random.integers(m), random.integers(n)] = spoiled
-    return rows
-
-
-RESIDUALS = residuals()
-
-
-@nightly
-@profile
-@given(RESIDUALS, LAMBDAS)
-def test_mixing_weights_equal_the_reference_or_are_nan(rows: np.ndarray, value: float) -> None:
-    gram = torch.from_numpy(rows) @ torch.from_numpy(rows).T
-    alpha = mixing_weights(gram, regularization=value).numpy()
-    if not np.isfinite(rows).all() or not rows.any():
-        event("nothing defined")
-        assert np.isnan(alpha).all()
-        return
-    m = len(rows)
-    expected = reference.mixing_weights(list(rows), value)
-    assert not alpha[~rows.any(axis=1)].any()
-    size = np.abs(expected).sum()
-    # each term of the sum is rounded
-    assert abs(alpha.sum() - 1) <= 8 * m * 2.2e-16 * np.abs(alpha).sum()
-    # as good a minimum of equation (3), however ill-conditioned: of the norm of what is mixed
-    ridge = max(value, m * np.finfo(float).eps) * np.trace(gram.numpy()) / rows.any(axis=1).sum()
-
-    def objective(weights: np.ndarray) -> float:
-        mixed = weights @ rows
-        return float(mixed @ mixed + ridge * weights @ weights)
-
-    rounding = 64 * m * 2.2e-16 * size * size * np.trace(gram.numpy())
-    assert objective(alpha) <= objective(expected) * (1 + 1e-6) + rounding
-    error = 16 * m * (rows.shape[1] + m) * 2.2e-16 * condition(list(rows), value)
-    if error < UNINFORMATIVE:
-        event("compared")
-        assert np.abs(alpha - expected).max() <= error * size
-
-
-STARTS = st.sampled_from([0.0, 1.0, 10.0])
-
-
-@st.composite
-def histories(draw: st.DrawFn) -> tuple[np.ndarray, list[bool]]:
-    """Stored points (q + 1, n), and which of their differences are residuals."""
-    rows = draw(RESIDUALS)
-    linked = [draw(BOOLEANS) for _ in rows]
-    linked[draw(COUNTS) % len(rows)] = True
-    start = np.nan_to_num(rows[:1], posinf=1.0, neginf=1.0) * draw(STARTS)
-    with np.errstate(invalid="ignore", over="ignore"):
-        return np.concatenate([start, start + rows.cumsum(axis=0)]), linked
-
-
-@nightly
-@profile
-@given(histories(), st.lists(LAMBDAS, min_size=1, max_size=3), CAPS, st.sampled_from([1.0, 0.5]))
-def test_no_jump_is_longer_than_the_cap(
-    history: tuple[np.ndarray, list[bool]], grid: list[float], cap: float, relaxation: float
-) -> None:
-    points, linked = history
-    steps = torch.from_numpy(points).diff(dim=0)
-    found = propose(
-        steps @ steps.T,
-        linked,
-        regularization=grid,
-        relaxation=relaxation,
-        max_extrapolation=cap,
-    )
-    size = steps[torch.tensor(linked)].square().sum(dim=1).mean().sqrt().item()
-    assert found.jumps.shape == (len(grid), len(linked))
-    if not bool(steps.square().sum().isfinite()):
-        event("not finite, perhaps across a break")
-        assert not math.isfinite(found.residual_norm)
-        return
-    if size == 0:
-        event("nothing moved")
-        assert found.residual_norm == 0
-        return
-    # a sum of squares, and its root
-    assert math.isclose(found.residual_norm, size, rel_tol=1e-12)
-    # the length of a jump that nearly cancels is known to the square root of the rounding
-    slack = (1e-14 * (found.jumps.abs() @ steps.norm(dim=1)).square()).sqrt()
-    lengths = (found.jumps @ steps).norm(dim=1)
-    assert bool((lengths <= cap * size * (1 + 1e-6) + slack).all())
-    assert bool(((lengths - found.norms).abs() <= 1e-6 * lengths + slack).all())
-
-
-WRONG_VALUES = st.one_of(
-    st.sampled_from([math.nan, math.inf, -math.inf, -1, 0, -0.5, 2.5, 1e400, True, None, ""]),
-    st.sampled_from(["loss", "cpu", "1e-3", "all", [], {}, [None], ["a"], [-1.0], [True], b"x"]),
-    st.integers(-3, 10**30),
-    st.floats(),
-    st.text(max_size=8),
-    st.lists(st.floats(), max_size=3),
-    st.builds(object),
-)
-
-
-@nightly
-@profile
-@given(VALID_OPTIONS, st.sampled_from(sorted(Options.__dataclass_fields__)), WRONG_VALUES)
-def test_any_option_is_taken_or_refused_in_a_sentence_that_names_it(
-    options: dict[str, Any], name: str, value: Any
-) -> None:
-    Options(**options)
-    if name == "history_depth" and isinstance(value, int) and value > 10**4:
-        value = -value  # a depth that only memory limits
-    changed: dict[str, Any] = options | {name: value}
-    try:
-        taken = Options(**changed)
-    except (TypeError, ValueError) as error:
-        event(f"{name} refused")
-        sentence = str(error)
-        # a conflict may be told from either side
-        assert sentence.startswith((*options, "average_window")), sentence
-        assert name in sentence or "average_window" in sentence, sentence
-        assert "\n" not in sentence
-        with pytest.raises(type(error)):
-            accelerator(changed)
-        return
-    event(f"{name} taken")
-    assert all(math.isfinite(one) and one >= 0 for one in taken.regularization_grid or ())
-    engine = accelerator(changed)
-    assert engine.options == taken
-    engine.detach()
-
-
-def accelerator(options: dict[str, Any]) -> AndersonAccelerator:
-    weight = torch.nn.Parameter(torch.zeros(2))
-    return AndersonAccelerator(torch.optim.SGD([weight], lr=0.1), **options)
+pytestmark = pytest.mark.timeout(0 if EXAMPLES else 300)

@@ -1,29 +1,39 @@
-"""SmoothingMonitor: Lightning glue of the adaptive moving average."""
+"""SmoothingMonitor: the paper's adaptive moving average."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from lightning_stableaa.averaging import WeightSmoother
-from lightning_stableaa.callbacks.base import LightningCallback, log_to_loggers
-from lightning_stableaa.callbacks.support import check_supported
+from lightning_stableaa.accelerator import AndersonAccelerator
+from lightning_stableaa.callbacks.base import (
+    EngineCallback,
+    log_to_loggers,
+    log_to_progress_bar,
+)
 from lightning_stableaa.options import RsdKind, RsdOf, Smoothing, SmoothingApplyTo
+from lightning_stableaa.report import StepReport
+
+# Iterates of a window where there is no cycle to take it from.
+DEFAULT_WINDOW = 10
 
 
-class SmoothingMonitor(LightningCallback):
-    """Logs the relative standard deviation (RSD) of the iterates and toggles a moving average.
+class SmoothingMonitor(EngineCallback):
+    """Logs the relative standard deviation (RSD) of the updates and switches a moving average.
 
-    Beside an ``AndersonCallback``, in any order, it is that callback's ``smoothing``. Alone it
-    logs the RSD of every window and, with ``apply_to="weights"``, writes the averages over the
-    weights while the RSD is high.
+    Beside an ``AndersonCallback``, in any order, it is that callback's ``smoothing``: while the RSD
+    is high, averages of the iterates enter the history. Alone it logs the RSD of every window and,
+    with ``apply_to="weights"``, writes the averages over the weights while the RSD is high.
 
     Args:
         average_window: iterates averaged; ``None`` is one cycle of the AndersonCallback, or 10
             steps without one.
-        rsd_threshold: RSD above which the average is on; dimensionless.
-        rsd: ``"norm"`` or ``"max"``, see :class:`~lightning_stableaa.Smoothing`.
-        of: ``"iterates"`` or ``"updates"``.
-        apply_to: ``"history"`` or ``"weights"``.
+        rsd_threshold: RSD above which the average is on; dimensionless. 0 keeps it on, inf off.
+        rsd: ``"norm"`` is ||sigma||_2 / ||mu||_2, ``"max"`` is max sigma_i / max |mu_i|.
+        of: what the RSD is measured on: ``"updates"``, the differences of consecutive iterates
+            (noise to signal of the steps), or ``"iterates"`` themselves.
+        apply_to: ``"history"`` puts the averages into the history, ``"weights"`` writes them over
+            the weights as well.
 
     Logs ``smoothing/rsd`` (dimensionless) and ``smoothing/on`` (0 or 1) at every window's end.
 
@@ -42,6 +52,7 @@ class SmoothingMonitor(LightningCallback):
         of: RsdOf = Smoothing.of,
         apply_to: SmoothingApplyTo = Smoothing.apply_to,
     ) -> None:
+        super().__init__()
         self.smoothing = Smoothing(
             average_window=average_window,
             rsd_threshold=rsd_threshold,
@@ -49,77 +60,34 @@ class SmoothingMonitor(LightningCallback):
             of=of,
             apply_to=apply_to,
         )
-        self._engine: WeightSmoother | None = None
-        self._optimizers: list[Any] = []
-        self._loaded: dict[str, Any] = {}
-        self._loaded_from_checkpoint = False  # else an earlier fit left it
 
-    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse what cannot work before anything is trained."""
-        if stage == "fit":
-            self._stop()  # where an exception ended the fit before
-            if not self._loaded_from_checkpoint:
-                self._loaded = {}  # a new fit begins a new window
-            check_supported(trainer, pl_module, type(self).__name__)
-
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Take up the optimizers, unless an AndersonCallback does the work."""
-        check_supported(trainer, pl_module, type(self).__name__)
-        if not any(getattr(one, "uses_smoothing_monitor", False) for one in trainer.callbacks):
-            self._start(trainer)
-
-    def on_train_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Follow the optimizers where they were replaced."""
-        if self._engine is not None and trainer.optimizers != self._optimizers:
-            self._stop()
-            self._start(trainer)
+    def make_engine(self, trainer: Any, pl_module: Any) -> AndersonAccelerator | None:
+        """One that never extrapolates; ``None`` beside an AndersonCallback, which does the work."""
+        others = [one for one in trainer.callbacks if isinstance(one, EngineCallback)]
+        if any(not isinstance(one, SmoothingMonitor) for one in others):
+            return None
+        window = self.smoothing.average_window or DEFAULT_WINDOW
+        return AndersonAccelerator(
+            trainer.optimizers,
+            history_depth=2,
+            store_every_n_steps=window,
+            accelerate_every_n_steps=window << 40,
+            safeguard="none",
+            smoothing=self.smoothing,
+        )
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log the RSD at the end of a window."""
-        if self._engine is None:
-            return
-        report = self._engine.step()
-        if report.rsd is not None:
-            log_smoothing(trainer, pl_module, report.rsd, on=bool(report.smoothing_on))
-
-    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """What a checkpoint held is of no use to another fit, also where nothing was trained."""
-        self._loaded_from_checkpoint = False
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Let go of the optimizers, keeping the state for a checkpoint."""
-        self._stop()
-
-    def state_dict(self) -> dict[str, Any]:
-        """State of the open window; empty where an AndersonCallback keeps it."""
-        return self._loaded if self._engine is None else self._engine.state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state, on the CPU, until the optimizers exist."""
-        self._loaded = state_dict
-        self._loaded_from_checkpoint = True
-
-    def _start(self, trainer: Any) -> None:
-        self._optimizers = list(trainer.optimizers)
-        self._engine = WeightSmoother(self._optimizers, self.smoothing)
-        if self._loaded:
-            self._engine.load_state_dict(self._loaded)
-            self._loaded = {}
-        self._loaded_from_checkpoint = False
-
-    def _stop(self) -> None:
         if self._engine is not None:
-            self._loaded = self._engine.state_dict()
-            self._engine.detach()
-            self._engine = None
+            log_smoothing(trainer, pl_module, self._engine.step())
 
 
-def log_smoothing(trainer: Any, pl_module: Any, rsd: float, *, on: bool) -> None:
-    """RSD and switch to the loggers, RSD to the progress bar."""
-    log_to_loggers(trainer, {"smoothing/rsd": rsd, "smoothing/on": float(on)})
-    if trainer.progress_bar_callback is not None:
-        pl_module.log("rsd", rsd, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+def log_smoothing(trainer: Any, pl_module: Any, report: StepReport) -> None:
+    """RSD and switch to the loggers, RSD to the progress bar, where a window ended."""
+    if report.rsd is None:
+        return
+    values = {"smoothing/rsd": report.rsd, "smoothing/on": float(bool(report.smoothing_on))}
+    log_to_loggers(trainer, {name: one for name, one in values.items() if math.isfinite(one)})
+    log_to_progress_bar(trainer, pl_module, "rsd", report.rsd)

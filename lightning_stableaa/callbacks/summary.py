@@ -1,30 +1,35 @@
-"""One paragraph at the end of fit: how many candidates were taken, and what to turn if few were."""
+"""One paragraph at the end of fit: what Anderson acceleration did for this run."""
 
 from __future__ import annotations
 
 import logging
 
 from lightning_stableaa.accelerator import AndersonAccelerator
-from lightning_stableaa.status import Status
+from lightning_stableaa.report import Status
+
+# Attempts from which on their outcomes say something.
+_ENOUGH = 5
 
 
-def summary(engine: AndersonAccelerator) -> tuple[int, str]:
-    """Log level and text: a warning that names an option when few candidates were taken."""
+def summarize(engine: AndersonAccelerator) -> tuple[int, str]:
+    """Log level and text: a warning only where something is wrong that a user can turn."""
     attempted, accepted = engine.attempted, engine.accepted
     head = (
         f"Anderson acceleration: {accepted} of {attempted} extrapolations accepted in "
         f"{engine.optimizer_steps} optimizer steps"
     )
+    if engine.disabled is not None:
+        return logging.WARNING, f"{head}, until it was switched off: {engine.disabled}."
     if engine.optimizer_steps == 0:
         return logging.WARNING, (
             f"{head}: no step with gradients was seen of the optimizers of the Trainer; check that "
             "configure_optimizers returns those that are stepped, and that gradients are still "
             "there when their step ends."
         )
-    breaks = (Status.PARAMETERS_CHANGED, Status.WEIGHTS_CHANGED)
-    why = max(breaks, key=lambda status: engine.outcomes[status])
-    if attempted == 0 and engine.outcomes[why]:
-        return logging.WARNING, f"{head}: {engine.outcomes[why]} times {why.remedy}."
+    changes = (Status.PARAMETERS_CHANGED, Status.EXTERNAL_UPDATE)
+    change = max(changes, key=lambda status: engine.outcomes[status])
+    if attempted == 0 and engine.outcomes[change]:
+        return logging.WARNING, f"{head}: {engine.outcomes[change]} times {change.hint}."
     if attempted == 0:
         return logging.WARNING, (
             f"{head}: none was due with two residuals in the history; train longer, or lower "
@@ -32,7 +37,13 @@ def summary(engine: AndersonAccelerator) -> tuple[int, str]:
             f"({engine.options.warmup_steps})."
         )
     rejected = {status: count for status, count in engine.outcomes.items() if status.rejected}
-    if 3 * accepted >= attempted or not rejected:  # an earlier version may have had other names
+    if 4 * accepted >= attempted or not rejected:
         return logging.INFO, f"{head}."
-    why = max(rejected, key=lambda status: rejected[status])
-    return logging.WARNING, f"{head}. Most often ({rejected[why]} times) {why.remedy}."
+    cause = max(rejected, key=lambda status: rejected[status])
+    harmless = cause in (
+        Status.SKIPPED_NOISE_DOMINATED,
+        Status.REJECTED_LOSS_INCREASE,
+        Status.REJECTED_INSUFFICIENT_DECREASE,
+    )
+    level = logging.INFO if harmless or attempted < _ENOUGH else logging.WARNING
+    return level, f"{head}. Most often ({rejected[cause]} times) {cause.hint}."

@@ -13,7 +13,7 @@ from lightning_stableaa.recipes.base import RecipeModule
 class AdmissionsModule(RecipeModule):
     """Mean squared error of a network that maps (batch, 7) to (batch, 1)."""
 
-    decisive_metric = "val/mse"
+    monitor = "val/mse"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -39,7 +39,7 @@ def generator_for(seed: tuple[int, ...]) -> Generator:
 
 
 class Burgers100dData(lightning.LightningDataModule):
-    """Training points, drawn anew every ``redraw_every`` optimizer steps.
+    """Training points, redrawn every ``redraw_every`` optimizer steps.
 
     The points depend on ``seed``, the rank and the step alone, so a resumed run meets the same
     ones, and the ranks of a distributed run meet different ones.

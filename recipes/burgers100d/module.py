@@ -14,7 +14,7 @@ from lightning_stableaa.recipes.base import RecipeModule
 from lightning_stableaa.recipes.burgers100d.data import Points
 from lightning_stableaa.recipes.burgers100d.laplacian import Estimator, derivatives
 from lightning_stableaa.recipes.burgers100d.problems import Problem
-from lightning_stableaa.recipes.errors import blamed_on
+from lightning_stableaa.recipes.errors import attribute_to
 from lightning_stableaa.recipes.metrics import RelativeL2Error
 
 
@@ -32,7 +32,7 @@ class Burgers100dModule(RecipeModule):
         probes: directions of the estimates.
     """
 
-    decisive_metric = "val/relative_l2"
+    monitor = "val/relative_l2"
     shardable = False
 
     def __init__(
@@ -62,7 +62,7 @@ class Burgers100dModule(RecipeModule):
         inputs, _ = self.features()
         like = next(self.network.parameters())
         point = torch.zeros(1, inputs, dtype=like.dtype, device=like.device)
-        with blamed_on("module"), torch.random.fork_rng(devices=[]):
+        with attribute_to("module"), torch.random.fork_rng(devices=[]):
             derivatives(self.network, point, estimator=self.laplacian, probes=self.probes)
 
     def losses(self, points: Points) -> tuple[Tensor, Tensor]:

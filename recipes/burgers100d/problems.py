@@ -47,7 +47,7 @@ class LogisticBurgers:
     the final time t = 1 on the whole of R^d, and follows the process X_t = d W_t from X_0 = 0. Both
     are kept: the solution is given at t = 1, and points follow the law of X_t, with t uniform on
     [0, 1]. In the unit cube instead, mean x would lie within 0.5 +- 0.03, so that u would depend
-    on little but t. Like the source's paths, points are best drawn anew at every step: a network
+    on little but t. Like the source's paths, points are best redrawn at every step: a network
     that keeps 400 final values for 500 steps learns them by heart (relative error 0.6 against
     0.02 after 1000 steps).
 

@@ -1,4 +1,4 @@
-"""Points at which the network is trained, and the grid on which it is judged."""
+"""Points at which the network is trained, and the grid on which it is validated."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -43,7 +43,7 @@ def draw_points(interior: int, border: int, seed: tuple[int, ...]) -> Points:
 
 
 class Burgers2dData(lightning.LightningDataModule):
-    """Training points, drawn anew every ``redraw_every`` optimizer steps, and a reference grid.
+    """Training points, redrawn every ``redraw_every`` optimizer steps, and a reference grid.
 
     The points depend on ``seed``, the rank and the step alone, so a resumed run meets the same
     ones, and the ranks of a distributed run meet different ones.

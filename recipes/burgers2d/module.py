@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_stableaa.recipes.base import RecipeModule
 from lightning_stableaa.recipes.burgers2d.data import Points
-from lightning_stableaa.recipes.burgers2d.picture import draw_solution
+from lightning_stableaa.recipes.burgers2d.plots import draw_solution
 from lightning_stableaa.recipes.burgers2d.reference import VISCOSITY
 from lightning_stableaa.recipes.metrics import RelativeL2Error
 
@@ -40,7 +40,7 @@ class Burgers2dModule(RecipeModule):
     Source: Raissi, Perdikaris, Karniadakis 2019, section 3.1.1 (appendix A.1).
     """
 
-    decisive_metric = "val/relative_l2"
+    monitor = "val/relative_l2"
     shardable = False
 
     def __init__(

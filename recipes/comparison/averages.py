@@ -13,7 +13,7 @@ class LateWeightAveraging(WeightAveraging):
 
     Lightning's ``StochasticWeightAveraging`` needs ``max_epochs`` and shows the average only
     after the last validation; ``WeightAveraging`` with a late start validates, until then, the
-    weights before training. Both are mended here.
+    weights before training. This class does neither.
 
     Args:
         start_share: share of the run after which averaging begins.

@@ -1,6 +1,6 @@
-"""What a run cost until it was as good as another one; pure functions of recorded curves.
+"""What a run cost until it reached a target; pure functions of recorded curves.
 
-Cost is counted in gradients of a batch. An extra evaluation of the loss, such as the safeguard's,
+Cost is counted in gradients of a batch. A further evaluation of the loss, such as the safeguard's,
 counts one third: a backward pass takes about twice the time of a forward pass.
 """
 
@@ -12,32 +12,35 @@ from typing import Literal
 Mode = Literal["min", "max"]
 
 LOSS_COST = 1 / 3  # of a gradient
+DIVERGED = 10  # times the first validation
 
 
 @dataclass
 class Curve:
     """One entry a validation, oldest first.
 
-    ``gradients`` and ``losses`` are evaluations so far, ``seconds`` the time spent in training so
+    ``gradients`` and ``loss_evaluations`` count those so far, ``seconds`` is the training time so
     far (without validations), ``processor_seconds`` what the process used of the processor in that
-    time, ``values`` the decisive metric as validation logged it, and ``accepted`` and
-    ``attempted`` the extrapolations so far.
+    time, ``values`` the monitored metric as validation logged it, and ``accepted`` and
+    ``attempted`` count the extrapolations so far. ``disabled`` is why acceleration was switched
+    off.
     """
 
     gradients: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    loss_evaluations: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     processor_seconds: list[float] = field(default_factory=list)
     values: list[float] = field(default_factory=list)
     attempted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    disabled: str | None = None
 
     @property
     def costs(self) -> list[float]:
         """Gradients, and evaluations of the loss at one third."""
         return [
             gradients + LOSS_COST * losses
-            for gradients, losses in zip(self.gradients, self.losses, strict=True)
+            for gradients, losses in zip(self.gradients, self.loss_evaluations, strict=True)
         ]
 
 
@@ -63,17 +66,17 @@ def cost_to_reach(curve: Curve, target: float, mode: Mode) -> float:
     return math.inf if index is None else curve.costs[index]
 
 
-def cost_to_keep(curve: Curve, target: float, mode: Mode) -> float:
+def cost_to_stay(curve: Curve, target: float, mode: Mode) -> float:
     """Cost at the validation from which on all are at least as good as ``target``; inf if none.
 
-    Where the metric goes up and down, the first hit is luck; this is not.
+    Where the metric oscillates, the first hit may be luck; this is not.
     """
-    kept = math.inf
+    stayed = math.inf
     for cost, value in zip(reversed(curve.costs), reversed(curve.values), strict=True):
         if not at_least_as_good(value, target, mode):
             break
-        kept = cost
-    return kept
+        stayed = cost
+    return stayed
 
 
 def seconds_to_reach(curve: Curve, target: float, mode: Mode) -> float:
@@ -113,6 +116,34 @@ def _within(curve: Curve, budget: float) -> list[float]:
 def final_value(curve: Curve, mode: Mode) -> float:
     """The metric at the last validation."""
     return _or_worst(curve.values[-1], mode) if curve.values else worst_value(mode)
+
+
+def diverged(curve: Curve, first: float, mode: Mode) -> bool:
+    """Whether the second half of a run is far worse than where training began.
+
+    Its worst validation is not finite, or more than 10 times ``first`` where less is better; less
+    than half of it where more is better.
+
+    Args:
+        curve: of the run.
+        first: the first validation of the plain run with the same seed.
+        mode: which values are better.
+    """
+    late = curve.values[len(curve.values) // 2 :]
+    if not all(map(math.isfinite, late)):
+        return True
+    if not math.isfinite(first):
+        return False
+    if mode == "min":
+        return max(late) > first + (DIVERGED - 1) * abs(first)
+    return min(late) < first - abs(first) / 2
+
+
+def worst_after_best(curve: Curve, mode: Mode) -> float:
+    """The worst validation from the best one of the run on: what a run loses again."""
+    values = [_or_worst(value, mode) for value in curve.values]
+    best, worst = (min, max) if mode == "min" else (max, min)
+    return worst(values[values.index(best(values)) :])
 
 
 def same_values(curve: Curve, other: Curve) -> bool:

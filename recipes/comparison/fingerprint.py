@@ -1,4 +1,4 @@
-"""What decides the outcome of a run: only where all of it is the same is a finished one kept."""
+"""What determines the outcome of a run; a finished run is reused where all of it is the same."""
 
 import functools
 import hashlib
@@ -16,12 +16,12 @@ from lightning_stableaa.recipes.comparison.environment import hash_of_package, v
 
 def fingerprint_of(settings: dict[str, Any]) -> str:
     """Of the settings, all sources, the data files that settings name, and versions."""
-    decisive = {
+    determining = {
         "settings": settings,
         "versions": versions(),
         "lightning_stableaa": hash_of_package(),
     } | contents_of(settings)
-    text = json.dumps(decisive, sort_keys=True, default=str)
+    text = json.dumps(determining, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

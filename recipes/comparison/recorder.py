@@ -47,7 +47,7 @@ class CostRecorder(Callback):
     """Writes ``curve.json``, a :class:`Curve`, into ``folder`` when training ends.
 
     Args:
-        metric: name under which validation logs the decisive metric.
+        metric: name under which validation logs the monitored metric.
         folder: the run folder.
     """
 
@@ -69,7 +69,7 @@ class CostRecorder(Callback):
     def on_after_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """One gradient, whoever asked for it: L-BFGS asks many times in one step."""
+        """One gradient, also the many of one L-BFGS step."""
         self.gradients += 1
 
     def on_validation_start(
@@ -82,8 +82,8 @@ class CostRecorder(Callback):
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Takes down the metric, where this validation logged it, and its cost."""
-        self._take_down(trainer)
+        """Records the metric, where this validation logged it, and its cost."""
+        self._record(trainer)
         self.started = Clocks.now()
 
     def on_train_end(
@@ -106,7 +106,7 @@ class CostRecorder(Callback):
             )
         write_atomically(self.path, json.dumps(dataclasses.asdict(self.curve)))
 
-    def _take_down(self, trainer: lightning.Trainer) -> None:
+    def _record(self, trainer: lightning.Trainer) -> None:
         logged = trainer.callback_metrics
         # Lightning keeps what training and earlier validations logged
         new = {name: value for name, value in logged.items() if value is not self.before.get(name)}
@@ -120,12 +120,13 @@ class CostRecorder(Callback):
         losses = attempted = accepted = 0
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # "callbacks" is set by a connector
             if isinstance(callback, AndersonCallback) and callback.accelerator is not None:
-                losses += callback.extra_losses
+                losses += callback.loss_evaluations
+                self.curve.disabled = callback.accelerator.disabled
                 attempted += callback.accelerator.attempted
                 accepted += callback.accelerator.accepted
         row: dict[str, Any] = {
             "gradients": self.gradients,
-            "losses": losses,
+            "loss_evaluations": losses,
             "seconds": round(self.clocks.wall, 4),
             "processor_seconds": round(self.clocks.processor, 4),
             "values": new[self.metric].item(),

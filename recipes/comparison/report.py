@@ -44,7 +44,7 @@ def write_report(
         "seeds": plan.seeds,
         "verdict": list(sentences),
         "definitions": list(DEFINITIONS),
-        "best_swept": summary.best_swept,
+        "tuned_baseline": summary.tuned_baseline,
         "variants": {
             name: {"about": plan.about[name], **_asdict(one)}
             for name, one in summary.variants.items()
@@ -64,28 +64,29 @@ def write_report(
 def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
     """Verdict, table, legend and definitions in Markdown."""
     better = "less" if plan.mode == "min" else "more"
-    swept = summary.best_swept != summary.baseline
+    tuned = summary.tuned_baseline != summary.baseline
     lines = [
         f"# {plan.title}: {plan.metric} ({better} is better), {_plural(len(plan.seeds), 'seed')}",
         "",
         *(f"- {sentence}" for sentence in sentences),
         "",
-        f"| variant | cost to reach {summary.baseline}'s final "
-        "| cost to keep it "
-        + (f"| cost to reach {summary.best_swept}'s final " if swept else "")
-        + "| final | at equal cost | best | rank | time | processor time | memory, MiB | accepted "
-        "| smoothing on |",
-        "|---" * (12 + swept) + "|",
+        f"| variant | cost to target (final value of {summary.baseline}) | cost to stay at target "
+        + (f"| cost to target of {summary.tuned_baseline} " if tuned else "")
+        + "| final | at equal cost | best | diverged | worst after best | rank | time "
+        "| processor time | memory, MiB | accepted | average on |",
+        "|---" * (14 + tuned) + "|",
     ]
     for name, one in summary.variants.items():
         cells = [
             name + (f" ({len(one.errors)} failed)" if one.errors else ""),
             _ratio_cell(one.cost_ratio),
-            _ratio_cell(one.keep_ratio),
-            *([_ratio_cell(one.swept_ratio)] if swept else []),
+            _ratio_cell(one.stay_ratio),
+            *([_ratio_cell(one.tuned_ratio)] if tuned else []),
             _value_cell(one.final),
             _significant(one.equal_cost.median),
             _significant(one.best.median),
+            f"{one.diverged} of {len(one.seeds)}" if one.seeds else "",
+            _value_cell(one.worst_after_best),
             _significant(one.rank, 2),
             _significant(one.time_ratio, 3),
             _significant(one.processor_ratio, 3),
@@ -172,12 +173,14 @@ def _row(run: Run, summary: Summary) -> dict[str, Any]:
         "final": result and result.final,
         "at_equal_cost": result and result.equal_cost,
         "best_at_equal_cost": result and result.best,
-        "cost_to_plain_ratio": result and result.cost_ratio,
-        "cost_to_keep_plain_ratio": result and result.keep_ratio,
-        "seconds_to_plain_ratio": result and result.seconds_ratio,
-        "cost_to_best_swept_ratio": result and result.swept_ratio,
+        "worst_after_best": result and result.worst_after_best,
+        "diverged": result and int(result.diverged),
+        "cost_to_target_ratio": result and result.cost_ratio,
+        "cost_to_stay_ratio": result and result.stay_ratio,
+        "seconds_to_target_ratio": result and result.seconds_ratio,
+        "cost_to_tuned_target_ratio": result and result.tuned_ratio,
         "gradients": curve.gradients[-1] if ended else None,
-        "extra_losses": curve.losses[-1] if ended else None,
+        "loss_evaluations": curve.loss_evaluations[-1] if ended else None,
         "cost": curve.costs[-1] if ended else None,
         "seconds": curve.seconds[-1] if ended else None,
         "processor_seconds": curve.processor_seconds[-1] if ended else None,
@@ -185,6 +188,7 @@ def _row(run: Run, summary: Summary) -> dict[str, Any]:
         "attempted": curve.attempted[-1] if ended else None,
         "accepted": curve.accepted[-1] if ended else None,
         "smoothing_on": run.smoothing_on,
+        "disabled": curve.disabled,
         "error": run.error and shorten_paths(run.error),
     }
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from lightning_stableaa.recipes.cli_errors import USER_ERRORS, format_error
 from lightning_stableaa.recipes.comparison.cost import Curve
 from lightning_stableaa.recipes.comparison.environment import processor
 from lightning_stableaa.recipes.comparison.fingerprint import contents_of
@@ -31,9 +32,8 @@ from lightning_stableaa.recipes.comparison.recorder import CURVE
 from lightning_stableaa.recipes.comparison.variants import TRAINING, Job
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.files import write_atomically
-from lightning_stableaa.recipes.mistakes import MISTAKES, explain
-from lightning_stableaa.recipes.pictures import read_metrics
-from lightning_stableaa.recipes.train import quieten, train
+from lightning_stableaa.recipes.plots import read_metrics
+from lightning_stableaa.recipes.train import filter_warnings, train
 
 RESULT = "result.json"
 FAILURE = "failure.json"
@@ -51,7 +51,7 @@ class Run:
     curve: Curve = field(default_factory=Curve)
     processor: str | None = None  # what computed
     error: str | None = None
-    mistake: bool = False  # the error is a wrong configuration, which no other run would survive
+    is_user_error: bool = False  # a wrong configuration, which no other run would survive
     peak_memory: int | None = None  # bytes: of the device on CUDA, else of the whole process
     rsd_gradients: list[float] = field(default_factory=list)
     rsd: list[float] = field(default_factory=list)
@@ -88,13 +88,13 @@ def run_all(
     waiting = deque(missing)
     made = _in_this_process(waiting) if processes == 0 else _in_workers(waiting, processes)
     for run in made:
-        if run.mistake and run.variant == jobs[0].variant:
+        if run.is_user_error and run.variant == jobs[0].variant:
             _remove(next(job.folder for job in missing if job.fingerprint == run.fingerprint))
             raise UserError(run.error)
         again = run.error is not None and errors[run.variant] == {run.error}
         errors[run.variant].add(run.error)
         yield run
-        if run.mistake or again:
+        if run.is_user_error or again:
             for job in [job for job in waiting if job.variant == run.variant]:
                 waiting.remove(job)
                 yield dataclasses.replace(run, seed=job.seed, fingerprint=job.fingerprint)
@@ -121,8 +121,8 @@ def run_job(job: Job) -> Run:
                 "training ended before its first step: train_dataloader has no batches, or "
                 "trainer.max_steps or trainer.max_epochs is 0"
             )
-    except MISTAKES as error:
-        return dataclasses.replace(run, error=explain(error), mistake=True)
+    except USER_ERRORS as error:
+        return dataclasses.replace(run, error=format_error(error), is_user_error=True)
     except Exception as error:
         traceback.print_exc()
         message = " ".join(str(error).split())
@@ -151,7 +151,7 @@ def _in_workers(waiting: deque[Job], processes: int) -> Iterator[Run]:
     # the peak memory of each is its own.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with _deaf_to_interrupts():  # as the server stays: the main process decides what ends
+    with _ignore_sigint():  # as the server stays: the main process decides what ends
         forkserver.ensure_running()
     running: dict[int, tuple[BaseProcess, Job]] = {}
     try:
@@ -173,20 +173,20 @@ def _in_workers(waiting: deque[Job], processes: int) -> Iterator[Run]:
 
 
 def _refuse_edited(job: Job) -> None:
-    """A worker imports the module anew: its run would be one of another module."""
+    """A worker imports the module again: it would train another one."""
     now = contents_of(job.settings)
     for kind in sorted(job.contents.keys() | now.keys()):
         before, after = job.contents.get(kind, {}), now.get(kind, {})
         for name in sorted(before.keys() | after.keys()):
             if before.get(name) != after.get(name):
                 raise UserError(
-                    f"{name} was edited while the comparison ran; the same command begins anew "
+                    f"{name} was edited while the comparison ran; the same command starts over "
                     "with what it is now; leave it alone until all runs are made"
                 )
 
 
 @contextmanager
-def _deaf_to_interrupts() -> Iterator[None]:
+def _ignore_sigint() -> Iterator[None]:
     """A process that is started inside ignores Ctrl-C, from its first instruction on."""
     if threading.current_thread() is not threading.main_thread():  # which alone may do this
         yield
@@ -201,19 +201,19 @@ def _deaf_to_interrupts() -> Iterator[None]:
 def _work(job: Job) -> None:
     """What a worker process does; everything printed goes to the log of the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what ends
-    threading.Thread(target=_end_with_main_process, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
     with (job.folder / LOG).open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    quieten()
+    filter_warnings()
     run = run_job(job)
     if run.error is not None:
         write_atomically(job.folder / FAILURE, json.dumps(dataclasses.asdict(run)))
 
 
-def _end_with_main_process() -> None:
+def _exit_with_parent() -> None:
     """Or a worker whose main process was killed would write beside that of the next attempt."""
     main = multiprocessing.parent_process()
     if main is not None:

@@ -7,40 +7,46 @@ from dataclasses import dataclass
 from lightning_stableaa.recipes.comparison.cost import (
     Mode,
     best_within,
-    cost_to_keep,
     cost_to_reach,
+    cost_to_stay,
+    diverged,
     final_value,
     quantile,
     ranks,
     same_values,
     seconds_to_reach,
     value_within,
+    worst_after_best,
     worst_value,
 )
 from lightning_stableaa.recipes.comparison.runner import Run
 
 DEFINITIONS = (
-    "Cost: gradients of a batch (backward passes, L-BFGS's line search included), and every "
-    "further evaluation of the loss, such as the safeguard's, at one third.",
-    "Cost to reach: cost at a seed's first validation at least as good as the final value of the "
-    "reference run with the same seed, divided by the cost at which the reference run itself "
-    "first was as good; so the reference has 1 and a lucky early validation counts for it too.",
-    "Cost to keep: cost from which on a seed's validations all are at least as good as that value, "
-    "over the cost of the whole plain run; no lucky validation counts.",
+    "Cost: gradients of a batch (backward passes, including those of L-BFGS's line search), and "
+    "every further evaluation of the loss, such as the safeguard's, at one third.",
+    "Cost to target (time to target, in units of cost): cost at a seed's first validation at least "
+    "as good as the target, divided by the cost at which the reference run with the same seed "
+    "reached it. The target is the final value of the reference run, which has 1 by definition.",
+    "Cost to stay at target: cost from which on all validations of a seed are at least as good as "
+    "the target, over the cost of the whole plain run; a single lucky validation does not count.",
     "Final: the last validation of the run. Every variant takes as many optimizer steps as plain "
     "(L-BFGS as many gradients). At equal cost: where the cost is that of the plain run with the "
-    "same seed, linearly between the validations before and after. Best: the best validation up to "
-    "there, or the value there, which a checkpoint of the best keeps. A run that no candidate "
-    "entered and that validated as plain did is plain's own run: it is a tie with it, whatever it "
-    "paid for attempts.",
-    "Brackets: quartiles over seeds, then the worst seed, or how many seeds never got there.",
+    "same seed, interpolated between the validations before and after. Best: the best validation "
+    "up to there, or the value there, as a checkpoint of the best keeps it. A run without any "
+    "accepted candidate whose validations equal plain's is a tie with plain, whatever its attempts "
+    "cost.",
+    "Diverged: seeds in whose second half a validation was not finite, or more than 10 times the "
+    "first validation of plain (less than half of it, where more is better).",
+    "Worst after best: the worst validation from the best one of the run on, over the whole run.",
+    "Brackets: quartiles over seeds, then the worst seed, or the number of seeds that never "
+    "reached the target.",
     "Rank: median over seeds of the rank by the value at equal cost, 1 is best.",
-    "Time: median over seeds of the training time of the whole run, validations left out, over "
-    "that of plain; processor time likewise, without the time in which other programs had the "
-    "processor. Memory: median of the peak; of the device on CUDA, else of the process.",
-    "Accepted: extrapolations over all seeds. Smoothing on: median share of the windows in which "
-    "the RSD had switched the moving average on; at 0 % a SmoothingMonitor changes nothing.",
-    "Best-swept plain: the variant of plain (learning rates, schedules) with the best median of "
+    "Time: median over seeds of the training time of the whole run without validations, over that "
+    "of plain; processor time likewise, without the time that other programs had the processor. "
+    "Memory: median of the peak; of the device on CUDA, else of the process.",
+    "Accepted: extrapolations over all seeds. Average on: median share of the windows in which the "
+    "RSD had switched the moving average on; at 0 % a SmoothingMonitor has no effect.",
+    "Tuned baseline: the variant of plain (learning rates, schedules) with the best median of "
     "final values.",
 )
 
@@ -59,18 +65,20 @@ class Spread:
 
 @dataclass(frozen=True)
 class SeedResult:
-    """One finished run beside the plain run with the same seed."""
+    """One finished run, compared with the plain run of the same seed."""
 
     final: float
     equal_cost: float
     best: float  # at equal cost
+    worst_after_best: float  # of the whole run
+    diverged: bool
     cost_ratio: float  # to the plain run's final value
-    keep_ratio: float  # until it stays there, of the cost of the whole plain run
-    seconds_ratio: float  # the same in training time
-    swept_ratio: float  # to the best-swept plain run's final value
+    stay_ratio: float  # until it stays there, of the cost of the whole plain run
+    seconds_ratio: float  # as cost_ratio, in training time
+    tuned_ratio: float  # to the tuned baseline's final value
     time_ratio: float  # of the whole run
     processor_ratio: float
-    same: bool  # plain's own run: no candidate entered, and every validation gave plain's number
+    same: bool  # as plain: no candidate accepted, and every validation equal
 
 
 @dataclass(frozen=True)
@@ -83,10 +91,12 @@ class VariantSummary:
     final: Spread
     equal_cost: Spread
     best: Spread
+    worst_after_best: Spread
+    diverged: int  # seeds
     cost_ratio: Spread
-    keep_ratio: Spread
+    stay_ratio: Spread
     seconds_ratio: Spread
-    swept_ratio: Spread
+    tuned_ratio: Spread
     time_ratio: float
     processor_ratio: float
     rank: float
@@ -95,7 +105,8 @@ class VariantSummary:
     gradients: float  # median of the whole run
     attempted: int
     accepted: int
-    smoothing_on: float  # share of the windows of the moving average
+    smoothing_on: float  # median share of the windows in which the moving average was on
+    disabled: dict[int, str]  # seeds in which acceleration was switched off, and why
 
 
 @dataclass(frozen=True)
@@ -105,7 +116,7 @@ class Summary:
     metric: str
     mode: Mode
     baseline: str
-    best_swept: str
+    tuned_baseline: str
     variants: dict[str, VariantSummary]
 
 
@@ -115,7 +126,7 @@ def summarise(runs: Iterable[Run], names: Sequence[str], metric: str, mode: Mode
     Args:
         runs: of any order, finished or failed.
         names: variants to report; the first is the baseline, and those that begin with its name
-            and ``@`` are its sweep.
+            and ``@`` are tried as its tuned baseline.
     """
     by_variant: dict[str, dict[int, Run]] = {name: {} for name in names}
     for run in runs:
@@ -125,11 +136,11 @@ def summarise(runs: Iterable[Run], names: Sequence[str], metric: str, mode: Mode
         for name, of_seed in by_variant.items()
     }
     baseline = names[0]
-    best_swept = _best_swept(finished, baseline, mode)
-    plain, swept = finished[baseline], finished[best_swept]
+    tuned_baseline = _tuned_baseline(finished, baseline, mode)
+    plain, tuned = finished[baseline], finished[tuned_baseline]
     results = {
         name: {
-            seed: _compare(run, plain[seed], swept.get(seed), mode)
+            seed: _compare(run, plain[seed], tuned.get(seed), mode)
             for seed, run in sorted(of_seed.items())
             if seed in plain
         }
@@ -140,7 +151,7 @@ def summarise(runs: Iterable[Run], names: Sequence[str], metric: str, mode: Mode
         metric,
         mode,
         baseline,
-        best_swept,
+        tuned_baseline,
         {
             name: _summarise_variant(name, by_variant[name], results[name], rank[name], mode)
             for name in names
@@ -148,8 +159,8 @@ def summarise(runs: Iterable[Run], names: Sequence[str], metric: str, mode: Mode
     )
 
 
-def _best_swept(finished: dict[str, dict[int, Run]], baseline: str, mode: Mode) -> str:
-    sweep = [
+def _tuned_baseline(finished: dict[str, dict[int, Run]], baseline: str, mode: Mode) -> str:
+    rates = [
         name
         for name, runs in finished.items()
         if name.split("@")[0] == baseline and len(runs) == len(finished[baseline])
@@ -159,10 +170,10 @@ def _best_swept(finished: dict[str, dict[int, Run]], baseline: str, mode: Mode) 
         return quantile([final_value(run.curve, mode) for run in finished[name].values()], 0.5)
 
     # the first of equals: the baseline itself
-    return (min if mode == "min" else max)(sweep, key=median_final) if sweep else baseline
+    return (min if mode == "min" else max)(rates, key=median_final) if rates else baseline
 
 
-def _compare(run: Run, plain: Run, swept: Run | None, mode: Mode) -> SeedResult:
+def _compare(run: Run, plain: Run, tuned: Run | None, mode: Mode) -> SeedResult:
     plain_final = final_value(plain.curve, mode)
     comparable = math.isfinite(plain_final)  # whatever is finite beats a run that is not
     same = not any(run.curve.accepted[-1:]) and same_values(run.curve, plain.curve)
@@ -171,27 +182,29 @@ def _compare(run: Run, plain: Run, swept: Run | None, mode: Mode) -> SeedResult:
 
     def ratio(reach: Callable[..., float], reference: Run) -> float:
         target = final_value(reference.curve, mode)
-        return _over(reach(run.curve, target, mode), reach(reference.curve, target, mode))
+        return _ratio(reach(run.curve, target, mode), reach(reference.curve, target, mode))
 
     return SeedResult(
         final=final_value(run.curve, mode),
         equal_cost=value_within(at_equal_cost, plain.curve.costs[-1], mode),
         best=best_within(at_equal_cost, plain.curve.costs[-1], mode),
+        worst_after_best=worst_after_best(run.curve, mode),
+        diverged=diverged(run.curve, plain.curve.values[0], mode),
         cost_ratio=ratio(cost_to_reach, plain) if comparable else math.nan,
-        keep_ratio=_over(cost_to_keep(run.curve, plain_final, mode), plain.curve.costs[-1])
+        stay_ratio=_ratio(cost_to_stay(run.curve, plain_final, mode), plain.curve.costs[-1])
         if comparable
         else math.nan,
         seconds_ratio=ratio(seconds_to_reach, plain) if comparable else math.nan,
-        swept_ratio=ratio(cost_to_reach, swept)
-        if swept is not None and math.isfinite(final_value(swept.curve, mode))
+        tuned_ratio=ratio(cost_to_reach, tuned)
+        if tuned is not None and math.isfinite(final_value(tuned.curve, mode))
         else math.nan,
-        time_ratio=_over(run.curve.seconds[-1], plain.curve.seconds[-1]),
-        processor_ratio=_over(run.curve.processor_seconds[-1], plain.curve.processor_seconds[-1]),
+        time_ratio=_ratio(run.curve.seconds[-1], plain.curve.seconds[-1]),
+        processor_ratio=_ratio(run.curve.processor_seconds[-1], plain.curve.processor_seconds[-1]),
         same=same,
     )
 
 
-def _over(value: float, reference: float) -> float:
+def _ratio(value: float, reference: float) -> float:
     return value / reference if reference else math.nan
 
 
@@ -227,19 +240,24 @@ def _summarise_variant(
         final=over_seeds("final", mode),
         equal_cost=over_seeds("equal_cost", mode),
         best=over_seeds("best", mode),
+        worst_after_best=over_seeds("worst_after_best", mode),
+        diverged=sum(result.diverged for result in seeds.values()),
         cost_ratio=over_seeds("cost_ratio"),
-        keep_ratio=over_seeds("keep_ratio"),
+        stay_ratio=over_seeds("stay_ratio"),
         seconds_ratio=over_seeds("seconds_ratio"),
-        swept_ratio=over_seeds("swept_ratio"),
+        tuned_ratio=over_seeds("tuned_ratio"),
         time_ratio=over_seeds("time_ratio").median,
         processor_ratio=over_seeds("processor_ratio").median,
         rank=rank,
         peak_memory=quantile(memory, 0.5),
-        extra_cost=quantile([_over(c.costs[-1], c.gradients[-1]) - 1 for c in curves], 0.5),
+        extra_cost=quantile([_ratio(c.costs[-1], c.gradients[-1]) - 1 for c in curves], 0.5),
         gradients=quantile([curve.gradients[-1] for curve in curves], 0.5),
         attempted=sum(curve.attempted[-1] for curve in curves),
         accepted=sum(curve.accepted[-1] for curve in curves),
         smoothing_on=quantile([share for share in on if share is not None], 0.5),
+        disabled={
+            seed: runs[seed].curve.disabled or "" for seed in seeds if runs[seed].curve.disabled
+        },
     )
 
 

@@ -12,12 +12,11 @@ from hydra import compose
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from lightning_stableaa.callbacks.validation import LESS_IS_BETTER
+from lightning_stableaa.recipes.cli_errors import check_options
 from lightning_stableaa.recipes.comparison.cost import Mode
 from lightning_stableaa.recipes.comparison.fingerprint import contents_of, fingerprint_of
 from lightning_stableaa.recipes.comparison.optimizers import check_installed
 from lightning_stableaa.recipes.errors import UserError
-from lightning_stableaa.recipes.mistakes import check_options
 
 BASELINE = "plain"
 OWN_MODULE = "recipe=_own"  # what stands for the recipe where there is compare.module
@@ -26,6 +25,11 @@ RECORDER = "lightning_stableaa.recipes.comparison.recorder.CostRecorder"
 TRAINING = "training"
 # what a run needs on its own, and a comparison pays for or sees nothing of
 LEFT_OUT = ("best", "last", "progress", "learning_rate")
+# Names of metrics of which less is better; not those of scikit-learn's negated scores.
+LESS_IS_BETTER = (
+    r"^(?!(.*[^a-z])?neg(ative)?[^a-z])"
+    r".*(loss|error|perplexity|(?<![a-z])((r|n|nr)?mse|r?mae|mape|nll|l2)(?![a-z0-9]))"
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
     standard = Path("comparisons") / (options.module or title)
     # a name may be a number
     folder = standard if options.folder in (None, "") else Path(str(options.folder))
+    folder /= options.subfolder if folder == standard and options.subfolder else ""
     seeds = _seeds(options.seeds)
     fixed, of_callbacks = _split(overrides)
     names = list(dict.fromkeys([BASELINE, *_expand(config)]))
@@ -89,7 +94,7 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
     for override in of_callbacks:
         if override not in used:
             raise UserError(f"{override}: no variant among {', '.join(names)} has that callback")
-    metric, mode = _decisive(runs[BASELINE])
+    metric, mode = _monitored(runs[BASELINE])
     about = {name: _describe(name, runs[name]) for name in names}
     jobs: list[Job] = []
     loggers = any(re.match(r"[+~]*logger(\.|=|@|$)", override) for override in overrides)
@@ -150,7 +155,7 @@ def _seeds(seeds: Any) -> list[int]:
 
 
 def _expand(config: DictConfig) -> list[str]:
-    """The names asked for, with the members of the sweep in place of its name."""
+    """The requested names, with the members of lr_sweep in place of its name."""
     if not isinstance(config.compare.variants, ListConfig) or not config.compare.variants:
         raise UserError(
             f"compare.variants={config.compare.variants}: expected a list such as [plain,anderson]"
@@ -302,12 +307,12 @@ def _describe(name: str, run: DictConfig) -> str:
     return ", ".join([run.compare.about, *texts])
 
 
-def _decisive(run: DictConfig) -> tuple[str, Mode]:
-    """Name and direction of the metric that decides."""
+def _monitored(run: DictConfig) -> tuple[str, Mode]:
+    """Name and direction of the metric by which runs are compared."""
     options = run.compare
     module = _import(run.module._target_, "module._target_")
-    decisive = getattr(module, "decisive_metric", None)
-    metric = options.metric or decisive
+    own = getattr(module, "monitor", None)
+    metric = options.metric or own
     if not isinstance(metric, str | None):
         raise UserError(f"compare.metric={metric}: expected a name, as in compare.metric=val/loss")
     if metric is None:
@@ -316,8 +321,8 @@ def _decisive(run: DictConfig) -> tuple[str, Mode]:
             "compare.metric=val/loss compare.mode=min"
         )
     mode = options.mode
-    if mode is None and metric == decisive:
-        mode = getattr(module, "decisive_mode", "min")
+    if mode is None and metric == own:
+        mode = getattr(module, "monitor_mode", "min")
     if mode is None and re.search(LESS_IS_BETTER, metric.lower()):
         mode = "min"
     if mode is None:

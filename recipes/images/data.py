@@ -174,7 +174,7 @@ class ImageFolderData(lightning.LightningDataModule):
 
     def _worker_share(self) -> int:
         processes = self._trainer.world_size // self._trainer.num_nodes
-        linux = hasattr(os, "sched_getaffinity")  # which knows of containers and batch systems
+        linux = hasattr(os, "sched_getaffinity")  # aware of containers and batch systems
         cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
         return max(1, cores // processes)
 

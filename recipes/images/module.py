@@ -29,8 +29,8 @@ class ImageClassifier(RecipeModule):
         compile: compiles the network, not the training step around it.
     """
 
-    decisive_metric = "val/top1"
-    decisive_mode = "max"
+    monitor = "val/top1"
+    monitor_mode = "max"
 
     def __init__(
         self,

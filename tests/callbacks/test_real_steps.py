@@ -6,189 +6,97 @@ import lightning.pytorch
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from lightning_stableaa import AndersonAccelerator, AndersonCallback, SmoothingMonitor, Status
-from tests.callbacks.regression import (
-    INPUTS,
+from lightning_stableaa import AndersonCallback, SmoothingMonitor
+from tests.helpers.histories import iterates_of
+from tests.helpers.regression import (
+    Callback,
     Record,
     Regression,
+    Reports,
+    Steered,
     anderson,
     batches,
     counters,
     fit,
     network,
-    stored_points,
-    weights,
+    num_iterates,
+    outcomes,
+    trained,
 )
-from tests.histories import points_of
 
 
 def every_step(**options: Any) -> AndersonCallback:
-    """One point for one optimizer step, candidates every fifth; never a full history."""
-    schedule = {"history_depth": 50, "store_every_n_steps": 1, "accelerate_every_n_steps": 5}
-    return anderson(**schedule | options)
+    """An iterate a step, an attempt every fifth; never a full history."""
+    return anderson(**{"history_depth": 50, "accelerate_every_n_steps": 5} | options)
 
 
-def never_accept(module: Any, batch: Any) -> Tensor:
-    """A judge whose loss does not depend on the weights, so that no candidate lowers it."""
-    return torch.ones(())
-
-
-class Unaccepted(Regression):
-    """Candidates are formed and rejected: the chain of points has no break."""
-
-    anderson_loss = never_accept
-
-
-def test_gradient_accumulation_over_an_uneven_number_of_batches() -> None:
+def test_accumulation_of_uneven_batches_counts_optimizer_steps() -> None:
     callback = every_step()
-    module = Unaccepted()
-    seen = Record(lambda *_: counters(callback)["optimizer_steps"])
-    trainer = fit(module, batches(7), callback, seen, accumulate_grad_batches=3, max_epochs=4)
-
+    steps = Record(lambda *_: counters(callback)["optimizer_steps"])
+    options: dict[str, Any] = {"accumulate_grad_batches": 3, "max_epochs": 4}
+    trainer = fit(Steered(), batches(7), callback, steps, **options)
     # Lightning steps after batches 3, 6 and, the rest, 7 of every epoch
     one_epoch = [0, 0, 1, 1, 1, 2, 3]
-    assert seen.values == [3 * epoch + steps for epoch in range(4) for steps in one_epoch]
+    assert steps.values == [3 * epoch + count for epoch in range(4) for count in one_epoch]
     assert trainer.global_step == 12
     assert counters(callback)["attempted"] == 2
-    assert counters(callback)["accepted"] == 0
-    assert stored_points(callback).shape[0] == 13  # the start, and one for every step
+    assert num_iterates(callback) == 13  # the start, and one for every step
 
 
-def test_a_history_holds_the_weights_after_every_step() -> None:
-    callback = every_step()
-    module = Unaccepted()
-    after = Record(lambda _, m: torch.cat([p.detach().flatten() for p in m.parameters()]))
-    fit(module, batches(7), callback, after, max_epochs=1)
-
-    # differences are stored, so that points are known to the rounding of a few sums
-    torch.testing.assert_close(stored_points(callback)[1:], torch.stack(after.values))
-
-
-class SkipsBatches(Unaccepted):
-    skipped = (0, 3, 4)
-
+class SkipsBatches(Steered):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         loss = super().training_step(batch, batch_idx)
-        return None if batch_idx in self.skipped else loss
+        return None if batch_idx in (0, 3, 4) else loss
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
-def test_a_training_step_that_returns_none_is_no_step() -> None:
+def test_training_step_returning_none_is_no_step() -> None:
     callback = every_step()
     trainer = fit(SkipsBatches(), batches(8), callback, max_epochs=2)
-
     assert trainer.global_step == 16  # Lightning counts them
     assert counters(callback)["optimizer_steps"] == 10
     assert counters(callback)["attempted"] == 2
-    assert stored_points(callback).shape[0] == 11
+    assert num_iterates(callback) == 11
 
 
-def overflow(module: nn.Module) -> None:
-    gradient = next(module.parameters()).grad
-    assert gradient is not None
-    gradient.fill_(float("inf"))
-
-
-class Overflows(Unaccepted):
-    """The gradients of batches 2 and 5 are infinite."""
-
-    def on_after_backward(self) -> None:
-        if self.trainer.fit_loop.batch_idx in (2, 5):
-            overflow(self)
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_none_loss_where_attempt_was_due_moves_it_to_next_step() -> None:
+    callback = anderson()
+    reports = Reports(callback)
+    fit(SkipsBatches(), batches(8), callback, reports, max_epochs=1)
+    # batches 2, 3, 6, 7, 8 step: the second of them is the third batch, the fourth the seventh
+    attempts = [batch for batch, one in enumerate(reports.all, start=1) if one.attempted]
+    assert attempts == [3, 7]
+    assert outcomes(callback) == {"rejected_loss_increase": 2}
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_a_step_that_the_grad_scaler_skips_is_no_step(fused: bool) -> None:
+def test_step_skipped_by_grad_scaler_is_no_step(fused: bool) -> None:
+    class Overflows(Steered):
+        def on_after_backward(self) -> None:
+            if self.trainer.fit_loop.batch_idx in (2, 5):
+                next(self.parameters()).grad.fill_(float("inf"))
+
     callback = every_step()
-    module = Overflows(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.05, fused=fused))
+    module = Overflows(None, lambda p: torch.optim.SGD(p, lr=0.01, fused=fused))
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     precision = MixedPrecision("16-mixed", "cpu", scaler)
     trainer = fit(module, batches(8), callback, plugins=[precision], max_epochs=1)
-
     assert scaler.get_scale() == 1.0  # halved twice: both overflows were seen
     assert trainer.global_step == 8  # Lightning counts them
     assert counters(callback)["optimizer_steps"] == 6
     assert counters(callback)["attempted"] == 1
-    points = stored_points(callback)
-    assert points.shape[0] == 7
-    assert torch.equal(points[-1], torch.cat([p.detach().flatten() for p in module.parameters()]))
-
-
-@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
-def test_a_step_that_the_grad_scaler_skips_is_no_step_of_a_plain_loop(fused: bool) -> None:
-    net = network()
-    optimizer = torch.optim.Adam(net.parameters(), lr=0.01, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    accelerator = AndersonAccelerator(
-        optimizer,
-        history_depth=50,
-        store_every_n_steps=1,
-        accelerate_every_n_steps=100,
-        safeguard="none",
-    )
-    (x, y) = next(iter(batches(1)))
-    statuses = []
-    for index in range(6):
-        optimizer.zero_grad()
-        scaler.scale(mse_loss(net(x), y)).backward()
-        if index in (0, 3):
-            overflow(net)
-        scaler.step(optimizer)
-        scaler.update()
-        statuses.append(accelerator.step().status)
-
-    skipped, stored = Status.NO_OPTIMIZER_STEP, Status.STORED
-    assert statuses == [skipped, stored, stored, skipped, stored, stored]
-    assert accelerator.optimizer_steps == 4
-    assert accelerator.state_dict()["points"]["history"]["rows"].shape[0] == 5
-
-
-class TiedFrozenEmpty(Unaccepted):
-    """A weight used twice, a frozen one, one without elements, and a group of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tied = nn.Linear(8, 8, bias=False)
-        self.twin = nn.Linear(8, 8, bias=False)
-        self.twin.weight = self.tied.weight
-        self.frozen = nn.Linear(INPUTS, INPUTS).requires_grad_(False)
-        self.empty = nn.Parameter(torch.empty(0))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        x, y = batch
-        inner, activation, outer = self.network
-        hidden = self.twin(activation(self.tied(activation(inner(self.frozen(x))))))
-        return mse_loss(outer(hidden), y)
-
-    def configure_optimizers(self) -> Any:
-        groups = [
-            {"params": list(self.network.parameters())},
-            {"params": [self.tied.weight, self.empty]},
-            {"params": list(self.frozen.parameters())},
-        ]
-        return torch.optim.SGD(groups, lr=0.01)
-
-
-def test_tied_frozen_and_empty_parameters() -> None:
-    callback = every_step()
-    module = TiedFrozenEmpty()
-    frozen = module.frozen.weight.clone()
-    fit(module, batches(6), callback, max_epochs=1)
-
-    trained = sum(p.numel() for p in module.network.parameters()) + module.tied.weight.numel()
-    assert stored_points(callback).shape == (7, trained)
-    assert counters(callback)["optimizer_steps"] == 6
-    assert torch.equal(module.frozen.weight, frozen)
-    assert module.twin.weight is module.tied.weight
+    assert torch.equal(iterates_of(callback.state_dict()["iterates"])[-1], trained(module))
+    assert num_iterates(callback) == 7
 
 
 class TwoOptimizers(lightning.pytorch.LightningModule):
-    """Manual optimisation as in a GAN: two networks, each with an optimizer, in turns."""
+    """Manual optimisation as in a GAN: two networks in turns, each with an optimizer."""
 
-    def __init__(self, *, toggled: bool) -> None:
+    def __init__(self, *, toggled: bool = False) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.toggled = toggled
@@ -207,73 +115,80 @@ class TwoOptimizers(lightning.pytorch.LightningModule):
                 self.untoggle_optimizer(optimizer)
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(net.parameters(), lr=0.05) for net in (self.first, self.second)]
+        return [torch.optim.SGD(net.parameters(), lr=0.01) for net in (self.first, self.second)]
 
 
-class JudgedTwoOptimizers(TwoOptimizers):
-    def anderson_loss(self, batch: Any) -> Tensor:
+class WithOwnLoss(TwoOptimizers):
+    def anderson_loss(self, batch: Any) -> dict[str, Any]:
         x, y = batch
-        return mse_loss(self.first(x), y) + mse_loss(self.second(x), y)
+        return {"loss": mse_loss(self.first(x), y) + mse_loss(self.second(x), y), "size": len(x)}
 
 
 @pytest.mark.parametrize("toggled", [False, True], ids=["free", "toggled"])
 def test_several_optimizers_make_one_step_together(toggled: bool) -> None:
     callback = every_step()
-    module = JudgedTwoOptimizers(toggled=toggled)
-    trainer = fit(module, batches(1), callback, max_epochs=12)
-
+    module = WithOwnLoss(toggled=toggled)
+    trainer = fit(module, batches(), callback, max_epochs=12)
     assert trainer.global_step == 24  # Lightning counts both
-    assert counters(callback)["optimizer_steps"] == 12
-    assert counters(callback)["attempted"] == 2
-    assert counters(callback)["accepted"] == 2
-    # 12 steps, the start, and a new start after each accepted candidate
-    assert stored_points(callback).shape == (15, sum(p.numel() for p in module.parameters()))
+    assert counters(callback) == {
+        "optimizer_steps": 12,
+        "attempted": 2,
+        "accepted": 2,
+        "loss_evaluations": 6,
+    }
+    # 12 steps, the start, and a new start after each acceptance
+    count = sum(p.numel() for p in module.parameters())
+    assert iterates_of(callback.state_dict()["iterates"]).shape == (15, count)
 
 
-def test_several_optimizers_without_a_judge() -> None:
-    callback = every_step(safeguard="none", history_depth=3)
-    plain, accelerated = TwoOptimizers(toggled=False), TwoOptimizers(toggled=False)
-    fit(plain, batches(1), max_epochs=12)
-    fit(accelerated, batches(1), callback, max_epochs=12)
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("step", [3, 10], ids=["within cycle", "end of cycle"])
+def test_write_by_another_callback_restarts_sequence(before: bool, step: int) -> None:
+    """No residual spans it, also where every batch is an epoch, and weights are backed up."""
 
-    assert counters(callback)["optimizer_steps"] == 12
-    assert counters(callback)["attempted"] == counters(callback)["accepted"] == 2
-    assert not torch.equal(weights(plain), weights(accelerated))
-
-
-class Reseeds(lightning.pytorch.Callback):
-    """Something else than the optimizer moves the weights, after batch 6."""
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.fit_loop.batch_idx == 6:
-            with torch.no_grad():
+    class Shifts(Callback):
+        @torch.no_grad()
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == step:
                 for one in pl_module.parameters():
                     one.add_(100.0)
 
-
-@pytest.mark.parametrize("reseeds_first", [True, False])
-def test_no_residual_across_a_change_from_outside(reseeds_first: bool) -> None:
-    callback = every_step(accelerate_every_n_steps=50)
-    order = [Reseeds(), callback] if reseeds_first else [callback, Reseeds()]
-    fit(
-        Unaccepted(make_optimizer=lambda p: torch.optim.SGD(p, lr=1e-4)),
-        batches(12),
-        *order,
-        max_epochs=1,
-    )
-
-    history = callback.state_dict()["points"]["history"]
-    jumps = (points_of(history).diff(dim=0).abs().amax(dim=1) > 50).tolist()
-    assert jumps.count(True) == 1
-    assert [link for link, jump in zip(history["links"][1:], jumps, strict=True) if jump] == [False]
-    assert counters(callback)["optimizer_steps"] == 12
+    callback = anderson(history_depth=50, store_every_n_steps=5, accelerate_every_n_steps=500)
+    callbacks = [Shifts(), callback] if before else [callback, Shifts()]
+    fit(Steered(None, lambda p: torch.optim.SGD(p, lr=1e-4)), batches(), *callbacks, max_epochs=20)
+    state = callback.state_dict()
+    # a write after the iterate of step 10 was stored is seen at the end of the next cycle
+    assert outcomes(callback) == {"external_update": 1}
+    jumps = (iterates_of(state["iterates"]).diff(dim=0).abs().amax(dim=1) > 50).tolist()
+    residuals = state["iterates"]["ends_cycle"][1:]
+    assert not any(jump and residual for jump, residual in zip(jumps, residuals, strict=True))
+    assert residuals.count(True) == 3
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
-def test_the_monitor_counts_real_steps_as_well() -> None:
-    monitor = SmoothingMonitor(average_window=10)
-    fit(SkipsBatches(), batches(8), monitor, max_epochs=1)
+def test_monitor_alone_counts_real_steps() -> None:
+    monitor = SmoothingMonitor(average_window=4)
+    fit(SkipsBatches(), batches(8), monitor, max_epochs=2)
+    assert counters(monitor)["optimizer_steps"] == 10
+    assert monitor.state_dict()["cycle_steps"] == 2
 
-    assert monitor.state_dict()["position"] == 5
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_own_loss_of_step_that_fetches_batches_gets_the_last_batch() -> None:
+    class Fetches(Regression):
+        def training_step(self, dataloader_iter: Any) -> Tensor:
+            (x, y), _, _ = next(dataloader_iter)
+            trained_on.append(x)
+            return mse_loss(self.network(x), y)
+
+        def anderson_loss(self, batch: Any) -> Tensor:
+            assert torch.equal(batch[0], trained_on[-1])
+            evaluated.append(len(trained_on))
+            return mse_loss(self.network(batch[0]), batch[1])
+
+    trained_on: list[Tensor] = []
+    evaluated: list[int] = []
+    callback = anderson(accelerate_every_n_steps=4)
+    fit(Fetches(), batches(8), callback, max_epochs=2)
+    assert evaluated == [4, 4, 4, 8, 8, 8, 12, 12, 16, 16]
+    assert counters(callback)["attempted"] == 4

@@ -1,233 +1,219 @@
-"""A run that is stopped and resumed from a checkpoint ends with the weights of the whole run."""
+"""A run that is stopped, or killed, and resumed ends bitwise as the uninterrupted run."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from lightning_stableaa import AndersonCallback, SmoothingMonitor
-from tests.callbacks.regression import (
+from tests.helpers.problems import assert_bitwise_equal
+from tests.helpers.ranks import Ranks
+from tests.helpers.regression import (
     INPUTS,
     Record,
-    Regression,
+    Steered,
+    Steering,
     anderson,
     batches,
     counters,
     fit,
-    momentum_sgd,
     network,
+    outcomes,
     weights,
 )
+from tests.helpers.regression import SaveAt as Saves
 
-# Here the step decides on the batch, whatever the loader does after a resume.
+# The batch belongs to the step here, whatever the loader does after a resume.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:You're resuming from a checkpoint that ended before the epoch ended"
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
+    "ignore:Be aware that when using `ckpt_path`",
 )
 
-SMOOTHING: dict[str, Any] = {"average_window": 2, "rsd_threshold": 0.02}
+KEY = "AndersonCallback"
 
 
-class Stepwise(Regression):
-    """The batch belongs to the step: a resumed run sees what the whole run sees."""
+class Alternates(Steering):
+    """Accepts, then rejects, by the step: the candidates of 6, 18 and 30."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module)
+        self.offset = -1e3 if trainer.global_step % 12 == 6 else 1e3
+
+
+class Stepwise(Steered):
+    """Batch and random numbers belong to the step; batch normalisation is state of its own."""
+
+    def __init__(self, make_optimizer: Any = None) -> None:
+        layers = [nn.Linear(INPUTS, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.1)]
+        adam = lambda p: torch.optim.Adam(p, lr=1e-3)  # noqa: E731
+        net = network(*layers, nn.Linear(8, 1))
+        super().__init__(net, make_optimizer or adam, steering=Alternates())
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        generator = torch.Generator().manual_seed(self.trainer.global_step)
+        generator = torch.Generator().manual_seed(self.global_step)
         x = torch.randn(8, INPUTS, generator=generator)
-        return x, x.sum(dim=1, keepdim=True) + 0.1 * torch.randn(8, 1, generator=generator)
+        return x, x.sum(dim=1, keepdim=True)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(self.global_step)
 
 
-def loader() -> DataLoader:
-    """10 steps an epoch."""
-    return batches(10, size=1)
-
-
-class SaveAt(lightning.pytorch.Callback):
-    """Writes a checkpoint after a step, as ModelCheckpoint(every_n_train_steps) would."""
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-
-
-def adam(parameters: Any) -> Any:
-    return torch.optim.Adam(parameters, lr=0.01)
-
-
-def thirds(**options: Any) -> AndersonCallback:
+def sixths(**options: Any) -> AndersonCallback:
+    """An iterate every third step, an attempt every sixth."""
     return anderson(**{"store_every_n_steps": 3, "accelerate_every_n_steps": 6} | options)
 
 
-def whole_and_resumed(path: Path, make_callbacks: Any, *, stop: int, optimizer: Any) -> Any:
-    """(weights, losses, first callback) of 30 steps at once and of ``stop`` plus the rest."""
+def whole_and_resumed(
+    path: Path, make_callbacks: Any, *, stop: int, make_optimizer: Any = None
+) -> list[tuple[Tensor, list[float], Any]]:
+    """(weights, losses, callback) of 30 steps at once, and of the rest after ``stop``."""
     ends = []
     for start in (None, path):
-        callbacks = make_callbacks()
-        module = Stepwise(network(), optimizer)
+        callbacks, module = make_callbacks(), Stepwise(make_optimizer)
         losses = Record(lambda trainer, _: trainer.callback_metrics["train/loss"].item())
-        save = [] if start else [SaveAt(stop, path)]  # the last in the list: after the others
-        fit(module, loader(), *callbacks, losses, *save, ckpt_path=start, max_epochs=3)
-        ends.append((weights(module), losses.values, callbacks[0]))
+        save = [] if start else [Saves(stop, path)]
+        options = {"ckpt_path": start, "max_epochs": 3, "log_every_n_steps": 1}
+        fit(module, batches(10), *callbacks, losses, *save, **options)
+        (callback,) = (one for one in callbacks if isinstance(one, AndersonCallback))
+        ends.append((weights(module), losses.values, callback))
     return ends
 
 
-@pytest.mark.parametrize("optimizer", [momentum_sgd, adam], ids=["sgd", "adam"])
-@pytest.mark.parametrize(
-    ("options", "monitor"),
-    [
-        ({}, {}),
-        ({}, SMOOTHING),
-        ({}, SMOOTHING | {"rsd": "max", "apply_to": "weights"}),
-        ({"optimizer_state": "mix"}, SMOOTHING | {"of": "updates"}),
-    ],
-    ids=["anderson", "smoothing", "smoothed weights", "mixed momentum"],
-)
-def test_a_resumed_run_is_bitwise_the_whole_run(
-    options: Any, monitor: Any, optimizer: Any, tmp_path: Path
-) -> None:
-    def make_callbacks() -> list[Any]:
-        return [thirds(**options), *([SmoothingMonitor(**monitor)] if monitor else [])]
-
-    # step 17 of 30, the 7th of the second epoch and the second of its cycle
-    whole, resumed = whole_and_resumed(
-        tmp_path / "stop.ckpt", make_callbacks, stop=17, optimizer=optimizer
-    )
-
-    assert torch.equal(whole[0], resumed[0])
-    assert resumed[1] == whole[1][17:]
-    assert counters(resumed[2]) == counters(whole[2])
-    assert counters(whole[2])["attempted"] >= 4
-    assert counters(whole[2])["accepted"] >= 1
-    assert resumed[2].extra_losses == whole[2].extra_losses >= 8
-    history = [one[2].state_dict()["points"]["history"] for one in (whole, resumed)]
-    assert torch.equal(history[0]["rows"], history[1]["rows"])
-    assert history[0]["links"] == history[1]["links"]
-
-
-@pytest.mark.parametrize("stop", [10, 12, 18, 20])
-def test_any_step_will_do(stop: int, tmp_path: Path) -> None:
-    """At the end of an epoch (10, 20), of a cycle (12, 18), and right after an extrapolation."""
-    whole, resumed = whole_and_resumed(
-        tmp_path / "stop.ckpt", lambda: [thirds()], stop=stop, optimizer=momentum_sgd
-    )
-
+def assert_continued(ends: list[tuple[Tensor, list[float], Any]], stop: int) -> None:
+    whole, resumed = ends
     assert torch.equal(whole[0], resumed[0])
     assert resumed[1] == whole[1][stop:]
+    assert_bitwise_equal(resumed[2].state_dict(), whole[2].state_dict())
+    assert resumed[2].loss_evaluations == whole[2].loss_evaluations
 
 
-def test_a_monitor_alone_resumes_its_window(tmp_path: Path) -> None:
-    whole, resumed = whole_and_resumed(
-        tmp_path / "stop.ckpt",
-        lambda: [SmoothingMonitor(average_window=5, rsd_threshold=0.0, apply_to="weights")],
-        stop=17,
-        optimizer=momentum_sgd,
-    )
-
-    assert torch.equal(whole[0], resumed[0])
-    assert whole[2].state_dict()["position"] == resumed[2].state_dict()["position"] == 0
+# in a cycle, before and after an attempt and the end of a cycle, at the end of an epoch (10, 20)
+@pytest.mark.parametrize("stop", [1, 5, 6, 9, 10, 11, 12, 17, 18, 20, 29])
+def test_resume_at_any_step_is_bitwise(stop: int, tmp_path: Path) -> None:
+    ends = whole_and_resumed(tmp_path / "stop.ckpt", lambda: [sixths()], stop=stop)
+    assert counters(ends[0][2])["attempted"] == 5
+    assert outcomes(ends[0][2])["accepted"] == 3  # at 6, 18 and 30
+    assert_continued(ends, stop)
 
 
-def test_a_checkpoint_holds_tensors_and_plain_containers(tmp_path: Path) -> None:
+SMOOTHING: dict[str, dict[str, Any]] = {
+    "updates": {"average_window": 3, "rsd_threshold": 0.0},
+    "iterates": {"average_window": 2, "of": "iterates", "rsd": "max", "rsd_threshold": 0.0},
+    "weights": {"apply_to": "weights", "rsd_threshold": 0.05},
+}
+
+
+@pytest.mark.parametrize("monitor_first", [True, False])
+@pytest.mark.parametrize("smoothing", SMOOTHING)
+def test_resume_with_monitor_is_bitwise(
+    smoothing: str, monitor_first: bool, tmp_path: Path
+) -> None:
+    def make_callbacks() -> list[Any]:
+        monitor = SmoothingMonitor(**SMOOTHING[smoothing])
+        return [monitor, sixths()] if monitor_first else [sixths(), monitor]
+
+    path, momentum = tmp_path / "stop.ckpt", lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)
+    ends = whole_and_resumed(path, make_callbacks, stop=17, make_optimizer=momentum)
+    assert_continued(ends, 17)
+
+
+def test_checkpoint_holds_plain_containers(tmp_path: Path) -> None:
     path = tmp_path / "stop.ckpt"
-    callbacks = [thirds(optimizer_state="mix", apply_to="both"), SmoothingMonitor(**SMOOTHING)]
-    fit(Stepwise(), loader(), *callbacks, SaveAt(17, path), max_epochs=2)
+    callbacks = [sixths(), SmoothingMonitor(average_window=2), Saves(17, path)]
+    fit(Stepwise(), batches(10), *callbacks, max_epochs=2)
+    state = torch.load(path, weights_only=True)["callbacks"]
+    assert state[KEY]["counters"]["optimizer_steps"] == 17
+    assert (state[KEY]["cycle_steps"], state[KEY]["steps_since_attempt"]) == (2, 5)
+    assert "SmoothingMonitor" not in state  # the engine of the AndersonCallback has it
 
-    state = torch.load(path, weights_only=True)["callbacks"]["AndersonCallback"]
-    assert state["counters"]["optimizer_steps"] == 17
-    assert state["points"]["momentum"]["rows"].shape == state["points"]["history"]["rows"].shape
-    assert state["smoother"]["statistics"]["count"] == 1  # 2 steps into a cycle of 3, window of 2
 
-
-def test_other_options_drop_the_history_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("make_callbacks", "dropped"),
+    [
+        (lambda: [sixths(safeguard="none", regularization=1e-3, warmup_steps=24)], []),
+        (lambda: [sixths(history_depth=4)], ["history_depth"]),
+        (lambda: [sixths(), SmoothingMonitor()], ["smoothing"]),
+    ],
+    ids=["options beside the history", "history_depth", "smoothing"],
+)
+def test_resume_with_other_options_drops_history_that_depends_on_them(
+    make_callbacks: Any, dropped: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "stop.ckpt"
-    fit(Stepwise(), loader(), thirds(), SaveAt(17, path), max_epochs=2)
-    caplog.clear()
-    callback = thirds(history_depth=4)
-    fit(Stepwise(), loader(), callback, ckpt_path=path, max_epochs=3)
-
-    warnings = [one for one in caplog.messages if "history of the checkpoint" in one]
-    assert warnings == [
-        "the Anderson history of the checkpoint was dropped and starts anew: it was stored with "
-        "another history_depth"
-    ]
+    fit(Stepwise(), batches(10), sixths(), Saves(18, path), max_epochs=2)
+    callback, *monitor = make_callbacks()
+    residuals = Record(lambda *_: sum(callback.state_dict()["iterates"]["ends_cycle"]))
+    fit(Stepwise(), batches(10), callback, *monitor, residuals, ckpt_path=path, max_epochs=3)
+    assert residuals.values[0] == (0 if dropped else 4)
     assert counters(callback)["optimizer_steps"] == 30
+    head = "the Anderson history of the checkpoint was dropped and restarts: it was stored with "
+    messages = [one for one in caplog.messages if one.startswith(head)]
+    assert messages == [f"{head}another {name}" for name in dropped]
 
 
-def test_a_monitor_resumed_with_other_options_starts_a_new_window(tmp_path: Path) -> None:
-    path = tmp_path / "stop.ckpt"
-    fit(Stepwise(), loader(), SmoothingMonitor(average_window=10), SaveAt(17, path), max_epochs=2)
-    other = SmoothingMonitor(average_window=4, rsd="max")
-    fit(Stepwise(), loader(), other, ckpt_path=path, max_epochs=3)
+# A process that dies, and one that goes on from the last checkpoint.
 
-    assert other.state_dict()["position"] == (30 - 17) % 4
+DEATHS = (("anderson_loss", 11), ("optimizer_step", 21), ("on_save_checkpoint", 31))
 
 
-def test_a_second_fit_goes_on_counting_with_a_new_history() -> None:
-    module, callback = Regression(), thirds()
-    trainer = fit(module, batches(5), callback, max_epochs=2)
-    assert counters(callback)["optimizer_steps"] == 10
-    trainer.fit_loop.max_epochs = 4
-    trainer.fit(module, batches(5))
+class Mortal(Stepwise):
+    """Kills its process at the ``moment`` of the micro-batch ``batch``, counted from 0."""
 
-    assert counters(callback)["optimizer_steps"] == 20
-    assert counters(callback)["attempted"] == 2  # at the sixth step of either, from two residuals
-    assert callback.accelerator is None
+    def __init__(self, moment: str, batch: int) -> None:
+        super().__init__()
+        self.death = (moment, batch)
 
+    def pass_by(self, moment: str) -> None:
+        if self.death == (moment, self.trainer.fit_loop.total_batch_idx):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-def test_a_second_fit_of_another_module_shares_no_history() -> None:
-    callback, fresh = thirds(), thirds()
-    fit(Regression(network(seed=0)), batches(1), callback, max_epochs=8)  # 2 steps into a cycle
-    again, alone = Regression(network(seed=1)), Regression(network(seed=1))
-    fit(again, batches(1), callback, max_epochs=24)
-    fit(alone, batches(1), fresh, max_epochs=24)
+    def anderson_loss(self, batch: Any) -> Tensor:
+        self.pass_by("anderson_loss")
+        return mse_loss(self.network(batch[0]), batch[1])
 
-    assert counters(fresh)["accepted"] >= 1
-    history = callback.state_dict()["points"]["history"]
-    assert torch.equal(history["rows"], fresh.state_dict()["points"]["history"]["rows"])
-    assert torch.equal(weights(again), weights(alone))
+    def optimizer_step(self, *arguments: Any, **options: Any) -> None:
+        super().optimizer_step(*arguments, **options)
+        self.pass_by("optimizer_step")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.pass_by("on_save_checkpoint")
 
 
-class ReplacesOptimizer(lightning.pytorch.Callback):
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == 1:
-            trainer.strategy.optimizers = [torch.optim.SGD(pl_module.parameters(), lr=0.01)]
+def train_mortal(folder: str, moment: str, batch: int, ckpt_path: str | None) -> Any:
+    """42 micro-batches, two a step, a checkpoint every second step; everything at the end."""
+    schedule = {"store_every_n_steps": 2, "accelerate_every_n_steps": 2, "history_depth": 4}
+    keep = ModelCheckpoint(
+        folder, every_n_train_steps=2, save_last=True, enable_version_counter=False
+    )
+    callback, module = anderson(**schedule), Mortal(moment, batch)
+    callbacks = [callback, SmoothingMonitor(average_window=2, rsd_threshold=0.02), keep]
+    options = {"accumulate_grad_batches": 2, "max_epochs": 3, "enable_checkpointing": True}
+    trainer = fit(module, batches(14), *callbacks, ckpt_path=ckpt_path, **options)
+    states = (module.state_dict(), trainer.optimizers[0].state_dict(), callback.state_dict())
+    return {"states": states, "step": trainer.global_step, "random": torch.get_rng_state()}
 
 
-def test_an_optimizer_that_is_replaced_is_followed() -> None:
-    callback = thirds()
-    fit(Regression(), batches(9), ReplacesOptimizer(), callback, max_epochs=3)
-
-    assert counters(callback)["optimizer_steps"] == 27
-    assert counters(callback)["attempted"] == 4
-
-
-def test_a_parameter_group_that_is_added_starts_a_new_history() -> None:
-    class Unfreezes(lightning.pytorch.Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            if trainer.current_epoch == 1:
-                pl_module.network[0].requires_grad_(True)
-                parameters = list(pl_module.network[0].parameters())
-                trainer.optimizers[0].add_param_group({"params": parameters})
-
-    class Frozen(Regression):
-        def configure_optimizers(self) -> Any:
-            self.network[0].requires_grad_(False)
-            return torch.optim.SGD(self.network[2].parameters(), lr=0.01)
-
-    callback, module = thirds(), Frozen()
-    fit(module, batches(9), Unfreezes(), callback, max_epochs=2)
-
-    points = callback.state_dict()["points"]["history"]["rows"]
-    assert points.shape[1] == sum(p.numel() for p in module.parameters())
-    # the cycle of the change, 10 to 12, is lost: points at 12, 15 and 18
-    assert points.shape[0] == 3
-    assert counters(callback)["optimizer_steps"] == 18
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_killed_run_resumes_bitwise_whatever_it_was_doing(tmp_path: Path) -> None:
+    processes = Ranks(1)
+    try:
+        (whole,) = processes.run(train_mortal, str(tmp_path / "whole"), "never", -1, None)
+        state = whole["states"][2]
+        assert state["counters"]["optimizer_steps"] == 21
+        assert state["counters"]["attempted"] == 9
+        for moment, batch in DEATHS:
+            folder = str(tmp_path / f"{moment}{batch}")
+            killed = processes.run(train_mortal, folder, moment, batch, None, killed=0)
+            assert killed == [-signal.SIGKILL], moment
+            last = str(Path(folder, "last.ckpt"))
+            (end,) = processes.run(train_mortal, folder, "never", -1, last)
+            assert_bitwise_equal(end, whole, f"{moment} {batch}")
+    finally:
+        processes.close()

@@ -10,7 +10,6 @@ import pytest
 
 from lightning_stableaa.recipes import files
 from lightning_stableaa.recipes.files import write_atomically
-from lightning_stableaa.recipes.pictures import figure
 
 
 @contextmanager
@@ -26,7 +25,7 @@ def no_file_longer_than(length: int) -> Iterator[None]:
         signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_text_and_bytes_replace_the_old_file(tmp_path: Path) -> None:
+def test_write_replaces_old_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "results.txt"
     write_atomically(path, "first")
     write_atomically(path, "größer")
@@ -36,7 +35,7 @@ def test_text_and_bytes_replace_the_old_file(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_write_that_fails_midway_leaves_the_old_file_alone(tmp_path: Path) -> None:
+def test_write_full_disk_keeps_old_file(tmp_path: Path) -> None:
     path = tmp_path / "results.txt"
     write_atomically(path, "old")
     with no_file_longer_than(1000), pytest.raises(OSError, match="File too large"):
@@ -45,36 +44,7 @@ def test_a_write_that_fails_midway_leaves_the_old_file_alone(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_interruption_leaves_no_temporary_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(descriptor: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(files.os, "fsync", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(tmp_path / "results.txt", "new")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_picture_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "pictures" / "loss.png"
-    with figure(path) as (_, axes):
-        axes.plot([1, 2])
-    whole = path.read_bytes()
-    assert whole.startswith(b"\x89PNG")
-
-    def draw_on_a_full_disk() -> None:
-        with no_file_longer_than(1000), figure(path) as (_, axes):
-            axes.plot([2, 1])
-
-    with pytest.raises(OSError, match="File too large"):
-        draw_on_a_full_disk()
-    assert path.read_bytes() == whole
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_nothing_else_in_the_recipes_writes_files() -> None:
+def test_recipes_write_files_atomically_only() -> None:
     # lines are appended to a worker's log; metrics and events are appended to by Lightning
     allowed = {("files.py", '.open("w'), ("runner.py", '.open("w')}
     writers = (

@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from lightning_stableaa.recipes.metrics import RelativeL2Error
-from lightning_stableaa.recipes.networks import mlp
-from lightning_stableaa.recipes.pictures import accepted_steps, draw_run, read_metrics
+from lightning_stableaa.recipes.plots import accepted_steps, draw_run, read_metrics
 from lightning_stableaa.recipes.schedules import warmup_cosine
 
 
-def test_relative_l2_error_is_that_of_all_batches_together() -> None:
+def test_relative_l2_error_accumulates_batches() -> None:
     metric = RelativeL2Error()
     metric.update(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.0]))
     metric.update(torch.tensor([2.0]), torch.tensor([3.0]))
@@ -21,13 +20,7 @@ def test_relative_l2_error_is_that_of_all_batches_together() -> None:
     assert metric.compute().item() == pytest.approx((5 / 10) ** 0.5, abs=1e-15)
 
 
-def test_mlp_has_activations_between_its_layers_only() -> None:
-    network = mlp([2, 5, 3], "tanh")
-    assert [type(layer) for layer in network] == [nn.Linear, nn.Tanh, nn.Linear]
-    assert network(torch.zeros(4, 2)).shape == (4, 3)
-
-
-def test_the_rate_rises_linearly_and_falls_along_half_a_cosine() -> None:
+def test_warmup_cosine_exact_rates() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
     scheduler = warmup_cosine(optimizer, 12, warmup_share=1 / 3, final_lr_ratio=0.1)
     rates = []
@@ -55,7 +48,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_metrics_are_read_without_the_gaps(run: Path) -> None:
+def test_metrics_read_without_gaps(run: Path) -> None:
     metrics = read_metrics(run / "metrics.csv")
     assert metrics["val/mse"].steps.tolist() == [3]
     assert metrics["train/loss"].values.tolist() == [1.0, 0.5, 0.4, 0.3, 0.2]
@@ -63,18 +56,6 @@ def test_metrics_are_read_without_the_gaps(run: Path) -> None:
     assert accepted_steps({}).tolist() == []
 
 
-def test_pictures_are_drawn_for_what_was_logged(run: Path) -> None:
+def test_plots_drawn_for_logged_metrics(run: Path) -> None:
     draw_run(run, "val/mse")
     assert sorted(path.name for path in (run / "pictures").iterdir()) == ["loss.png", "rsd.png"]
-
-
-def test_no_metrics_no_pictures(tmp_path: Path) -> None:
-    draw_run(tmp_path, "val/mse")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_pictures_of_a_plain_run(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("step,train/loss\n0,1.0\n1,0.5\n")
-    draw_run(tmp_path, "val/mse")
-    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["loss.png"]
-    assert np.isfinite(read_metrics(tmp_path / "metrics.csv")["train/loss"].values).all()

@@ -1,11 +1,7 @@
 """Notice to end: the checkpoint is that of a whole step, wherever in a step the notice comes."""
 
 import os
-import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +11,10 @@ import pytest
 import torch
 
 from lightning_stableaa.recipes.errors import UserError
-from lightning_stableaa.recipes.pictures import read_metrics
+from lightning_stableaa.recipes.plots import read_metrics
 from lightning_stableaa.recipes.preemption import checkpoint_to_resume
 from lightning_stableaa.recipes.train import train
+from tests.helpers.train_and_save import call_in_update
 from tests.recipes.conftest import SMALL, Compose
 
 END = 24
@@ -31,20 +28,13 @@ RUN = [
     "logger=csv",
     "pictures=false",
 ]
-SLURM = {
-    "SLURM_JOB_ID": "4242",
-    "SLURM_JOB_NAME": "stableaa",
-    "SLURM_NTASKS": "1",
-    "SLURM_NTASKS_PER_NODE": "1",
-    "SLURM_NNODES": "1",
-    "SLURM_PROCID": "0",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0",
-}
+SLURM = dict.fromkeys(("NTASKS", "NTASKS_PER_NODE", "NNODES"), "1")
+SLURM |= dict.fromkeys(("PROCID", "LOCALID", "NODEID"), "0")
+SLURM |= {"JOB_ID": "4242", "JOB_NAME": "stableaa"}
 
 
 class NoticeInside(lightning.Callback):
-    """Sends the process a signal at one place in a step: an update's, at its second candidate."""
+    """Sends the process a signal at one place in a step; in an update, at the candidate."""
 
     def __init__(self, number: int, place: str, step: int) -> None:
         self.number, self.place, self.step = number, place, step
@@ -53,15 +43,7 @@ class NoticeInside(lightning.Callback):
         self.trainer = trainer
         trainer.optimizers[0].register_step_pre_hook(lambda *_: self.at("before the step"))
         trainer.optimizers[0].register_step_post_hook(lambda *_: self.at("after the step", 1))
-        judge, calls = pl_module.anderson_loss, []
-
-        def judge_and_notify(batch: Any) -> torch.Tensor:
-            calls.append(trainer.global_step)
-            if calls.count(trainer.global_step) == 2:  # the candidate is in place
-                self.at("in an update")
-            return judge(batch)
-
-        pl_module.anderson_loss = judge_and_notify
+        call_in_update(pl_module, lambda: trainer.global_step, lambda _: self.at("in an update", 1))
 
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self.at("after backward")
@@ -82,7 +64,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         monkeypatch.setenv(name, "")  # Lightning writes them
         monkeypatch.delenv(name)
     for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(f"SLURM_{name}", value)
     calls, folder = tmp_path / "scontrol.txt", tmp_path / "bin"
     folder.mkdir()
     (folder / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {calls}\n')
@@ -113,14 +95,14 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
 
 
-def same(a: Any, b: Any) -> bool:
+def equal_states(a: Any, b: Any) -> bool:
     """Whether two states are equal, tensors bitwise."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(equal_states(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
+        return len(a) == len(b) and all(map(equal_states, a, b))
     return a == b
 
 
@@ -147,7 +129,7 @@ def undisturbed(compose: Compose, tmp_path: Path) -> list[Any]:
         ("in validation", 16, 17),
     ],
 )
-def test_slurm_notice_within_a_step_saves_the_whole_step(
+def test_slurm_notice_saves_whole_step(
     place: str,
     step: int,
     saved: int,
@@ -161,42 +143,13 @@ def test_slurm_notice_within_a_step_saves_the_whole_step(
     checkpoint = tmp_path / "run/hpc_ckpt_1.ckpt"
     assert load(checkpoint)["global_step"] == saved
     # SLURM would have ended the job now; the notice changes nothing where it does not
-    assert same(training(tmp_path / "run/checkpoints/last.ckpt"), undisturbed)
+    assert equal_states(training(tmp_path / "run/checkpoints/last.ckpt"), undisturbed)
 
     train(compose(*RUN, f"run_folder={tmp_path / 'resumed'}", f"resume_from={checkpoint}"))
-    assert same(training(tmp_path / "resumed/checkpoints/last.ckpt"), undisturbed)
+    assert equal_states(training(tmp_path / "resumed/checkpoints/last.ckpt"), undisturbed)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(500)
-def test_notices_at_random_moments_save_checkpoints_of_whole_steps(
-    slurm: Path, compose: Compose, tmp_path: Path
-) -> None:
-    """A process that lives on, with every checkpoint that it saved resumed."""
-    # so many steps that the run is not at its end when the last notice comes, which would end it
-    options = [*RUN, "trainer.max_steps=400", "trainer.val_check_interval=50"]
-    command = [sys.executable, "-m", "lightning_stableaa.recipes.train", *options]
-    moments = random.Random(0)
-    process = subprocess.Popen([*command, "cluster=slurm_sbatch"], cwd=tmp_path)
-    run = tmp_path / "runs/burgers2d/slurm_4242"
-    sent = 0
-    while process.poll() is None:
-        time.sleep(moments.uniform(0.02, 0.5))
-        if sent < 4 and (run / "metrics.csv").exists():  # before, it would end the process
-            process.send_signal(signal.SIGUSR1)
-            sent += 1
-    assert process.returncode == 0
-    checkpoints = sorted(run.glob("hpc_ckpt_*.ckpt"))
-    assert slurm.read_text() == "requeue 4242\n" * len(checkpoints)
-    assert checkpoints  # notices in quick succession are one
-    expected = training(run / "checkpoints/last.ckpt")
-    for checkpoint in checkpoints:
-        resumed = tmp_path / checkpoint.stem
-        train(compose(*options, f"run_folder={resumed}", f"resume_from={checkpoint}"))
-        assert same(training(resumed / "checkpoints/last.ckpt"), expected)
-
-
-def test_sigterm_ends_the_run_and_the_same_command_goes_on(
+def test_sigterm_same_command_resumes(
     undisturbed: list[Any], compose: Compose, tmp_path: Path
 ) -> None:
     """As Kubernetes and torchrun do it."""
@@ -206,16 +159,16 @@ def test_sigterm_ends_the_run_and_the_same_command_goes_on(
         train(compose(*options, *notice(signal.SIGTERM, "in an update", 18)))
     assert load(run / "checkpoints/preempted.ckpt")["global_step"] == 18
     train(compose(*options))
-    assert same(training(run / "checkpoints/last.ckpt"), undisturbed)
+    assert equal_states(training(run / "checkpoints/last.ckpt"), undisturbed)
     assert read_metrics(run / "metrics.csv")["train/loss"].steps.tolist() == [*range(END)]
 
 
-def test_submitit_is_told_after_the_step(compose: Compose, tmp_path: Path) -> None:
+def test_submitit_handler_runs_after_step(compose: Compose, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run/checkpoints/preempted.ckpt"
-    told: list[int] = []
-    signal.signal(signal.SIGUSR2, lambda *_: told.append(load(checkpoint)["global_step"]))
+    seen: list[int] = []
+    signal.signal(signal.SIGUSR2, lambda *_: seen.append(load(checkpoint)["global_step"]))
     train(compose(*RUN, *preemption(tmp_path / "run"), *notice(signal.SIGUSR2, "in an update", 12)))
-    assert told == [12]
+    assert seen == [12]
 
 
 def preemption(run: Path) -> list[str]:
@@ -224,7 +177,7 @@ def preemption(run: Path) -> list[str]:
     return [f"+callbacks.preemption={{_target_: {target}, path: {path}}}"]
 
 
-def test_the_newest_complete_checkpoint_is_resumed(tmp_path: Path) -> None:
+def test_resume_auto_takes_newest_complete_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     assert checkpoint_to_resume("auto", tmp_path) is None
     assert checkpoint_to_resume(None, tmp_path) is None

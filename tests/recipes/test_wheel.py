@@ -23,7 +23,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_wheel_trains_outside_the_checkout(tmp_path: Path) -> None:
+def test_wheel_installed_trains_outside_checkout(tmp_path: Path) -> None:
     # setuptools would pack whatever an earlier build left there
     shutil.rmtree(CHECKOUT / "build/lib", ignore_errors=True)
     build = ["build", "--wheel", "--no-isolation", "--outdir", tmp_path, CHECKOUT]
@@ -36,11 +36,8 @@ def test_wheel_trains_outside_the_checkout(tmp_path: Path) -> None:
     run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=tmp_path)
     # torch and the like are borrowed; as a path and not a site directory, so that the editable
     # install of this package beside them stays out of sight
-    site_packages = Path(
-        run(
-            python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path
-        ).strip()
-    )
+    show = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site_packages = Path(run(python, "-c", show, cwd=tmp_path).strip())
     (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     location = run(
@@ -50,19 +47,9 @@ def test_wheel_trains_outside_the_checkout(tmp_path: Path) -> None:
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    run(
-        environment / "bin" / "stableaa-train",
-        "recipe=burgers2d",
-        "trainer.max_steps=20",
-        "trainer.val_check_interval=20",
-        cwd=elsewhere,
-    )
+    options = ["recipe=burgers2d", "trainer.max_steps=20", "trainer.val_check_interval=20"]
+    run(environment / "bin" / "stableaa-train", *options, cwd=elsewhere)
     (folder,) = (elsewhere / "runs/burgers2d").iterdir()
-    assert {path.name for path in folder.iterdir()} == {
-        "checkpoints",
-        "config.yaml",
-        "metrics.csv",
-        "pictures",
-        "tensorboard",
-    }
+    names = {"checkpoints", "config.yaml", "metrics.csv", "pictures", "tensorboard"}
+    assert {path.name for path in folder.iterdir()} == names
     assert (site_packages / "lightning_stableaa/py.typed").is_file()

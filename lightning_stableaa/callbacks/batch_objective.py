@@ -1,0 +1,248 @@
+"""The loss of a Lightning training batch as a function of the weights."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_stableaa.distributed.dtensor import is_sharded, reshard_fsdp_modules
+from lightning_stableaa.model.objective import Objective
+from lightning_stableaa.model.parameters import trainable_parameters
+from lightning_stableaa.model.snapshot import RNGSnapshot, StateSnapshot, UnsupportedStateError
+from lightning_stableaa.model.step_monitor import maximizes, unwrap_optimizers
+
+
+class BatchObjective(Objective):
+    """``training_step``, or ``anderson_loss(batch)`` where the LightningModule defines it.
+
+    A training step is a program with effects. Before each evaluation everything that it can reach
+    is as it was when the training step began: the batch, buffers, parameters that are not trained,
+    plain attributes, metrics, generators, the step counter of the Trainer. Afterwards everything
+    is as the training step left it. Nothing is logged.
+
+    Called on the bare module: the forward pass of DDP would wait for a backward pass.
+
+    Args:
+        trainer: the Trainer.
+        module: its LightningModule.
+        stochastic: the loss is that of a sample; ``"auto"`` where an epoch has several batches.
+    """
+
+    def __init__(self, trainer: Any, module: Any, *, stochastic: bool | str) -> None:
+        self._optimizers = unwrap_optimizers(trainer.optimizers)
+        trained = trainable_parameters(self._optimizers)
+        several = trainer.world_size > 1
+        super().__init__(
+            self._loss_of_batch,  # pyright: ignore[reportArgumentType]  # may return a Mapping
+            stochastic=stochastic is True
+            or (stochastic == "auto" and trainer.num_training_batches > 1),
+            maximize=maximizes(self._optimizers),
+            device=trained[0].device if trained else None,
+            collective=several
+            and any(isinstance(one, nn.SyncBatchNorm) for one in module.modules()),
+        )
+        self._trainer = trainer
+        self._module = module
+        self._tree = _tree_of(trainer)
+        self._batch: Any = None
+        self._batch_idx = 0
+        self._before: _TrainingState | None = None  # the training step
+        self._unsupported: str | None = None
+        self._unhook = ExitStack()
+        self._leave = ExitStack()
+        self.is_due = False  # an evaluation follows the current batch
+
+    def save_before_training_step(self) -> None:
+        """Keep the state in which the current batch is going to be trained on.
+
+        The hooks of all callbacks and of the module come before: what they change belongs to it.
+        """
+        self.forget()
+        self.is_due = True
+        strategy = self._trainer.strategy
+        training_step = strategy.training_step
+
+        def save_and_train(batch: Any, *arguments: Any) -> Any:
+            self._unhook.close()
+            self._save(batch)
+            return training_step(batch, *arguments)
+
+        self._unhook.callback(_replace(strategy, "training_step", save_and_train))
+
+    def set_batch(self, batch: Any, batch_idx: int) -> None:
+        """The batch that was just trained on."""
+        self._batch, self._batch_idx = batch, batch_idx
+
+    def forget(self) -> None:
+        """Let go of the batch and its state."""
+        self._unhook.close()
+        self._batch = self._before = self._unsupported = None
+        self.is_due = False
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why the training step cannot be evaluated again; ``None`` where it can."""
+        if has_own_loss(self._module):
+            return None
+        if self._before is not None and self._before.lost():
+            self._unsupported = "a tensor that changes and is too large to be copied"
+        if self._unsupported is None:
+            return None
+        return (
+            f"the LightningModule or its batch holds {self._unsupported}, which cannot be put "
+            "back; define anderson_loss(batch) on the LightningModule"
+        )
+
+    def __enter__(self) -> BatchObjective:
+        super().__enter__()
+        trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        self._leave.callback(super().__exit__, None, None, None)
+        try:
+            # what the training step has put out of reach counts as well
+            reached = [] if self._before is None else self._before.objects
+            self._leave.callback(self._capture(self._batch, *reached).restore)
+        except UnsupportedStateError:  # with a loss of its own, which has no such effects
+            self._before = None
+        for parameter in trainable_parameters(self._optimizers):
+            if parameter.grad is not None:  # a backward pass in the training step adds to it
+                self._leave.callback(setattr, parameter, "grad", parameter.grad)
+                parameter.grad = None
+        logger_module = importlib.import_module(f"{self._tree}.loggers.logger")
+        self._leave.callback(setattr, trainer, "loggers", trainer.loggers)
+        trainer.loggers = [logger_module.DummyLogger() for _ in trainer.loggers]
+        self._leave.callback(setattr, loop, "_results", loop._results)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave.close()
+
+    def _evaluate(self) -> Any:
+        loop = self._trainer.fit_loop.epoch_loop
+        loop._results = type(loop._results)(training=True)
+        loop._results.batch = self._batch
+        if self._before is None:
+            return super()._evaluate()
+        self._before.restore()
+        self._module._current_fx_name = "training_step"
+        loss = self._loss_of_batch()
+        self.stochastic = self.stochastic or self._before.drew_random_numbers()
+        return loss
+
+    def _save(self, batch: Any) -> None:
+        try:
+            self._before = self._capture(batch)
+        except UnsupportedStateError as error:
+            self._unsupported = str(error)
+
+    def _capture(self, *reached: Any) -> _TrainingState:
+        trained = trainable_parameters(self._optimizers)
+        return _TrainingState(self._trainer, self._module, reached, trained, self._device)
+
+    def _loss_of_batch(self) -> Any:
+        with self._trainer.precision_plugin.train_step_context():
+            if has_own_loss(self._module):
+                output = self._module.anderson_loss(self._batch)
+            else:
+                step = self._module.training_step
+                signature = importlib.import_module(f"{self._tree}.utilities.signature_utils")
+                # as Lightning itself passes them
+                if signature.is_param_in_hook_signature(step, "batch_idx", min_args=2):
+                    output = step(self._batch, self._batch_idx)
+                else:
+                    output = step(self._batch)
+        return output.get("loss") if isinstance(output, Mapping) else output
+
+
+class _TrainingState:
+    """Everything that a training step reads or writes, but the trained weights."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        module: Any,
+        reached: Iterable[Any],
+        trained: Sequence[Tensor],
+        device: torch.device,
+    ) -> None:
+        self._sharded = is_sharded(trained)
+        self._reshard()
+        self._rng = RNGSnapshot(device)
+        metrics = vars(trainer._logger_connector)
+        self._state = StateSnapshot([module, metrics, *reached], trained)
+        self._trainer = trainer
+        self._should_stop = trainer.should_stop
+        loop = trainer.fit_loop.epoch_loop
+        self._counters = [
+            (one, one.state_dict())
+            for one in (
+                loop.automatic_optimization.optim_progress,
+                loop.manual_optimization.optim_step_progress,
+            )
+        ]
+
+    @property
+    def objects(self) -> list[Any]:
+        """All that was reached."""
+        return self._state.objects
+
+    def restore(self) -> None:
+        self._reshard()
+        self._state.restore()
+        self._rng.restore()
+        self._trainer.should_stop = self._should_stop
+        for counter, state in self._counters:
+            counter.load_state_dict(state)
+
+    def lost(self) -> bool:
+        """Whether a tensor was changed that ``restore`` cannot put back."""
+        return self._state.lost()
+
+    def drew_random_numbers(self) -> bool:
+        """Whether a generator, global or within the state, moved since ``restore``."""
+        return self._rng.moved() or self._state.drew_random_numbers()
+
+    def _reshard(self) -> None:
+        """Let modules of FSDP2 hold their shards, not what they have gathered."""
+        if self._sharded:
+            reshard_fsdp_modules()
+
+
+def _replace(owner: Any, name: str, value: Any) -> Callable[[], None]:
+    """Set an attribute of an instance; the result undoes it."""
+    attributes = vars(owner)
+    missing = name not in attributes
+    before = attributes.get(name)
+    setattr(owner, name, value)
+
+    def undo() -> None:
+        if missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+    return undo
+
+
+def has_own_loss(module: nn.Module) -> bool:
+    """Whether the module says itself by which loss candidates are compared."""
+    return callable(getattr(module, "anderson_loss", None))
+
+
+def _tree_of(trainer: Any) -> str:
+    """``lightning.pytorch`` or ``pytorch_lightning``, whichever the Trainer is of."""
+    for kind in type(trainer).__mro__:
+        for tree in ("lightning.pytorch", "pytorch_lightning"):
+            if kind.__module__.startswith(f"{tree}."):
+                return tree
+    return "lightning.pytorch"

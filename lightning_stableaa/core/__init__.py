@@ -1,0 +1,1 @@
+"""Pure numerics of the method; nothing here knows optimizers, modules or ranks."""

@@ -1,0 +1,1 @@
+"""Ranks that train the same weights."""

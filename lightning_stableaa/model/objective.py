@@ -1,0 +1,157 @@
+"""The loss of the current step as a function of the weights: repeatable, without side effects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_stableaa.distributed.dtensor import full_tensor
+from lightning_stableaa.model.snapshot import RNGSnapshot, StateSnapshot
+
+log = logging.getLogger(__name__)
+
+LossFunction = Callable[[], Tensor]
+
+
+class Objective:
+    """A loss that can be evaluated again and again at other weights.
+
+    A context: the state that an evaluation changes is put back before each one, and on leaving.
+    This class does so for the generators of random numbers; buffers and the like are those of a
+    subclass, or of ``preserve_state`` within the function.
+
+    Args:
+        loss_fn: returns the scalar loss at the current weights; never differentiated.
+        stochastic: the loss is that of a sample, such as a mini-batch. ``False`` where it is the
+            same function at every step.
+        maximize: the optimizers raise the loss.
+        device: of the weights.
+        collective: other ranks wait for this one inside of it, as within SyncBatchNorm.
+    """
+
+    def __init__(
+        self,
+        loss_fn: LossFunction,
+        *,
+        stochastic: bool,
+        maximize: bool = False,
+        device: torch.device | None = None,
+        collective: bool = False,
+    ) -> None:
+        self._loss_fn = loss_fn
+        self._device = device or torch.device("cpu")
+        self._sign = -1.0 if maximize else 1.0
+        self._rng: RNGSnapshot | None = None
+        self._evaluations = 0  # in this context
+        self.stochastic = stochastic
+        self.collective = collective
+        self.precision = float(torch.finfo(torch.float32).eps)  # of a loss
+        self.error: Exception | None = None  # that the last evaluation raised
+
+    @property
+    def unavailable(self) -> str | None:
+        """Why the loss cannot be evaluated; ``None`` where it can."""
+        return None
+
+    def __enter__(self) -> Objective:
+        self._rng, self._evaluations = RNGSnapshot(self._device), 0
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._rng is not None:
+            self._rng.restore()
+
+    def __call__(self) -> Tensor:  # () float64
+        """The loss to be minimised at the current weights; gradients enabled, but no backward.
+
+        NaN where it raises an error, runs out of memory or is None: the other ranks wait for a
+        number.
+
+        Raises:
+            ValueError: the loss is not a single number.
+            Exception: what the loss raised, where other ranks wait inside of it.
+        """
+        self.error = None
+        try:
+            # enabled: the loss of a PINN differentiates the network itself
+            with torch.enable_grad(), _fresh_autocast_cache():
+                loss = self._evaluate()
+        except Exception as error:  # at a candidate a program may leave its domain
+            if self.collective:
+                raise
+            self.error = error
+            loss = None
+        if loss is None:
+            return torch.full((), torch.nan, dtype=torch.float64, device=self._device)
+        loss = scalar(loss)
+        if loss.is_floating_point():
+            self.precision = float(torch.finfo(loss.dtype).eps)
+        return self._sign * loss.to(self._device, torch.float64)
+
+    def _evaluate(self) -> Any:
+        """One evaluation from the state in which the step began."""
+        assert self._rng is not None, "an objective is evaluated within its context"
+        if self._evaluations:
+            self._rng.restore()
+        loss = self._loss_fn()
+        if self._evaluations == 0 and not self.stochastic:
+            self.stochastic = self._rng.moved()
+        self._evaluations += 1
+        return loss
+
+
+def scalar(loss: Any) -> Tensor:  # ()
+    """The loss as a tensor without dimensions, detached.
+
+    Raises:
+        ValueError: it is not a single number.
+    """
+    if not isinstance(loss, Tensor):
+        kind = type(loss).__name__
+        try:
+            loss = torch.as_tensor(loss)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"the loss must be a single number, got a {kind}") from error
+    loss = full_tensor(loss).detach()
+    if loss.numel() != 1:
+        raise ValueError(
+            f"the loss must be a single number, got shape {tuple(loss.shape)}; reduce it with "
+            ".mean()"
+        )
+    return loss.reshape(())
+
+
+@contextmanager
+def preserve_state(module: nn.Module) -> Iterator[None]:
+    """Restores everything but the trained parameters of ``module`` on leaving.
+
+    For the loss function of a custom training loop whose module changes with every forward pass
+    (batch normalisation, metrics, counters): ``with preserve_state(model): return loss(...)``.
+    """
+    trained = [one for one in module.parameters() if one.requires_grad]
+    snapshot = StateSnapshot([module], trained)
+    try:
+        yield
+    finally:
+        snapshot.restore()
+
+
+@contextmanager
+def _fresh_autocast_cache() -> Iterator[None]:
+    """Autocast around the caller keeps casts of weights, which are others inside than outside."""
+    torch.clear_autocast_cache()
+    try:
+        yield
+    finally:
+        torch.clear_autocast_cache()

@@ -1,0 +1,246 @@
+"""One sentence for each way in which a configuration can be wrong."""
+
+import difflib
+import enum
+import inspect
+import re
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import PurePath
+from typing import Any, Literal, NoReturn
+
+import yaml
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from hydra.utils import get_object
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lightning_stableaa.recipes.errors import UserError, attribute_to
+
+USER_ERRORS = (
+    UserError,
+    HydraException,
+    OmegaConfBaseException,
+    MisconfigurationException,
+    yaml.YAMLError,
+)
+
+# Options of a run that no constructor takes.
+PLAIN: dict[str, Any] = {
+    "seed": int,
+    "stochastic": bool | Literal["auto"],
+    "threads": int | None,
+    "resume_from": str | None,
+    "pictures": bool,
+    "run_name": str | int | None,
+    "run_folder": str,
+}
+
+# Groups of which every run needs one.
+BUILT = ("module", "trainer", "model", "data", "optimizer")
+
+
+@contextmanager
+def exit_on_user_error(command: str) -> Iterator[None]:
+    """Ends ``command`` with one sentence and exit code 2 on a wrong configuration."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        _refuse(command, error)
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if not frame.f_globals["__name__"].startswith("hydra."):
+            raise
+        _refuse(command, error)  # such as "Config group override must be a string or a list"
+
+
+def _refuse(command: str, error: Exception) -> NoReturn:
+    print(f"{command}: {format_error(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def format_error(error: Exception) -> str:
+    """The sentence that a user reads: the option, its value, the way out."""
+    cause = error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        if group == "hydra/launcher" and choice.startswith("submitit"):
+            return f"{group}={choice}: pip install '.[recipes,slurm]' in a checkout brings it"
+        if not group:
+            return f"--config-name={choice}: there is no such configuration"
+        return f"{group}={choice}: there is no such choice; {_suggest(choice, error.options or ())}"
+    if group := re.match(r"You must specify '(.+?)'", str(error)):
+        options = re.findall(r"\t([^_].*)", str(error))
+        return f"{group[1]} is not given; {_suggest('', options)}, as in {group[1]}={options[0]}"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        known = cause.parent_node if isinstance(cause.parent_node, DictConfig) else {}
+        return f"{cause.full_key}: there is no such option; {_suggest(str(cause.key), known)}"
+    if resolving := re.search(r"^UserError raised while resolving interpolation: (.*)", str(error)):
+        return resolving[1]
+    if isinstance(error, OmegaConfBaseException) and error.full_key:
+        return f"{error.full_key}: {_one_line(error.msg)}"
+    if isinstance(error, yaml.YAMLError):
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
+        return f"{where}: {_one_line(problem or error)}"
+    if isinstance(error, OverrideParseException):
+        return _misspelled(error.override or "")
+    if isinstance(error, InstantiationException):
+        option = re.search(r"full_key: (\S+)", str(error))
+        name = option[1] if option else "configuration"
+        return f"{name}: {_raised_elsewhere(cause)}{_one_line(cause or error)}"
+    return _one_line(error)
+
+
+def _misspelled(override: str) -> str:
+    """An override that Hydra's grammar does not have."""
+    name, equals, value = override.partition("=")
+    if equals and re.fullmatch(r"[+~]*[\w./@:]+", name) and not re.match(r"[\[{'\"]", value):
+        return (
+            f"{override}: a value with blanks, brackets or letters beyond ASCII has quotes of its "
+            f"own inside of those of the shell, as in \"{name}='{value}'\""
+        )
+    return f"{override}: options are written as name=value, lists as name=[1,2]"
+
+
+def _raised_elsewhere(error: BaseException | None) -> str:
+    """Kind and place of an error that is none of a constructor's refusals; else nothing."""
+    if error is None or isinstance(error, (TypeError, ValueError, *USER_ERRORS)):
+        return ""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    place = PurePath(frame.f_code.co_filename).name
+    return f"{type(error).__name__} in {place}, line {line}: "
+
+
+def check_run(settings: Mapping[str, Any]) -> None:
+    """Checks a whole run: its plain options, its groups, and every constructor's options.
+
+    Raises:
+        UserError: an option that is missing, unknown or of another type.
+    """
+    for name, annotation in PLAIN.items():
+        if not _fits(settings.get(name), annotation):
+            raise UserError(f"{name}={settings.get(name)}: expected {_describe(annotation)}")
+    if not settings["run_folder"]:
+        raise UserError("run_folder is empty: give the path of a folder")
+    for name, value in settings.items():
+        # others may be a user's own, for interpolations
+        known = [one for one in (*PLAIN, *BUILT, "callbacks", "logger") if one != name]
+        if name not in known and name not in PLAIN and not isinstance(value, Mapping):
+            _check_typo(name, known)
+    for name in BUILT:
+        if settings.get(name) is not None:
+            _check_target(settings[name], name)
+    for group in ("callbacks", "logger"):
+        entries = settings.get(group) or {}
+        if not isinstance(entries, Mapping):
+            raise UserError(f"{group}={entries}: expected a dict of named entries")
+        for name, value in entries.items():
+            if value is not None:
+                _check_target(value, f"{group}.{name}")
+    check_options(settings)
+
+
+def _check_target(value: Any, option: str) -> None:
+    if not isinstance(value, Mapping) or "_target_" not in value:
+        raise UserError(f"{option}={value}: expected a dict with a _target_, the class to build")
+
+
+def _check_typo(name: str, known: Iterable[str]) -> None:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
+    if close:
+        raise UserError(f"{name}: there is no such option; did you mean {close[0]}?")
+
+
+def check_options(config: Mapping[str, Any], path: str = "") -> None:
+    """Compares every plain value with the constructor that it is meant for.
+
+    Constructors refuse values out of range with a clear sentence, but meet a wrong type or an
+    unknown name with whatever fails first.
+
+    Raises:
+        UserError: an option the constructor does not have, or a value of another type.
+    """
+    parameters: dict[str, Any] = {}
+    if "_target_" in config:
+        with attribute_to(f"{path}._target_={config['_target_']}", ImportError, AttributeError):
+            parameters = _parameters(config["_target_"])
+    for name, value in config.items():
+        option = f"{path}.{name}" if path else name
+        if parameters and name not in parameters and not name.startswith("_"):
+            raise UserError(f"{option}: there is no such option; {_suggest(name, parameters)}")
+        if isinstance(value, Mapping):
+            check_options(value, option)
+        elif name in parameters and not _fits(value, parameters[name]):
+            raise UserError(f"{option}={value}: expected {_describe(parameters[name])}")
+
+
+def _parameters(target: str) -> dict[str, Any]:
+    """Names and annotations of a constructor's parameters; empty where it takes any keyword."""
+    factory = get_object(target)
+    function = factory.__init__ if inspect.isclass(factory) else factory
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return {}
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError:  # annotations that only a type checker can resolve
+        hints = {}
+    names = [parameter.name for parameter in parameters if parameter.name != "self"]
+    return {name: hints.get(name, Any) for name in names}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value from YAML can be meant for the annotation; yes where that is not plain."""
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, member) for member in typing.get_args(annotation))
+    if origin is typing.Literal:
+        return value in typing.get_args(annotation)
+    expected = origin or annotation
+    if expected is Any or not inspect.isclass(expected) or _is_unchecked_type(expected):
+        return True
+    if isinstance(value, bool) or value is None:
+        return expected in (type(value), object)
+    if isinstance(value, list):  # YAML has no tuples
+        members = typing.get_args(annotation)
+        if expected is tuple and members and Ellipsis not in members:
+            return len(value) == len(members)
+        return expected is not str and issubclass(expected, Iterable)
+    return isinstance(value, (int, float) if expected is float else expected)
+
+
+def _is_unchecked_type(expected: type) -> bool:
+    """Whether a YAML value can be converted to it, or cannot be checked against it."""
+    protocol = getattr(expected, "_is_protocol", False)
+    return protocol or issubclass(expected, PurePath | enum.Enum)
+
+
+def _describe(annotation: Any) -> str:
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Literal):
+        return " or ".join(_describe(member) for member in typing.get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    return annotation.__name__ if inspect.isclass(annotation) else repr(annotation)
+
+
+def _suggest(wrong: str, options: Iterable[Any]) -> str:
+    names = sorted(str(name) for name in options if name != "hydra" and str(name)[0] != "_")
+    if not names:
+        return "a new one is written with a plus sign, as in +option=value"
+    close = difflib.get_close_matches(wrong, names, n=1)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(names)}"
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split())

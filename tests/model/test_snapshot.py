@@ -1,0 +1,452 @@
+"""Snapshots put back, bitwise and into the same objects, whatever a training step can change."""
+
+from __future__ import annotations
+
+import functools
+import io
+import random
+import types
+from collections import Counter, OrderedDict, UserDict, defaultdict, deque, namedtuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.quasirandom import SobolEngine
+from torchmetrics import CatMetric, MeanMetric
+
+from lightning_stableaa.model import snapshot as snapshot_module
+from lightning_stableaa.model.snapshot import RNGSnapshot, StateSnapshot, UnsupportedStateError
+
+CPU = torch.device("cpu")
+Case = tuple[Any, Callable[[], object]]  # a value, and a change of it
+
+
+# Global generators of random numbers
+
+
+@pytest.fixture(autouse=True)
+def numpy_generator() -> Iterator[None]:
+    """Each test finds it without a normal variate in store, and leaves it as it was."""
+    state = np.random.get_state()
+    np.random.seed(3)
+    yield
+    np.random.set_state(state)
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.rand()), torch.rand(1).item()
+
+
+@pytest.mark.parametrize("draws", [0, 1, 2, 312, 625])  # half a block of the generator, and one
+@pytest.mark.parametrize("function", [np.random.randn, np.random.rand])
+@pytest.mark.parametrize("drawn_before", [0, 1])
+def test_rng_snapshot_restores_numpy_state_exactly(
+    draws: int, function: Callable[[], float], drawn_before: int
+) -> None:
+    """Also while it keeps a normal variate, which is when an odd number of them was drawn."""
+    for _ in range(drawn_before):
+        np.random.randn()
+    snapshot = RNGSnapshot(CPU)
+    before: Any = np.random.get_state()
+    for _ in range(draws):
+        function()
+    snapshot.restore()
+    after: Any = np.random.get_state()
+    assert np.array_equal(after[1], before[1])
+    assert after[2:] == before[2:]
+
+
+def test_rng_snapshot_of_other_bit_generator_restores_and_sees_moves() -> None:
+    numpy_random: Any = np.random  # its stubs lack both functions
+    before = numpy_random.get_bit_generator()
+    numpy_random.set_bit_generator(np.random.PCG64(3))
+    try:
+        snapshot = RNGSnapshot(CPU)
+        for function in (random.random, np.random.rand, lambda: torch.rand(1).item()):
+            assert not snapshot.moved()
+            first = function()
+            assert snapshot.moved()
+            snapshot.restore()
+            assert function() == first
+            snapshot.restore()
+    finally:
+        numpy_random.set_bit_generator(before)
+
+
+# Values that are changed in place
+
+
+class Attributes:
+    def __init__(self, **values: Any) -> None:
+        vars(self).update(values)
+
+
+@dataclass
+class Record:
+    values: list[Any]
+    other: Any = 0
+
+    def change(self) -> None:
+        self.other = self.values
+        for one in self.values:
+            one.change() if isinstance(one, Record) else one.sub_(1)
+        self.values.append(self)
+
+
+class Slots:
+    __slots__ = ("__private", "unset", "value")
+
+    def __init__(self) -> None:
+        self.value, self.__private = [1], [0]
+
+    def change(self) -> None:
+        self.value, self.unset = None, 1
+        self.__private.append(1)
+        self.__private = [2]
+
+    def content(self) -> Any:
+        return [self.value, self.__private, hasattr(self, "unset")]
+
+
+class Batch(dict[str, Any]):
+    """With attributes, such as the outputs of transformers."""
+
+
+class Labelled(Tensor):
+    """With attributes, and operations that return plain tensors."""
+
+
+class Plain(nn.Module):
+    """With state of every kind; ``shared`` is that of the class."""
+
+    shared: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.register_buffer("ema", torch.zeros(2))
+        self.seen: list[Any] = []
+        self.calls = 0
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+
+
+def content(value: Any, seen: set[int]) -> Any:
+    """Describes a value by its content, bit for bit, and by the identity of its parts."""
+    if isinstance(value, int | float | str | type(None) | types.FunctionType):
+        return value
+    if id(value) in seen:
+        return id(value)
+    seen.add(id(value))
+    parts: list[Any] = [id(value)]
+    inside = [getattr(value, name, None) for name in ("__self__", "__dict__", "keywords")]
+    if isinstance(value, Tensor) and value.is_nested:
+        return [*parts, value.values().tolist()]
+    if isinstance(value, Tensor):
+        numbers = value.detach().as_subclass(Tensor)
+        parts += [numbers.shape, numbers.data_ptr(), value.requires_grad]
+        parts.append(numbers.clone().numpy(force=True).tobytes())
+        inside.append(value.grad)
+    elif isinstance(value, dict):
+        parts += list(value)
+        inside += value.values()
+    elif isinstance(value, set):
+        parts += sorted(value)
+    elif isinstance(value, list | tuple | deque):
+        inside += value
+    elif isinstance(value, np.ndarray):
+        parts.append(value.tobytes())
+    elif isinstance(value, torch.Generator):
+        parts.append(value.get_state().tolist())
+    elif isinstance(value, np.random.Generator):
+        parts.append(repr(value.bit_generator.state))
+    elif isinstance(value, np.random.RandomState):
+        parts.append(repr(value.get_state()))
+    elif isinstance(value, random.Random):
+        parts.append(value.getstate())
+    elif isinstance(value, Slots):
+        inside += value.content()
+    return parts + [content(one, seen) for one in inside]
+
+
+def check_restored(roots: list[Any], change: Callable[[], object], trained: Any = ()) -> None:
+    """Twice: a snapshot is put back before each of several evaluations."""
+    before = content(roots, set())
+    snapshot = StateSnapshot(roots, trained)
+    for _ in range(2):
+        change()
+        assert content(roots, set()) != before, "the change has to show"
+        snapshot.restore()
+        assert content(roots, set()) == before
+    assert not snapshot.lost()
+
+
+def case(value: Any, change: Callable[[Any], object]) -> Case:
+    return value, lambda: change(value)
+
+
+def mapping(make: Callable[[dict[str, Any]], Any]) -> Case:
+    def change(value: Any) -> None:
+        value["x"].add_(1)
+        value["y"].append(2)
+        value["new"] = value.pop("x")
+
+    return case(make({"x": torch.zeros(2), "y": [1]}), change)
+
+
+def with_attributes(value: Any, grow: Callable[[Any], object]) -> Case:
+    value.owner = Attributes(name="me", inner=torch.zeros(1))
+    return value, lambda: (grow(value), value.owner.inner.add_(1), setattr(value, "owner", None))
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "dict": lambda: mapping(dict),
+    "OrderedDict": lambda: mapping(OrderedDict),
+    "defaultdict": lambda: mapping(lambda items: defaultdict(list, items)),
+    "UserDict": lambda: mapping(UserDict),
+    "OrderedDict, reordered": lambda: case(OrderedDict(a=1, b=1), lambda v: v.move_to_end("a")),
+    "Counter": lambda: case(Counter("aab"), lambda v: v.update("ccc")),
+    "dict with attributes": lambda: with_attributes(Batch(x=1), lambda v: v.update(y=1)),
+    "list": lambda: case([1, torch.zeros(1)], lambda v: v.insert(0, v[1].add_(1))),
+    "tuple": lambda: case(([1], torch.zeros(2)), lambda v: v[1].add_(v[0][0])),
+    "namedtuple": lambda: case(Pair([1], torch.zeros(1)), lambda v: v.left.clear()),
+    "set": lambda: case({1, 2}, lambda v: v.add(3)),
+    "deque": lambda: case(deque([1, 2, 3], maxlen=3), lambda v: v.append(4)),
+    "deque of tensors": lambda: case(deque([torch.zeros(1)]), lambda v: v[0].add_(1)),
+    "dataclasses": lambda: case(Record([Record([torch.zeros(1)])]), Record.change),
+    "SimpleNamespace": lambda: case(
+        types.SimpleNamespace(a=[1], b=1), lambda v: (v.a.append(2), delattr(v, "b"))
+    ),
+    "slots": lambda: case(Slots(), lambda v: v.change()),
+    "cycle of references": lambda: case(Record(cycle := [], cycle), Record.change),
+    "method": lambda: case(
+        types.MethodType(draw, Attributes(seen=[])), lambda v: v.__self__.seen.append(1)
+    ),
+    "partial": lambda: case(functools.partial(dict, s=[1]), lambda v: v.keywords["s"].append(2)),
+    "array": lambda: case(np.zeros((2, 3)), lambda v: v.__setitem__((0, 1), np.nan)),
+    "array of objects": lambda: case(np.array([1, "a"], dtype=object), lambda v: v.fill(2)),
+    "array, view": lambda: case(np.arange(6)[::2], lambda v: v.__iadd__(1)),
+    "torch.Generator": lambda: case(torch.Generator(), lambda v: torch.rand(1, generator=v)),
+    "PCG64": lambda: case(np.random.default_rng(0), lambda v: v.normal()),
+    "MT19937": lambda: case(np.random.Generator(np.random.MT19937(0)), lambda v: v.normal()),
+    "RandomState": lambda: case(np.random.RandomState(0), lambda v: v.randn()),
+    "random.Random": lambda: case(random.Random(0), lambda v: v.gauss(0, 1)),
+    "SobolEngine": lambda: case(SobolEngine(2, scramble=True, seed=0), lambda v: v.draw(3)),
+    "tensor subclass": lambda: with_attributes(
+        torch.zeros(3).as_subclass(Labelled), lambda v: v.data.add_(1)
+    ),
+    "in place": lambda: case(torch.zeros(2, 3), lambda v: v.add_(1)),
+    ".data replaced": lambda: case(torch.zeros(3), lambda v: setattr(v, "data", torch.ones(3))),
+    ".data written": lambda: case(torch.zeros(3), lambda v: v.data.add_(1)),
+    "reshaped": lambda: case(torch.zeros(3), lambda v: v.unsqueeze_(0)),
+    "resized": lambda: case(torch.zeros(3), lambda v: v.resize_(2).fill_(1)),
+    "requires_grad": lambda: case(torch.zeros(3), lambda v: v.requires_grad_()),
+    "gradient": lambda: case(
+        torch.zeros(3, requires_grad=True), lambda v: v.square().sum().backward()
+    ),
+    "expanded": lambda: case(torch.zeros(1).expand(3), lambda v: v[:1].add_(1)),
+    "strided": lambda: case(torch.zeros(4, 4)[::2, 1::2], lambda v: v.add_(1)),
+    "jagged": lambda: case(
+        torch.nested.nested_tensor([torch.zeros(2)], layout=torch.jagged),
+        lambda v: v.values().add_(1),
+    ),
+    "NaN": lambda: case(torch.full((2,), torch.nan), lambda v: v.zero_()),
+    "negative zero": lambda: case(torch.zeros(2), lambda v: v.neg_()),
+    "complex": lambda: case(torch.zeros(2, dtype=torch.complex128), lambda v: v.add_(1j)),
+    "conjugate": lambda: case(torch.tensor([1j]).conj(), lambda v: v.mul_(2)),
+    "bool": lambda: case(torch.zeros(2, dtype=torch.bool), lambda v: v.fill_(True)),
+    "half": lambda: case(torch.zeros(2, dtype=torch.float16), lambda v: v.add_(1)),
+    "views of one memory": lambda: case([m := torch.zeros(4), m[1:3]], lambda v: v[1].add_(1)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("nested", [False, True])
+def test_snapshot_restores_content_into_same_objects(name: str, nested: bool) -> None:
+    value, change = CASES[name]()
+    root: Any = value
+    if nested:
+        root = Plain()
+        root.held = Attributes(values=[(value, {"k": value})])
+    check_restored([root], change)
+
+
+# Modules
+
+
+def test_snapshot_restores_module_attributes_buffers_and_modes() -> None:
+    module: Any = Plain()
+    module.norm, module.teacher = nn.BatchNorm1d(2), nn.Linear(2, 2)
+    trained = [*module.layer.parameters(), *module.norm.parameters()]
+
+    def change() -> None:
+        module.ema.mul_(0.9).add_(1)
+        module.norm(torch.randn(4, 2))
+        module.norm.eval()
+        module.layer.extra = 1
+        module.seen.append(module.ema)
+        module.calls += 1
+        module.new = nn.Linear(1, 1)
+        module.register_buffer("late", torch.zeros(1))
+        module.norm.running_mean = torch.ones(2)
+        module.teacher.weight = nn.Parameter(torch.ones(2, 2))
+        module.teacher.bias.data = torch.ones(2)
+        Plain.shared.append(1)
+        del module.layer
+
+    check_restored([module, Plain.shared], change, trained)
+    snapshot = StateSnapshot([module])  # through the module alone
+    Plain.shared.append(1)
+    snapshot.restore()
+    assert Plain.shared == []
+
+
+def test_snapshot_restores_untrained_parameters_and_leaves_trained_alone() -> None:
+    module: Any = Plain()
+    module.teacher, module.codebook = nn.Linear(2, 2), nn.Parameter(torch.zeros(3))
+    module.alias = module.layer.weight.detach()  # of the same memory
+    before = {name: one.clone() for name, one in module.state_dict().items()}
+    snapshot = StateSnapshot([module], module.layer.parameters())
+    with torch.no_grad():
+        for one in module.parameters():
+            one += 1
+    snapshot.restore()
+    for name, one in module.state_dict().items():
+        assert torch.equal(one, before[name] + name.startswith("layer")), name
+    assert torch.equal(module.alias, module.layer.weight)
+
+
+def test_snapshot_restores_metrics_wherever_they_are() -> None:
+    metrics = [MeanMetric(), CatMetric(), MeanMetric()]
+    module: Any = Plain()
+    module.metrics = {"mean": metrics[0], "all": [metrics[1]]}  # no submodules
+    module.registered = metrics[2]
+    for one in metrics:
+        one.update(1.0)
+    snapshot = StateSnapshot([module], module.parameters())
+    for _ in range(2):
+        for one in metrics:
+            one.update(5.0)
+            one.compute()  # which a metric keeps
+        snapshot.restore()
+        assert [one.compute().item() for one in metrics] == [1.0] * 3
+        assert [one.update_count for one in metrics] == [1] * 3
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.outputs: list[Any] = []
+
+    def __call__(self, *_: Any) -> None:
+        self.outputs.append(1)
+
+    def hooks(self) -> dict[str, Callable[..., None]]:
+        outputs = self.outputs
+
+        def default(*_: Any, store: list[Any] = outputs) -> None:
+            store.append(1)
+
+        def stored(store: list[Any], *_: Any) -> None:
+            store.append(1)
+
+        return {
+            "closure": lambda *_: outputs.append(1),
+            "default argument": default,
+            "method": self.__call__,
+            "object": self,
+            "partial": functools.partial(stored, outputs),
+            "partial of method": functools.partial(self.__call__, None),
+        }
+
+
+@pytest.mark.parametrize("kind", Recorder().hooks())
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_snapshot_restores_what_forward_hooks_collect(kind: str, register: str) -> None:
+    module, recorder = nn.Sequential(nn.Linear(2, 2)), Recorder()
+    outputs = recorder.outputs
+    getattr(module[0], register)(recorder.hooks()[kind])
+    snapshot = StateSnapshot([module])
+    module(torch.zeros(1, 2))
+    assert outputs == [1]
+    snapshot.restore()
+    assert recorder.outputs is outputs
+    assert outputs == []
+
+
+# Iterators, constants, large tensors, own generators
+
+
+@pytest.mark.parametrize(
+    ("iterator", "name"),
+    [
+        ((one for one in [1]), "builtins.generator"),
+        (zip([1], [2], strict=True), "builtins.zip"),
+        (iter(torch.utils.data.DataLoader([1])), "torch.utils.data.*_SingleProcessDataLoader"),  # type: ignore[arg-type]
+    ],
+)
+def test_snapshot_iterator_raises(iterator: Any, name: str) -> None:
+    with pytest.raises(UnsupportedStateError, match=rf"^an iterator \({name}"):
+        StateSnapshot([Attributes(batches={"train": [iterator]})])
+
+
+def test_snapshot_passes_over_what_a_step_does_not_change() -> None:
+    dataset = torch.utils.data.TensorDataset(torch.zeros(2))
+    loader = torch.utils.data.DataLoader(dataset)
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
+    mode = Enum("Mode", ["TRAIN"])
+    value = [mode, np.float32(1), torch, print, open, io.BytesIO(b"abc"), loader, optimizer]
+    snapshot = StateSnapshot([value, torch.float32, slice(3), ...])
+    dataset.tensors[0].add_(1)
+    optimizer.param_groups[0]["lr"] = 0.5
+    snapshot.restore()
+    assert dataset.tensors[0].tolist() == [1.0, 1.0]
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_restore_writes_only_what_changed() -> None:
+    with torch.inference_mode():
+        inference = torch.zeros(2)
+    readonly = np.zeros(2)
+    readonly.flags.writeable = False
+    tensors = [torch.zeros(3), torch.tensor([1.0, torch.nan]), torch.eye(2).to_sparse()]
+    versions = [one._version for one in tensors]
+    StateSnapshot([*tensors, inference, nn.LazyLinear(2), readonly]).restore()
+    assert [one._version for one in tensors] == versions
+
+
+@pytest.mark.parametrize(("trained", "large_is_lost"), [(0, True), (200, False)])
+def test_snapshot_beyond_its_budget_reports_lost_changes(
+    trained: int, large_is_lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the size of what is trained may be copied, the smallest first; the rest is watched."""
+    monkeypatch.setattr(snapshot_module, "_COPIED_BYTES", 100)
+    large, small = torch.zeros(200), torch.zeros(10)
+    snapshot = StateSnapshot([large, small], [nn.Parameter(torch.zeros(trained))])
+    small += 1
+    snapshot.restore()
+    assert not snapshot.lost()
+    assert small.tolist() == [0.0] * 10
+    large += 1
+    assert snapshot.lost() is large_is_lost
+    snapshot.restore()
+    assert large[0].item() == (1.0 if large_is_lost else 0.0)
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.Generator", "PCG64", "MT19937", "RandomState", "random.Random"]
+)
+def test_snapshot_reports_draws_from_generators_within(name: str) -> None:
+    generator, use = CASES[name]()
+    snapshot = StateSnapshot([Attributes(source=generator)])
+    draw()  # from the global ones
+    assert not snapshot.drew_random_numbers()
+    use()
+    assert snapshot.drew_random_numbers()
+    snapshot.restore()
+    assert not snapshot.drew_random_numbers()
