@@ -78,8 +78,8 @@ def messages(
     sizes = [world * min(piece, part - low) for low in range(0, part, piece)]
     gather = [Message("all_gather_into_tensor", size, size * itemsize) for size in sizes]
     gram = Message("all_reduce", differences**2, 8 * differences**2)
-    # three kinds of events, five numbers of the step, and its coefficients
-    step = Message("all_reduce", 8 + differences, 8 * (8 + differences))
+    # three kinds of events, six numbers of the step, and its coefficients
+    step = Message("all_reduce", 9 + differences, 8 * (9 + differences))
     # two losses, overflow, repeatability, errors, random numbers drawn
     numbers = 6 if safeguard else 1
     losses = Message("all_reduce", numbers, 8 * numbers)

@@ -553,6 +553,7 @@ class AndersonAccelerator:
             attempted=True,
             residual_norm=_if_finite(step.residual_norm),
             step_norm=_if_finite(step.norm),
+            noise=_if_finite(step.noise),
             gain=_if_finite(step.gain),
             mixing=_if_finite(step.mixing),
             condition=_if_finite(step.condition),
@@ -578,6 +579,12 @@ class AndersonAccelerator:
             loss_after=_if_finite(result.after),
             loss_evaluations=result.evaluations,
         )
+        if result.raises:
+            self.disable(
+                f"the loss cannot be evaluated again, and raised {result.raises}; define "
+                "anderson_loss(batch) on the LightningModule, or pass another loss_fn"
+            )
+            return dataclasses.replace(report, status=Status.DISABLED)
         if not result.repeatable:
             self.disable(
                 "two losses of the same batch at the same weights differ, so that candidates "

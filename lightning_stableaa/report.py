@@ -93,6 +93,8 @@ class StepReport:
         residual_norm: sqrt(tr(K)/m), root of the mean squared residual norm, in units of the
             weights.
         step_norm: length of the step to the candidate, in units of the weights.
+        noise: nu; 1 where residuals have noise in every direction, near 0 where they are nearly
+            linearly dependent.
         gain: rho; 0 where residuals are eliminated, 1 where they are independent noise, up to
             ``history_depth`` where they are a steady drift.
         mixing: beta_k, the mixing parameter of the candidate.
@@ -112,6 +114,7 @@ class StepReport:
     accepted: bool = False
     residual_norm: float | None = None
     step_norm: float | None = None
+    noise: float | None = None
     gain: float | None = None
     mixing: float | None = None
     horizon: float | None = None

@@ -40,6 +40,7 @@ PLAIN: dict[str, Any] = {
     "seed": int,
     "stochastic": bool | Literal["auto"],
     "threads": int | None,
+    "oversubscribe": bool,
     "resume_from": str | None,
     "pictures": bool,
     "run_name": str | int | None,

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from hydra.experimental.callback import Callback
 from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig
@@ -70,8 +71,8 @@ def check_launch(settings: Any, environ: Mapping[str, str]) -> None:
     """Compares a run's configuration with what started its process.
 
     Args:
-        settings: the configuration, a mapping; ``cluster``, ``run_name``, ``trainer``, ``module``
-            and ``optimizer`` matter.
+        settings: the configuration, a mapping; ``cluster``, ``run_name``, ``trainer``, ``module``,
+            ``optimizer`` and ``oversubscribe`` matter.
         environ: variables of the process.
 
     Raises:
@@ -88,6 +89,8 @@ def check_launch(settings: Any, environ: Mapping[str, str]) -> None:
             f"cluster={cluster}: this process was not started by {launcher}; use {command}, or "
             f"leave cluster={cluster} out"
         )
+    if by is None:
+        _check_cores(settings)
     if by is None or by.launcher == "by hand":
         _check_nodes_by_hand(settings, environ)
     if by is not None:
@@ -100,7 +103,8 @@ def check_sweep(settings: Any, launcher: Any) -> None:
     """Compares the configuration of a sweep (``-m``) with Hydra's launcher of its jobs.
 
     Args:
-        settings: the configuration, a mapping; ``cluster`` and ``trainer`` matter.
+        settings: the configuration, a mapping; ``cluster``, ``trainer`` and ``oversubscribe``
+            matter.
         launcher: ``hydra.launcher``, a mapping.
 
     Raises:
@@ -116,6 +120,8 @@ def check_sweep(settings: Any, launcher: Any) -> None:
     expected = (count(trainer["num_nodes"]), count(trainer["devices"]))
     if "submitit" in launcher["_target_"]:
         requested = (launcher["nodes"], launcher["tasks_per_node"])
+        if not on_slurm:
+            _check_cores(settings)
         if requested != expected:
             raise UserError(
                 f"hydra.launcher.nodes={requested[0]} and "
@@ -175,6 +181,26 @@ def _check_sharding(module: str, optimizer: Any) -> None:
             "optimizer.fused=True: torch has no fused SGD for sharded weights; leave it out, or "
             "use strategy=ddp"
         )
+
+
+def _check_cores(settings: Any) -> None:
+    """Processes on this machine's CPU; on GPUs, Lightning counts the devices."""
+    trainer = settings["trainer"]
+    accelerator = trainer.get("accelerator")
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    processes, cores = count(trainer["devices"]), _cores()
+    if on_cpu and processes is not None and processes > cores and not settings["oversubscribe"]:
+        raise UserError(
+            f"trainer.devices={processes}: as many processes on a CPU with {cores} cores would wait "
+            f"for one another; use trainer.devices={cores} or less, or add oversubscribe=true"
+        )
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _check_nodes_by_hand(settings: Any, environ: Mapping[str, str]) -> None:

@@ -4,15 +4,17 @@ Symbols: x_j iterates, oldest first; x_q the newest; m residuals in the window; 
 
     (1)  r_j = x_{j+1} - x_j, where one cycle leads from x_j to x_{j+1}
     (2)  K = R^T R, R = [r_1 .. r_m]; s^2 = tr(K) / m
-    (3)  (K + lambda s^2 I) z = 1,  alpha = z / sum(z); lambda = None: min(3e-2, h), h = harmonic
-         mean of the eigenvalues of K over s^2; residuals of zero are left out
+    (3)  (K + lambda s^2 I) z = 1,  alpha = z / sum(z); lambda = None: 3e-2 nu,
+         nu = min(1, h / 1e-3)^2, h = harmonic mean of the eigenvalues of K over s^2; residuals of
+         zero are left out
     (4)  gain    rho = min(m, m |R alpha|^2 / s^2)
     (5)  lag     tau = max(0, sum_j alpha_j (m - j)), j = 1 .. m
     (6)  mixing  beta_k = beta + min(1, c rho) tau + clip(rho - 1, 0, 1) Delta / max(1, |alpha|)
     (7)  candidate  x+ = sum_j alpha_j (x_j + beta_k r_j)
     (8)  cap     |x+ - x_q| <= kappa s, by shortening the step
     (9)  accept where f(x+) < f(x) - max(eta, tolerance) |f(x)|
-         eta = ``SUFFICIENT_DECREASE`` clip(2 - rho, 0, 1) where f is stochastic, else 0
+         eta = ``SUFFICIENT_DECREASE`` w, w = nu clip(2 - rho, 0, 1), where f is stochastic,
+         else 0; there candidates are skipped where w >= ``NOISE_DOMINATED``
     (10) trust region: Delta grows and shrinks with acceptance, at most the cycles trained
     (11) restart: no residual spans an external write; the newest iterate, where no cycle ended
          there, is dropped with it; so is an oldest iterate without a residual
@@ -30,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_stableaa.core.acceptance import EXPAND, SHRINK, SUFFICIENT_DECREASE
-from lightning_stableaa.core.anderson import REGULARIZATION
+from lightning_stableaa.core.anderson import NOISY, REGULARIZATION
 
 Vector = NDArray[np.float64]
 Pair = tuple[Vector, Vector]  # x_j and the end of its cycle, x_{j+1}
@@ -45,14 +47,21 @@ def mixing_coefficients(residuals: Sequence[Vector], regularization: float | Non
     gram = rows @ rows.T
     mean_square = np.trace(gram) / len(moved)
     if regularization is None:
-        eigenvalues = np.maximum(np.linalg.eigvalsh(gram / mean_square), 0.0)
-        harmonic_mean = len(moved) / float(np.sum(1.0 / (eigenvalues + EPS)))
-        regularization = min(REGULARIZATION, harmonic_mean)
+        regularization = REGULARIZATION * noise(residuals)
     ridge = max(regularization, len(moved) * EPS) * mean_square
     z = np.linalg.solve(gram + ridge * np.eye(len(moved)), np.ones(len(moved)))
     alpha = np.zeros(len(residuals))
     alpha[moved] = z / z.sum()
     return alpha
+
+
+def noise(residuals: Sequence[Vector]) -> float:
+    """nu of equation (3)."""
+    rows = np.array([r for r in residuals if r.any()])
+    gram = rows @ rows.T
+    eigenvalues = np.maximum(np.linalg.eigvalsh(gram / (np.trace(gram) / len(rows))), 0.0)
+    harmonic_mean = len(rows) / float(np.sum(1.0 / (eigenvalues + EPS)))
+    return min(1.0, harmonic_mean / NOISY) ** 2
 
 
 def mean_square_norm(residuals: Sequence[Vector]) -> float:
@@ -118,11 +127,16 @@ def anderson(
     return Step(new, alpha, math.sqrt(mean_square_norm(residuals)), rho, beta)
 
 
+def noise_weight(nu: float, rho: float) -> float:
+    """w of equation (9)."""
+    return nu * min(max(2.0 - rho, 0.0), 1.0)
+
+
 def accepts(
-    before: float, after: float, rho: float, *, stochastic: bool, tolerance: float = 0.0
+    before: float, after: float, weight: float, *, stochastic: bool, tolerance: float = 0.0
 ) -> bool:
     """Equation (9); NaN is never accepted."""
-    eta = SUFFICIENT_DECREASE * min(max(2.0 - rho, 0.0), 1.0) if stochastic else 0.0
+    eta = SUFFICIENT_DECREASE * weight if stochastic else 0.0
     return math.isfinite(before) and after < before - max(eta, tolerance) * abs(before)
 
 

@@ -264,7 +264,7 @@ def evaluate(
         (DRIFT, 2, 1.0, 0.999, True, Status.ACCEPTED),
         (DRIFT, 2, 1.0, 1.001, True, Status.REJECTED_LOSS_INCREASE),
         (NOISE, 1, 1.0, 0.1, True, Status.SKIPPED_NOISE_DOMINATED),
-        (ELIMINATED, 0, 1.0, 0.1, True, Status.SKIPPED_NOISE_DOMINATED),
+        (ELIMINATED, 0, 1.0, 0.999, True, Status.ACCEPTED),
     ],
 )
 def test_acceptance_status_follows_losses_and_gain(
@@ -350,6 +350,39 @@ def test_loss_that_raises_rejects(raises_at: int) -> None:
     report = problem.accelerator.step(outside_of_domain, stochastic=False)
     assert report.status is Status.REJECTED_ERROR
     assert torch.equal(problem.solution(), weights)
+
+
+def test_loss_that_raises_twice_at_the_weights_disables_with_its_error() -> None:
+    problem = Quadratic(accelerate_every_n_steps=3)
+    problem.run(2)
+    problem.train_step()
+    weights = problem.solution()
+
+    def broken() -> Tensor:
+        raise AttributeError("no such field")
+
+    report = problem.accelerator.step(broken, stochastic=False)
+    assert report.status is Status.DISABLED
+    assert problem.accelerator.disabled == (
+        "the loss cannot be evaluated again, and raised AttributeError: no such field; define "
+        "anderson_loss(batch) on the LightningModule, or pass another loss_fn"
+    )
+    assert torch.equal(problem.solution(), weights)
+
+
+def test_loss_that_raises_after_the_first_checks_rejects() -> None:
+    problem = Quadratic(accelerate_every_n_steps=2)
+    problem.run(6)
+    problem.train_step()
+    problem.accelerator.step(problem.loss, stochastic=False)
+    problem.train_step()
+
+    def outside_of_domain() -> Tensor:
+        raise ArithmeticError("negative density")
+
+    report = problem.accelerator.step(outside_of_domain, stochastic=False)
+    assert report.status is Status.REJECTED_ERROR
+    assert problem.accelerator.disabled is None
 
 
 def test_non_finite_weights_clear_the_history_and_acceleration_resumes() -> None:

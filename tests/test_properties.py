@@ -20,7 +20,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from torch import Tensor, nn
 
 from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
-from lightning_stableaa.core.acceptance import NOISE_DOMINATED, ROUNDING_ERRORS, required_decrease
+from lightning_stableaa.core.acceptance import (
+    NOISE_DOMINATED,
+    ROUNDING_ERRORS,
+    SUFFICIENT_DECREASE,
+)
 from lightning_stableaa.options import Options
 from tests.helpers.model_based import EPS, Model, Vector
 
@@ -204,7 +208,9 @@ class AcceleratorMachine(RuleBasedStateMachine):
         if self.options.safeguard == "none":
             return Status.ACCEPTED
         assert report.gain is not None
-        if self.stochastic and report.gain < NOISE_DOMINATED:
+        assert report.noise is not None
+        weight = report.noise * min(max(2.0 - report.gain, 0.0), 1.0) * self.stochastic
+        if weight >= NOISE_DOMINATED:
             return Status.SKIPPED_NOISE_DOMINATED
         if loss in ("raises", "nan"):
             kinds = {"raises": Status.REJECTED_ERROR, "nan": Status.REJECTED_NON_FINITE_LOSS}
@@ -214,7 +220,7 @@ class AcceleratorMachine(RuleBasedStateMachine):
         decrease, size = report.loss_before - report.loss_after, abs(report.loss_before)
         if not decrease > ROUNDING_ERRORS * EPS * size:
             return Status.REJECTED_LOSS_INCREASE
-        if not decrease > required_decrease(report.gain, stochastic=self.stochastic) * size:
+        if not decrease > SUFFICIENT_DECREASE * weight * size:
             return Status.REJECTED_INSUFFICIENT_DECREASE
         return Status.ACCEPTED
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
+import re
 from typing import Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -42,7 +44,7 @@ class AndersonCallback(EngineCallback):
         accelerate_every_n_steps: optimizer steps between two extrapolations; a multiple of s.
             Raise it where a loss evaluation is expensive.
         warmup_steps: plain optimizer steps before the first extrapolation, for objectives that
-            change in the beginning.
+            change in the beginning. A string counts epochs: ``"2 epochs"``.
         relaxation: share of the mixed residual that is applied, beta in (0, 1]; also called mixing
             or damping. Lower it where undamped steps diverge.
         lag_compensation: a combination of iterates lags behind the newest one; this share of the
@@ -67,10 +69,11 @@ class AndersonCallback(EngineCallback):
 
     Logs at every extrapolation, to all loggers: ``anderson/attempted``, ``anderson/accepted``,
     ``anderson/rejected_<why>`` and ``anderson/skipped_<why>`` (counts so far),
-    ``anderson/residual_norm``, ``anderson/step_norm`` (units of the weights), ``anderson/gain`` (1:
-    residuals are noise; above: a drift), ``anderson/mixing``, ``anderson/horizon`` (cycles),
-    ``anderson/gram_condition``, ``anderson/loss_before``, ``anderson/loss_after``. The progress bar
-    shows ``anderson_accepted``, and ``rsd`` where the iterates are smoothed.
+    ``anderson/residual_norm``, ``anderson/step_norm`` (units of the weights), ``anderson/noise``
+    (1: the residuals are noisy), ``anderson/gain`` (1: they are independent; above: a drift),
+    ``anderson/mixing``, ``anderson/horizon`` (cycles), ``anderson/gram_condition``,
+    ``anderson/loss_before``, ``anderson/loss_after``. The progress bar shows
+    ``anderson_accepted``, and ``rsd`` where the iterates are smoothed.
 
     Raises:
         TypeError, ValueError: an option is of the wrong type, out of range or in conflict with
@@ -86,7 +89,7 @@ class AndersonCallback(EngineCallback):
         history_depth: int = Options.history_depth,
         store_every_n_steps: int = Options.store_every_n_steps,
         accelerate_every_n_steps: int = Options.accelerate_every_n_steps,
-        warmup_steps: int = Options.warmup_steps,
+        warmup_steps: int | str = Options.warmup_steps,
         relaxation: float = Options.relaxation,
         lag_compensation: float = Options.lag_compensation,
         max_horizon: float = Options.max_horizon,
@@ -102,11 +105,12 @@ class AndersonCallback(EngineCallback):
         if stochastic not in (True, False, "auto"):
             raise ValueError(f"stochastic must be True, False or 'auto', got {stochastic!r}")
         self.stochastic = stochastic
+        self.warmup_epochs = _epochs(warmup_steps) if isinstance(warmup_steps, str) else None
         self.options = Options(
             history_depth=history_depth,
             store_every_n_steps=store_every_n_steps,
             accelerate_every_n_steps=accelerate_every_n_steps,
-            warmup_steps=warmup_steps,
+            warmup_steps=0 if isinstance(warmup_steps, str) else warmup_steps,
             relaxation=relaxation,
             lag_compensation=lag_compensation,
             max_horizon=max_horizon,
@@ -130,6 +134,8 @@ class AndersonCallback(EngineCallback):
             for field in dataclasses.fields(defaults)
             if getattr(self.options, field.name) != getattr(defaults, field.name)
         }
+        if self.warmup_epochs is not None:
+            given["warmup_steps"] = f"{self.warmup_epochs:g} epochs"
         if self.stochastic != "auto":
             given["stochastic"] = self.stochastic
         return f"AndersonCallback({', '.join(f'{name}={one!r}' for name, one in given.items())})"
@@ -157,6 +163,9 @@ class AndersonCallback(EngineCallback):
     def make_engine(self, trainer: Any, pl_module: Any) -> AndersonAccelerator:
         """One of the options, with the smoothing of a SmoothingMonitor beside it."""
         options = _with_monitor(self.options, trainer)
+        if self.warmup_epochs is not None:
+            steps = math.ceil(self.warmup_epochs * _steps_of_an_epoch(trainer))
+            options = dataclasses.replace(options, warmup_steps=steps)
         engine = AndersonAccelerator(
             trainer.optimizers,
             **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
@@ -231,6 +240,7 @@ class AndersonCallback(EngineCallback):
         measured = {
             "residual_norm": report.residual_norm,
             "step_norm": report.step_norm,
+            "noise": report.noise,
             "gain": report.gain,
             "mixing": report.mixing,
             "horizon": report.horizon,
@@ -265,6 +275,33 @@ def _with_monitor(options: Options, trainer: Any) -> Options:
             f"{monitors[0].smoothing} by SmoothingMonitor: remove one of them"
         )
     return dataclasses.replace(options, smoothing=monitors[0].smoothing)
+
+
+def _epochs(text: str) -> float:
+    """The number in ``"2 epochs"``.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*epochs?\s*", text)
+    if match is None:
+        raise ValueError(f"warmup_steps must be an integer, or epochs as in '2 epochs', got {text!r}")
+    return float(match[1])
+
+
+def _steps_of_an_epoch(trainer: Any) -> int:
+    """Optimizer steps; the last one may be of fewer batches.
+
+    Raises:
+        ValueError: the length of an epoch is unknown.
+    """
+    batches = trainer.num_training_batches
+    if not math.isfinite(batches):
+        raise ValueError(
+            "warmup_steps is given in epochs, and the training data have no length: give "
+            "warmup_steps as a number of optimizer steps, or set limit_train_batches"
+        )
+    return math.ceil(batches / trainer.accumulate_grad_batches)
 
 
 def _check_training_step(module: Any) -> None:

@@ -14,8 +14,8 @@ from lightning_stableaa.report import Status
 # averages out: they lower the loss of a batch at once, and momentum undoes them.
 SUFFICIENT_DECREASE = 0.1
 
-# Below this gain the residuals of a stochastic objective are noise, and candidates are averages.
-NOISE_DOMINATED = 1.5
+# Noise weight from which on candidates on a stochastic objective are averages, and skipped.
+NOISE_DOMINATED = 0.5
 
 # Factors of the trust region after an accepted and after a rejected candidate: its radius stays
 # about the same as long as six of ten are accepted.
@@ -37,6 +37,7 @@ class Evaluation(NamedTuple):
     failed: bool = False  # the loss raised an error
     repeatable: bool = True  # the loss at the current weights was the same when asked again
     evaluations: int = 0  # calls of the loss
+    raises: str = ""  # the error of the loss, where it raised twice at the current weights
 
 
 def veto_candidate(step: AndersonStep, *, stochastic: bool) -> Status | None:
@@ -52,7 +53,7 @@ def veto_candidate(step: AndersonStep, *, stochastic: bool) -> Status | None:
         return Status.REJECTED_ZERO_RESIDUAL
     if not (math.isfinite(step.norm) and np.isfinite(step.coefficients).all()):
         return Status.REJECTED_NON_FINITE_CANDIDATE
-    if stochastic and step.gain < NOISE_DOMINATED:
+    if stochastic and noise_weight(step) >= NOISE_DOMINATED:
         return Status.SKIPPED_NOISE_DOMINATED
     return None
 
@@ -74,21 +75,26 @@ def decide(step: AndersonStep, result: Evaluation) -> Status:
         return Status.REJECTED_NON_FINITE_LOSS
     if not result.after < result.before - result.tolerance * abs(result.before):
         return Status.REJECTED_LOSS_INCREASE
-    share = required_decrease(step.gain, stochastic=result.stochastic)
+    share = required_decrease(step, stochastic=result.stochastic)
     if not result.after < result.before - share * abs(result.before):
         return Status.REJECTED_INSUFFICIENT_DECREASE
     return Status.ACCEPTED
 
 
-def required_decrease(gain: float, *, stochastic: bool) -> float:
+def noise_weight(step: AndersonStep) -> float:
+    """nu clip(2 - rho, 0, 1): 1 where residuals are noise, 0 where a drift or eliminated."""
+    return step.noise * min(max(2.0 - step.gain, 0.0), 1.0)
+
+
+def required_decrease(step: AndersonStep, *, stochastic: bool) -> float:
     """eta, the share of the loss that a candidate has to remove; dimensionless.
 
     Args:
-        gain: rho of the step; from 2 on the residuals are a drift and any decrease will do.
+        step: the one to the candidate; where residuals are not noise, any decrease will do.
         stochastic: the loss is that of a sample. Of a function that is the same at every step a
             decrease is progress by itself.
     """
-    return SUFFICIENT_DECREASE * min(max(2.0 - gain, 0.0), 1.0) if stochastic else 0.0
+    return SUFFICIENT_DECREASE * noise_weight(step) if stochastic else 0.0
 
 
 class TrustRegion:

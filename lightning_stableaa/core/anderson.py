@@ -9,6 +9,8 @@ follows is plain floats. Symbols, as in ``docs/method.md``:
     K         R^T R, (m, m)
     lambda    ``regularization``, relative to tr(K)/m
     alpha     mixing coefficients, (m,), sum to one
+    nu        ``noise``: min(1, h / 1e-3)^2, h the harmonic mean of the eigenvalues of K over their
+              mean
     rho       ``gain``: m |R alpha|^2 / (tr(K)/m)
     tau       lag of the mixed iterate behind the newest one, in cycles
     Delta     ``horizon``, in cycles
@@ -32,6 +34,9 @@ _EPS = float(np.finfo(np.float64).eps)
 # lambda where residuals are noisy. From 1e-2 to 1e-1 results are alike (docs/method.md).
 REGULARIZATION = 3e-2
 
+# Harmonic mean of the eigenvalues of K over their mean from which on residuals are noisy.
+NOISY = 1e-3
+
 
 @dataclass(frozen=True)
 class AndersonStep:
@@ -42,6 +47,8 @@ class AndersonStep:
         norm: length of the step, in units of the weights.
         residual_norm: sqrt(tr(K)/m), root of the mean squared residual norm; NaN where the history
             is not finite, 0 where the weights did not move.
+        noise: nu; 1 where residuals have noise in every direction, near 0 where they are nearly
+            linearly dependent.
         gain: rho; 0 where residuals are eliminated, 1 where they are independent noise, m where
             they are a steady drift.
         mixing: beta_k.
@@ -51,19 +58,27 @@ class AndersonStep:
     coefficients: Array
     norm: float
     residual_norm: float
+    noise: float
     gain: float
     mixing: float
     condition: float
 
     def packed(self) -> list[float]:
         """All numbers of the step, to travel between ranks; ``unpacked`` reads them."""
-        scalars = [self.norm, self.residual_norm, self.gain, self.mixing, self.condition]
+        scalars = (
+            self.norm,
+            self.residual_norm,
+            self.noise,
+            self.gain,
+            self.mixing,
+            self.condition,
+        )
         return [*scalars, *self.coefficients.tolist()]
 
     @classmethod
     def unpacked(cls, numbers: Sequence[float]) -> AndersonStep:
         """The step whose ``packed`` numbers these are."""
-        return cls(np.array(numbers[5:]), *numbers[:5])
+        return cls(np.array(numbers[6:]), *numbers[:6])
 
 
 def anderson_step(
@@ -95,8 +110,8 @@ def anderson_step(
     if not (np.isfinite(gram).all() and 0.0 < mean_square < math.inf):
         residual_norm = mean_square if mean_square == 0.0 and np.isfinite(gram).all() else math.nan
         zeros = np.zeros(len(gram))
-        return AndersonStep(zeros, 0.0, residual_norm, math.nan, math.nan, math.nan)
-    alpha, condition = mixing_coefficients(residual_gram, regularization=regularization)
+        return AndersonStep(zeros, 0.0, residual_norm, *[math.nan] * 4)
+    alpha, noise, condition = mixing_coefficients(residual_gram, regularization=regularization)
     gain = min(m * float(alpha @ residual_gram @ alpha) / mean_square, float(m))
     mixing = relaxation + min(1.0, lag_compensation * gain) * lag(alpha)
     mixing += min(max(gain - 1.0, 0.0), 1.0) * horizon / max(1.0, float(np.linalg.norm(alpha)))
@@ -106,10 +121,10 @@ def anderson_step(
     longest = max_extrapolation * residual_norm
     if norm > longest:
         coefficients, norm = coefficients * (longest / norm), longest
-    return AndersonStep(coefficients, norm, residual_norm, gain, mixing, condition)
+    return AndersonStep(coefficients, norm, residual_norm, noise, gain, mixing, condition)
 
 
-def mixing_coefficients(gram: Array, *, regularization: float | None) -> tuple[Array, float]:
+def mixing_coefficients(gram: Array, *, regularization: float | None) -> tuple[Array, float, float]:
     """Coefficients that minimise the norm of the mixed residual, summing to one.
 
     Solves (K + lambda tr(K)/m I) z = 1 and returns alpha = z / sum(z). A residual of exactly zero
@@ -119,11 +134,11 @@ def mixing_coefficients(gram: Array, *, regularization: float | None) -> tuple[A
         gram: K, (m, m), symmetric, not all zero.
         regularization: lambda >= 0, relative to the mean squared residual norm; dimensionless. A
             floor of m eps keeps collinear residuals solvable at lambda = 0. ``None`` takes
-            ``REGULARIZATION``, but at most the harmonic mean of the eigenvalues of K over their
-            mean: where residuals depend on one another, a larger ridge hinders their elimination.
+            ``REGULARIZATION`` times nu: where residuals are nearly dependent, a larger ridge
+            hinders their elimination.
 
     Returns:
-        alpha (m,), and the condition number of K.
+        alpha (m,), nu, and the condition number of K.
 
     Raises:
         ValueError: ``gram`` is not square, or ``regularization`` is negative or not finite.
@@ -137,18 +152,19 @@ def mixing_coefficients(gram: Array, *, regularization: float | None) -> tuple[A
     moved = gram.diagonal() > 0
     if not moved.all():
         alpha = np.zeros(len(gram))
-        alpha[moved], _ = mixing_coefficients(
+        alpha[moved], noise, _ = mixing_coefficients(
             gram[np.ix_(moved, moved)], regularization=regularization
         )
-        return alpha, math.inf
+        return alpha, noise, math.inf
     m = len(gram)
     values, vectors = np.linalg.eigh(gram / (gram.trace() / m))  # in units of tr(K)/m
     values = np.maximum(values, 0.0)
+    noise = min(1.0, m / float((1.0 / (values + _EPS)).sum()) / NOISY) ** 2
     if regularization is None:
-        regularization = min(REGULARIZATION, m / float((1.0 / (values + _EPS)).sum()))
+        regularization = REGULARIZATION * noise
     z = vectors @ (vectors.sum(axis=0) / (values + max(regularization, m * _EPS)))
     condition = float(values[-1] / values[0]) if values[0] > 0 else math.inf
-    return z / z.sum(), condition
+    return z / z.sum(), noise, condition
 
 
 def lag(alpha: Array) -> float:

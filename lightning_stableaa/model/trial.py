@@ -35,16 +35,18 @@ def evaluate_candidate(
         before = objective()
         error = objective.error
         again = objective() if check else before
+        raises = check and error is not None and objective.error is not None
         with iterates.trial():
             after = objective()
             error = error or objective.error
     tolerance = ROUNDING_ERRORS * objective.precision
     unlike = (again - before).abs() > tolerance * before.abs()  # of NaN, which rejects, False
-    flags = [unlike, error is not None, objective.stochastic]
+    flags = [unlike, error is not None, raises, objective.stochastic]
     numbers = [before, after, overflows, *flags]
-    loss_before, loss_after, overflow, differ, failed, draws = _mean(iterates, numbers)
+    loss_before, loss_after, overflow, differ, failed, unusable, draws = _mean(iterates, numbers)
+    text = "an error on another process" if error is None else f"{type(error).__name__}: {error}"
     if error is not None:
-        log.info("the loss of a candidate raised %s: %s", type(error).__name__, error)
+        log.info("a loss by which a candidate was compared raised %s", text)
     return Evaluation(
         before=loss_before,
         after=loss_after,
@@ -53,6 +55,7 @@ def evaluate_candidate(
         overflows=overflow > 0,
         failed=failed > 0,
         repeatable=differ == 0,
+        raises=text if unusable > 0 else "",
         evaluations=3 if check else 2,
     )
 

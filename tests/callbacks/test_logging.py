@@ -47,6 +47,7 @@ def column(rows: list[Row], name: str) -> list[float]:
 NUMBERS = {  # logged name: attribute of the report
     "residual_norm": "residual_norm",
     "step_norm": "step_norm",
+    "noise": "noise",
     "gain": "gain",
     "mixing": "mixing",
     "horizon": "horizon",

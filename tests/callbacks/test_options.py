@@ -19,10 +19,12 @@ from torch import Tensor
 from lightning_stableaa import AndersonAccelerator, AndersonCallback, Smoothing, SmoothingMonitor
 from lightning_stableaa.callbacks.base import check_supported
 from lightning_stableaa.options import Options
+from lightning_stableaa.report import Status
 from tests.helpers.regression import (
     QUIET,
     TREES,
     Regression,
+    Reports,
     anderson,
     batches,
     counters,
@@ -53,6 +55,8 @@ def documented(cls: type) -> list[str]:
 def test_callback_takes_options_of_accelerator_in_order() -> None:
     own = signature(AndersonCallback)
     assert own.pop("stochastic") == ("auto", "bool | Literal['auto']")
+    assert own["warmup_steps"] == (0, "int | str")  # a Trainer has epochs
+    own["warmup_steps"] = (0, "int")
     engine = signature(AndersonAccelerator, "optimizer", "process_group")
     assert list(own.items()) == list(engine.items()) == list(signature(Options).items())
     assert list(own) == [one.name for one in dataclasses.fields(Options)]
@@ -90,6 +94,35 @@ def test_repr_names_options_that_differ_from_defaults() -> None:
     text = "AndersonCallback(history_depth=4, safeguard='none', stochastic=False)"
     assert repr(callback) == text
     assert eval(text).options == callback.options
+
+
+@pytest.mark.parametrize(
+    ("epochs", "accumulate", "first"), [("2 epochs", 1, 6), ("2 epochs", 2, 4), ("1.5 epochs", 1, 5)]
+)
+def test_warmup_in_epochs_counts_the_optimizer_steps_of_the_trainer(
+    epochs: str, accumulate: int, first: int
+) -> None:
+    callback = anderson(warmup_steps=epochs, accelerate_every_n_steps=1)
+    reports = Reports(callback)
+    options = {"max_epochs": 4, "accumulate_grad_batches": accumulate}
+    fit(Regression(), batches(3), callback, reports, **options)
+    stepped = [one for one in reports.all if one.status is not Status.NO_OPTIMIZER_STEP]
+    attempts = [step for step, one in enumerate(stepped, start=1) if one.attempted]
+    assert attempts[0] == first
+    assert eval(repr(callback)).warmup_epochs == float(epochs.split()[0])
+
+
+def test_warmup_in_epochs_is_refused_where_it_has_no_meaning() -> None:
+    with pytest.raises(ValueError, match=r"^warmup_steps must be an integer, or epochs .* 'soon'$"):
+        AndersonCallback(warmup_steps="soon")
+
+    class Endless(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(batches(3).dataset)
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=8)
+    with pytest.raises(ValueError, match=r"^warmup_steps is given in epochs, and .* no length: "):
+        fit(Regression(), loader, anderson(warmup_steps="2 epochs"), max_epochs=1)
 
 
 class Lbfgs(Regression):

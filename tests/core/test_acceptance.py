@@ -23,8 +23,11 @@ GAINS = [0.0, 1.0, 1.25, 1.75, 2.0, 8.0]
 
 
 def step_of(**values: Any) -> AndersonStep:
-    usual: dict[str, Any] = {"residual_norm": 1.0, "gain": 5.0, "mixing": 1.0, "condition": 1.0}
-    return AndersonStep(**({"coefficients": np.ones(2), "norm": 1.0} | usual | values))
+    usual: dict[str, Any] = {
+        **{"coefficients": np.ones(2), "norm": 1.0, "residual_norm": 1.0},
+        **{"noise": 1.0, "gain": 5.0, "mixing": 1.0, "condition": 1.0},
+    }
+    return AndersonStep(**(usual | values))
 
 
 def evaluation_of(before: float, after: float, **values: Any) -> Evaluation:
@@ -50,23 +53,28 @@ def test_veto_unusable_step_names_cause(
 
 
 @pytest.mark.parametrize("gain", GAINS)
-def test_veto_noise_only_of_stochastic_loss(gain: float) -> None:
-    noise = Status.SKIPPED_NOISE_DOMINATED if gain < NOISE_DOMINATED else None
-    assert veto_candidate(step_of(gain=gain), stochastic=True) is noise
-    assert veto_candidate(step_of(gain=gain), stochastic=False) is None
+@pytest.mark.parametrize("noise", [0.0, 0.4, 0.7, 1.0])
+def test_veto_noise_only_of_stochastic_loss(noise: float, gain: float) -> None:
+    dominated = reference.noise_weight(noise, gain) >= NOISE_DOMINATED
+    step = step_of(noise=noise, gain=gain)
+    expected = Status.SKIPPED_NOISE_DOMINATED if dominated else None
+    assert veto_candidate(step, stochastic=True) is expected
+    assert veto_candidate(step, stochastic=False) is None
 
 
 @pytest.mark.parametrize("gain", GAINS)
+@pytest.mark.parametrize("noise", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("before", [1.0, -1.0, 0.0, 1e-30])
 @pytest.mark.parametrize("share", [-0.5, -0.11, -0.06, -1e-9, 0.0, 1e-9, 0.5])
 def test_decide_equals_reference(
-    gain: float, stochastic: bool, before: float, share: float
+    gain: float, noise: float, stochastic: bool, before: float, share: float
 ) -> None:
     after = before + share * (abs(before) or 1.0)
-    expected = reference.accepts(before, after, gain, stochastic=stochastic)
+    weight = reference.noise_weight(noise, gain)
+    expected = reference.accepts(before, after, weight, stochastic=stochastic)
     result = evaluation_of(before, after, stochastic=stochastic)
-    status = decide(step_of(gain=gain), result)
+    status = decide(step_of(noise=noise, gain=gain), result)
     assert (status is Status.ACCEPTED) is expected
     increases = Status.REJECTED_LOSS_INCREASE, Status.REJECTED_INSUFFICIENT_DECREASE
     assert expected or status is increases[after < before]

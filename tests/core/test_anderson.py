@@ -40,16 +40,17 @@ def pairs_of(iterates: Array, is_residual: list[bool]) -> list[Any]:
 @pytest.mark.parametrize("regularization", [None, 0.0, 1e-8, 1e-3, 1.0])
 def test_mixing_coefficients_equal_reference(m: int, regularization: float | None) -> None:
     rows = random_rows(m, 40)
-    alpha, condition = mixing_coefficients(rows @ rows.T, regularization=regularization)
+    alpha, noise, condition = mixing_coefficients(rows @ rows.T, regularization=regularization)
     # ten well-conditioned equations in float64
     expected = reference.mixing_coefficients(list(rows), regularization)
     np.testing.assert_allclose(alpha, expected, rtol=1e-12)
+    assert noise == pytest.approx(reference.noise(list(rows)), rel=1e-10)
     assert condition == pytest.approx(np.linalg.cond(rows) ** 2, rel=1e-10)
 
 
 def test_mixing_coefficients_sum_to_one_and_are_stationary() -> None:
     rows = random_rows(6, 30)
-    alpha, _ = mixing_coefficients(rows @ rows.T, regularization=0.0)
+    alpha, *_ = mixing_coefficients(rows @ rows.T, regularization=0.0)
     assert alpha.sum() == pytest.approx(1.0, abs=1e-14)
     least = np.linalg.norm(alpha @ rows)
     for seed in range(20):
@@ -61,7 +62,7 @@ def test_mixing_coefficients_sum_to_one_and_are_stationary() -> None:
 
 def test_mixing_coefficients_huge_lambda_is_average() -> None:
     rows = random_rows(4, 30)
-    alpha, _ = mixing_coefficients(rows @ rows.T, regularization=1e12)
+    alpha, *_ = mixing_coefficients(rows @ rows.T, regularization=1e12)
     np.testing.assert_allclose(alpha, 0.25, rtol=1e-10)
 
 
@@ -71,24 +72,25 @@ def test_mixing_coefficients_scaled_residuals_unchanged(
     regularization: float | None, scale: float
 ) -> None:
     gram = random_rows(5, 30) @ random_rows(5, 30).T
-    expected, _ = mixing_coefficients(gram, regularization=regularization)
-    alpha, _ = mixing_coefficients(gram * scale, regularization=regularization)
+    expected, *_ = mixing_coefficients(gram, regularization=regularization)
+    alpha, *_ = mixing_coefficients(gram * scale, regularization=regularization)
     np.testing.assert_allclose(alpha, expected, rtol=1e-12)
 
 
 def test_mixing_coefficients_collinear_residuals_extrapolate_to_root() -> None:
     # r and 2 r: 2 r_1 - r_2 = 0
     rows = np.array([[1.0, 1.0], [2.0, 2.0]])
-    alpha, condition = mixing_coefficients(rows @ rows.T, regularization=0.0)
+    alpha, noise, condition = mixing_coefficients(rows @ rows.T, regularization=0.0)
     # the floor of the ridge is m eps; K has entries of order one
     np.testing.assert_allclose(alpha, [2.0, -1.0], rtol=1e-13)
+    assert noise < 1e-20
     assert condition > 1e14
 
 
 @pytest.mark.parametrize("regularization", [None, 0.0, 1e-6])
 def test_mixing_coefficients_equal_residuals_share_equally(regularization: float | None) -> None:
     rows = np.ones((3, 4))
-    alpha, _ = mixing_coefficients(rows @ rows.T, regularization=regularization)
+    alpha, *_ = mixing_coefficients(rows @ rows.T, regularization=regularization)
     # at the floor of the ridge the rounding of K is a share of it
     np.testing.assert_allclose(alpha, 1 / 3, rtol=1e-6 if regularization else 1.0)
     assert alpha.sum() == pytest.approx(1.0, abs=1e-13)
@@ -98,11 +100,12 @@ def test_mixing_coefficients_equal_residuals_share_equally(regularization: float
 def test_mixing_coefficients_zero_residual_gets_zero(regularization: float | None) -> None:
     rows = random_rows(3, 10)
     rows[1] = 0.0
-    alpha, condition = mixing_coefficients(rows @ rows.T, regularization=regularization)
+    alpha, noise, condition = mixing_coefficients(rows @ rows.T, regularization=regularization)
     others = rows[[0, 2]]
-    expected, _ = mixing_coefficients(others @ others.T, regularization=regularization)
+    expected, *_ = mixing_coefficients(others @ others.T, regularization=regularization)
     assert alpha[1] == 0.0
     assert alpha[[0, 2]].tolist() == expected.tolist()
+    assert noise == pytest.approx(reference.noise(list(rows)), rel=1e-10)
     assert condition == math.inf
     np.testing.assert_allclose(
         alpha, reference.mixing_coefficients(list(rows), regularization), rtol=1e-12

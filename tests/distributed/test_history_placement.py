@@ -255,7 +255,7 @@ def record_messages(history: str, size: int) -> dict[str, Any]:
 @both_placements
 def test_messages_of_an_attempt(history: str, size: int, ranks: Ranks) -> None:
     """Events and step; losses. Sharded: the Gram matrix before, and the candidate's slices."""
-    scalars = [("all_reduce", 3 + 5 + 4), ("all_reduce", 6)]
+    scalars = [("all_reduce", 3 + 6 + 4), ("all_reduce", 6)]
     expected = scalars
     if history == "sharded":
         gather = ("all_gather_into_tensor", size + 1)  # padded to two equal slices

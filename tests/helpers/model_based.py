@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightning_stableaa import Status
-from lightning_stableaa.core.anderson import REGULARIZATION
+from lightning_stableaa.core.anderson import NOISY, REGULARIZATION
 from lightning_stableaa.options import Options
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
@@ -112,7 +112,8 @@ class Model:
         values = np.maximum(np.linalg.eigvalsh(scaled), 0)
         ridge = options.regularization
         if ridge is None:
-            ridge = min(REGULARIZATION, len(moved) / float((1 / (values + EPS)).sum()))
+            noise = min(1.0, len(moved) / float((1 / (values + EPS)).sum()) / NOISY) ** 2
+            ridge = REGULARIZATION * noise
         ridge = max(ridge, len(moved) * EPS)
         alpha = np.zeros(m)
         alpha[moved] = np.linalg.solve(scaled + ridge * np.eye(len(moved)), np.ones(len(moved)))

@@ -45,6 +45,11 @@ RUN = [
     ("seed=-1", r"seed: -1 is not in bounds, .*"),
     ("sed=4", r"sed: there is no such option; did you mean seed\?"),
     ("threads=0", r"threads: .*positive.*"),
+    (
+        "trainer.devices=4096",
+        r"trainer.devices=4096: .* CPU with \d+ cores would wait .* or add oversubscribe=true",
+    ),
+    ("oversubscribe=perhaps", r"oversubscribe=perhaps: expected bool"),
     ("resume_from=last.ckpt", r"resume_from=last.ckpt: there is no such checkpoint file"),
     ("resume_from=notes.txt", r"resume_from=notes.txt: is no checkpoint, or not a complete one"),
     ("run_name=..", r"run_name=\.\.: expected the name of a folder below runs/RECIPE"),

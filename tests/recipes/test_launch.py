@@ -58,7 +58,25 @@ def settings(
     strategy: str = "auto",
 ) -> dict[str, Any]:
     trainer = {"devices": devices, "num_nodes": nodes, "strategy": strategy}
-    return {"cluster": cluster, "run_name": run_name, "trainer": trainer}
+    own = {"cluster": cluster, "run_name": run_name, "oversubscribe": False}
+    return own | {"trainer": trainer}
+
+
+@pytest.mark.parametrize(("accelerator", "asked"), [("cpu", True), ("auto", True), ("gpu", False)])
+def test_more_processes_than_cores_need_a_yes(
+    accelerator: str, asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(launch, "_cores", lambda: 2)
+    one = settings(devices=3)
+    one["trainer"]["accelerator"] = accelerator
+    sentence = "^trainer.devices=3: .* a CPU with 2 cores .* use trainer.devices=2 or less, or add"
+    expected = pytest.raises(UserError, match=sentence) if asked else nullcontext()
+    with expected:
+        check_launch(one, {})
+    check_launch(one | {"oversubscribe": True}, {})
+    one["trainer"]["devices"] = 2
+    check_launch(one, {})
 
 
 def without(variables: dict[str, str], *names: str) -> dict[str, str]:
