@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test nightly check docs format wheel wheel-test
+.PHONY: help install demo test nightly integrations check docs format wheel wheel-test
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -28,6 +28,9 @@ test: $(INSTALLED)  ## run all tests; PYTEST_ARGS='-m "not slow"' for the quick 
 nightly: $(INSTALLED)  ## 100,000 new examples of every property; STABLEAA_EXAMPLES=... for others
 	STABLEAA_EXAMPLES=$${STABLEAA_EXAMPLES:-100000} \
 		$(BIN)/python -m pytest tests/test_properties.py --hypothesis-show-statistics $(PYTEST_ARGS)
+
+integrations: $(INSTALLED)  ## examples of other packages, each in its own environment; some gigabytes
+	$(BIN)/python -m tests.integrations.run
 
 check: $(INSTALLED) build/typing/lightning_stableaa  ## lint, formatting, types, spelling, documentation
 	$(BIN)/ruff check .

@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stableaa import checkpoint
-from lightning_stableaa.core.acceptance import TrustRegion, decide, veto_candidate
+from lightning_stableaa.core.acceptance import (
+    Evaluation,
+    TrustRegion,
+    decide,
+    veto_candidate,
+)
 from lightning_stableaa.core.anderson import AndersonStep, anderson_step
 from lightning_stableaa.core.smoothing import MovingAverage
 from lightning_stableaa.distributed.communicator import Communicator
@@ -571,47 +576,52 @@ class AndersonAccelerator:
         self._monitor.rebaseline()  # the candidate came and went
         self._draws_samples = self._draws_samples or result.stochastic
         self._checks_left = max(0, self._checks_left - 1)
-        report = dataclasses.replace(
-            report,
-            status=decide(step, result),
-            stochastic=result.stochastic,
-            loss_before=_if_finite(result.before),
-            loss_after=_if_finite(result.after),
-            loss_evaluations=result.evaluations,
-        )
-        if result.raises:
-            self.disable(
-                f"the loss cannot be evaluated again, and raised {result.raises}; define "
-                "anderson_loss(batch) on the LightningModule, or pass another loss_fn"
-            )
-            return dataclasses.replace(report, status=Status.DISABLED)
-        if not result.repeatable:
-            self.disable(
-                "two losses of the same batch at the same weights differ, so that candidates "
-                "cannot be compared; define anderson_loss(batch) on the LightningModule, or pass "
-                "a loss_fn that gives the same value when it is called again"
-            )
-            return dataclasses.replace(report, status=Status.DISABLED)
-        accepted = report.status is Status.ACCEPTED
-        # of sharded weights or optimizers, a rank may hold none of the copies
-        if (
-            accepted
-            and self.accepted == 0
-            and iterates.communicator.any(
-                holds_copy_of_weights(self._optimizers), iterates.weights.device
-            )
-        ):
-            self.disable(
-                "the optimizer keeps a copy of the weights and writes it over them at its next "
-                "step, candidates included; use an optimizer without master weights"
-            )
-            return dataclasses.replace(report, status=Status.DISABLED)
+        status = decide(step, result)
+        reason = self._reason_to_disable(iterates, result, status)
+        if reason is not None:
+            self.disable(reason)
+            status = Status.DISABLED
+        accepted = status is Status.ACCEPTED
         if objective is not None and step.gain > 1:
             self._trust_region.update(accepted=accepted)
         if accepted:
             iterates.weights.write(iterates.candidate)
             self._restart(iterates)
-        return dataclasses.replace(report, accepted=accepted)
+        return dataclasses.replace(
+            report,
+            status=status,
+            accepted=accepted,
+            stochastic=result.stochastic,
+            loss_before=_if_finite(result.before),
+            loss_after=_if_finite(result.after),
+            loss_evaluations=result.evaluations,
+        )
+
+    def _reason_to_disable(
+        self, iterates: IterateStore, result: Evaluation, status: Status
+    ) -> str | None:
+        """What an evaluation showed that no later one can change; a collective call."""
+        if result.raises:
+            return (
+                f"the loss cannot be evaluated again, and raised {result.raises}; define "
+                "anderson_loss(batch) on the LightningModule, or pass another loss_fn"
+            )
+        if not result.repeatable:
+            return (
+                "two losses of the same batch at the same weights differ, so that candidates "
+                "cannot be compared; define anderson_loss(batch) on the LightningModule, or pass "
+                "a loss_fn that gives the same value when it is called again"
+            )
+        if status is not Status.ACCEPTED or self.accepted > 0:
+            return None
+        # of sharded weights or optimizers, a rank may hold none of the copies
+        copies = holds_copy_of_weights(self._optimizers)
+        if iterates.communicator.any(copies, iterates.weights.device):
+            return (
+                "the optimizer keeps a copy of the weights and writes it over them at its next "
+                "step, candidates included; use an optimizer without master weights"
+            )
+        return None
 
     def _propose(self, iterates: IterateStore, horizon: float) -> tuple[AndersonStep, int]:
         """The first rank's step on every rank, and what happened to any of them."""

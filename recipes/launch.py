@@ -191,7 +191,7 @@ def _check_cores(settings: Any) -> None:
     processes, cores = count(trainer["devices"]), _cores()
     if on_cpu and processes is not None and processes > cores and not settings["oversubscribe"]:
         raise UserError(
-            f"trainer.devices={processes}: as many processes on a CPU with {cores} cores would wait "
+            f"trainer.devices={processes}: so many processes on a CPU of {cores} cores would wait "
             f"for one another; use trainer.devices={cores} or less, or add oversubscribe=true"
         )
 

@@ -285,7 +285,9 @@ def _epochs(text: str) -> float:
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*epochs?\s*", text)
     if match is None:
-        raise ValueError(f"warmup_steps must be an integer, or epochs as in '2 epochs', got {text!r}")
+        raise ValueError(
+            f"warmup_steps must be an integer, or epochs as in '2 epochs', got {text!r}"
+        )
     return float(match[1])
 
 

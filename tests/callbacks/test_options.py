@@ -97,15 +97,22 @@ def test_repr_names_options_that_differ_from_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "accumulate", "first"), [("2 epochs", 1, 6), ("2 epochs", 2, 4), ("1.5 epochs", 1, 5)]
+    ("epochs", "accumulate", "first"),
+    [("2 epochs", 1, 6), ("2 epochs", 2, 4), ("1.5 epochs", 1, 5)],
 )
 def test_warmup_in_epochs_counts_the_optimizer_steps_of_the_trainer(
     epochs: str, accumulate: int, first: int
 ) -> None:
     callback = anderson(warmup_steps=epochs, accelerate_every_n_steps=1)
     reports = Reports(callback)
-    options = {"max_epochs": 4, "accumulate_grad_batches": accumulate}
-    fit(Regression(), batches(3), callback, reports, **options)
+    fit(
+        Regression(),
+        batches(3),
+        callback,
+        reports,
+        max_epochs=4,
+        accumulate_grad_batches=accumulate,
+    )
     stepped = [one for one in reports.all if one.status is not Status.NO_OPTIMIZER_STEP]
     attempts = [step for step, one in enumerate(stepped, start=1) if one.attempted]
     assert attempts[0] == first

@@ -47,7 +47,7 @@ RUN = [
     ("threads=0", r"threads: .*positive.*"),
     (
         "trainer.devices=4096",
-        r"trainer.devices=4096: .* CPU with \d+ cores would wait .* or add oversubscribe=true",
+        r"trainer.devices=4096: .* CPU of \d+ cores would wait .* or add oversubscribe=true",
     ),
     ("oversubscribe=perhaps", r"oversubscribe=perhaps: expected bool"),
     ("resume_from=last.ckpt", r"resume_from=last.ckpt: there is no such checkpoint file"),

@@ -4,10 +4,12 @@ import os
 import re
 import socket
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lsf import LSFEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -15,6 +17,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
 import lightning_stableaa.recipes.train  # noqa: F401  # registers the resolvers
+from lightning_stableaa.recipes import launch
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.launch import check_launch, check_sweep
 from tests.recipes.conftest import Compose
@@ -70,7 +73,7 @@ def test_more_processes_than_cores_need_a_yes(
     monkeypatch.setattr(launch, "_cores", lambda: 2)
     one = settings(devices=3)
     one["trainer"]["accelerator"] = accelerator
-    sentence = "^trainer.devices=3: .* a CPU with 2 cores .* use trainer.devices=2 or less, or add"
+    sentence = "^trainer.devices=3: .* a CPU of 2 cores .* use trainer.devices=2 or less, or add"
     expected = pytest.raises(UserError, match=sentence) if asked else nullcontext()
     with expected:
         check_launch(one, {})
