@@ -258,13 +258,13 @@ def draw(path: Path, summary: Sequence[dict[str, Any]]) -> None:
         noise.legend(fontsize="small")
         for variant in list(VARIANTS)[1:]:
             mine = [row for row in rows if row["variant"] == variant]
-            values = [min(row["training loss"], 10.0) for row in mine]
+            values = [min(row["best validation"], 10.0) for row in mine]
             style = {"color": colors[variant], "label": variant}
             gain.loglog([row["size"] for row in mine], values, "o-", **style)
         gain.axhline(1, color="grey", linewidth=1, linestyle="--")
         gain.set(xlabel="samples a step")
         if column == 0:
-            gain.set_ylabel("training loss over plain's\nat equal cost (10: more)")
+            gain.set_ylabel("best validation over plain's\nat equal cost")
             gain.legend(fontsize="small")
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -1,6 +1,6 @@
 """Rows of docs/paper.md from the results of ``stableaa-compare ... compare=paper``.
 
-    python -m benchmarks.paper_tables benchmarks/results/paper/*/results.json
+python -m benchmarks.paper_tables benchmarks/results/paper/*/results.json
 """
 
 from __future__ import annotations

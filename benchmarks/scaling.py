@@ -80,8 +80,8 @@ def messages(
     gram = Message("all_reduce", differences**2, 8 * differences**2)
     # three kinds of events, six numbers of the step, and its coefficients
     step = Message("all_reduce", 9 + differences, 8 * (9 + differences))
-    # two losses, overflow, repeatability, errors, random numbers drawn
-    numbers = 6 if safeguard else 1
+    # two losses, overflow, repeatability, two kinds of errors, random numbers drawn
+    numbers = 7 if safeguard else 1
     losses = Message("all_reduce", numbers, 8 * numbers)
     if history == "replicated":
         return [step, losses]

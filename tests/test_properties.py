@@ -108,8 +108,9 @@ class AcceleratorMachine(RuleBasedStateMachine):
             self.optimizer.step()
             own = self.tracked_weights()
 
-            def loss_fn() -> Tensor:
-                if loss == "raises":
+            def loss_fn(own: Vector = own) -> Tensor:
+                at_candidate = not np.array_equal(self.tracked_weights(), own)
+                if loss == "raises" and at_candidate:
                     raise ArithmeticError("outside of the domain")
                 return self.evaluate(torch.cat([*self.tracked]), loss)
 
