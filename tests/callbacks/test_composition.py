@@ -42,6 +42,14 @@ needs_averaging = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _empty_working_folder(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the Trainer's own ModelCheckpoint writes."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("working"))
+
+
 class Program(Validated):
     """Accepts every second candidate, by the steering."""
 
