@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -75,7 +76,7 @@ def admissions(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def cifar10(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """16 x 16 pixels, standardised; read once a machine."""
     folder = Path(os.environ["STABLEAA_CIFAR10_DIR"])
-    cache = Path(os.environ.get("TMPDIR", "/tmp")) / "cifar10_16.pt"
+    cache = Path(tempfile.gettempdir()) / "cifar10_16.pt"
     if not cache.exists():
         from PIL import Image
 
