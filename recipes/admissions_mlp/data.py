@@ -1,7 +1,6 @@
 """The Graduate Admissions table: reading, splitting, standardising."""
 
 import csv
-import itertools
 import math
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +18,8 @@ FEATURES = ("GRE Score", "TOEFL Score", "University Rating", "SOP", "LOR", "CGPA
 TARGET = "Chance of Admit"
 KAGGLE_DATASET = "mohansacharya/graduate-admissions"
 FILE_NAME = "Admission_Predict_Ver1.1.csv"
+DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
+SURPLUS = "values beyond the header"
 
 
 class AdmissionsData(lightning.LightningDataModule):
@@ -97,31 +98,62 @@ class AdmissionsData(lightning.LightningDataModule):
 def read_table(path: Path) -> tuple[Tensor, Tensor]:
     """Features (rows, 7) and targets (rows, 1) in float32, in the order of the file.
 
+    The delimiter is the comma, the semicolon or the tab, whichever the header has most of.
+
     Raises:
-        UserError: the file is missing, lacks a column, or holds something that is no number.
+        UserError: the file is missing, lacks a column, or holds something that is no number; the
+            message names row, column and value.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            # the file as distributed has trailing blanks in its header: "LOR ", "Chance of Admit "
-            rows = [
-                {name.strip(): value for name, value in row.items() if name}
-                for row in csv.DictReader(file)
-            ]
-        features = [[float(row[name]) for name in FEATURES] for row in rows]
-        targets = [[float(row[TARGET])] for row in rows]
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise UserError(
             f"data.csv={path}: {error.strerror}; give the path of {FILE_NAME}"
         ) from error
-    except KeyError as error:
+    except UnicodeDecodeError as error:
         raise UserError(
-            f"data.csv={path} has no column {error}; give the path of {FILE_NAME}"
+            f"data.csv={path} is not a text file in UTF-8; give the path of {FILE_NAME}"
         ) from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"data.csv={path} is not a table of numbers: {error}") from error
+    delimiter = max(DELIMITERS, key=text.partition("\n")[0].count)
+    try:
+        table = csv.DictReader(text.splitlines(), delimiter=delimiter, restkey=SURPLUS)
+        return _parse_table(table)
+    except (ValueError, csv.Error) as error:
+        raise UserError(
+            f"data.csv={path}, read with the delimiter {DELIMITERS[delimiter]}: {error}; give the "
+            f"path of {FILE_NAME}, or mend the table"
+        ) from error
+
+
+def _parse_table(table: "csv.DictReader[str]") -> tuple[Tensor, Tensor]:
+    # the file as distributed has trailing blanks in its header: "LOR ", "Chance of Admit "
+    columns = table.fieldnames = [name.strip() for name in table.fieldnames or ()]
+    if not columns:
+        raise ValueError("the file is empty")
+    if missing := [name for name in (*FEATURES, TARGET) if name not in columns]:
+        raise ValueError(
+            f"no column {', '.join(map(repr, missing))} among {', '.join(map(repr, columns))}"
+        )
+    rows = []
+    for number, row in enumerate(table, start=1):
+        where = f"row {number} (line {table.line_num})"
+        if any(surplus := row.get(SURPLUS, ())):  # a delimiter at the end of the line adds none
+            count = len(columns) + len(surplus)
+            raise ValueError(f"{where} has {count} values for {len(columns)} columns")
+        rows.append(
+            [_number(row[name], f"{where}, column {name!r}") for name in (*FEATURES, TARGET)]
+        )
     if not rows:
-        raise UserError(f"data.csv={path} has no rows; give the path of {FILE_NAME}")
-    for number, row in enumerate(zip(features, targets, strict=True), start=1):
-        if not all(map(math.isfinite, itertools.chain(*row))):
-            raise UserError(f"data.csv={path}: row {number} of the table holds NaN or infinity")
-    return torch.tensor(features), torch.tensor(targets)
+        raise ValueError("no rows below the header")
+    values = torch.tensor(rows)
+    return values[:, :-1], values[:, -1:]
+
+
+def _number(value: str | None, where: str) -> float:
+    try:
+        number = float(value or "")
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where}: expected a finite number, got {value or ''!r}")
+    return number

@@ -35,24 +35,64 @@ def test_table_real_file_has_500_rows() -> None:
     assert targets[0].item() == pytest.approx(0.92)
 
 
+ROW = "1,337,118,4,4.5,4.5,9.65,1,0.92"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (
-            "\n".join([HEADER.rpartition(",")[0], "1,337,118,4,4.5,4.5,9.65,1"]),
-            "no column 'Chance of",
+            f"{HEADER.rpartition(',')[0]}\n{ROW}",
+            "comma: no column 'Chance of Admit' among 'Serial No.', 'GRE Score', .*, 'Research';",
         ),
-        ("\n".join([HEADER, "1,337,118,4,4.5,4.5,high,1,0.92"]), "to float: 'high'"),
-        ("\n".join([HEADER, "1,337,118"]), "is not a table of numbers"),
-        (HEADER, "has no rows"),
-        ("\n".join([HEADER, "1,337,118,4,4.5,4.5,nan,1,0.92"]), "row 1 of the table h"),
+        ("a|b\n1|2", r"comma: no column 'GRE Score', .* among 'a\|b';"),
+        (
+            f"{HEADER}\n{ROW}\n{ROW.replace('9.65', 'high')}",
+            r"row 2 \(line 3\), column 'CGPA': expected a finite number, got 'high';",
+        ),
+        (
+            f"{HEADER}\n{ROW.replace('9.65', 'nan')}",
+            r"row 1 \(line 2\), column 'CGPA': expected a finite number, got 'nan';",
+        ),
+        (
+            f"{HEADER}\n1,337,118",
+            r"row 1 \(line 2\), column 'University Rating': expected a finite number, got '';",
+        ),
+        (
+            f"{HEADER}\n{ROW.replace('4.5', '4,5')}",
+            r"row 1 \(line 2\) has 11 values for 9 columns;",
+        ),
+        (
+            f"{HEADER}\n{ROW}".replace(",", ";").replace("4.5", "4,5"),
+            r"semicolon: row 1 \(line 2\), column 'SOP': expected a finite number, got '4,5';",
+        ),
+        (HEADER, "no rows below the header;"),
+        ("", "the file is empty;"),
     ],
 )
-def test_table_invalid_file_raises(content: str, message: str, tmp_path: Path) -> None:
+def test_table_invalid_file_names_row_column_and_value(
+    content: str, message: str, tmp_path: Path
+) -> None:
     path = tmp_path / "table.csv"
     path.write_text(content)
-    with pytest.raises(UserError, match=rf"data\.csv={path}.*{message}"):
+    with pytest.raises(UserError, match=rf"^data\.csv={path}, read with the .*{message}"):
         read_table(path)
+
+
+def test_table_other_encoding_raises(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    path.write_bytes(HEADER.encode("utf-16"))
+    with pytest.raises(UserError, match=rf"^data\.csv={path} is not a text file in UTF-8;"):
+        read_table(path)
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_table_other_delimiter_is_read_alike(
+    delimiter: str, admissions_csv: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(admissions_csv.read_text().replace(",", delimiter))
+    assert all(map(torch.equal, read_table(path), read_table(admissions_csv)))
 
 
 def test_table_missing_names_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
