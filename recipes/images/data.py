@@ -21,7 +21,7 @@ from lightning_stableaa.recipes.images.folder import LAYOUT, ImageIndex, index_i
 from lightning_stableaa.recipes.loading import EpochSampler
 
 UNREADABLE = -100  # label of an image that could not be decoded: torch's default ignore_index
-WARNINGS = 10  # images reported one by one; all are listed at the end
+LISTED = 10  # names in a warning
 
 
 class ImageBatch(NamedTuple):
@@ -77,7 +77,8 @@ class EpochAndIndex(EpochSampler):
 class ImageFolderData(lightning.LightningDataModule):
     """Batches (images, labels) of ``folder``: normalised (n, 3, size, size), channels last.
 
-    Images that cannot be decoded are left out of loss and metrics, and listed at the end.
+    Images that cannot be decoded are left out of loss and metrics; one warning at the end counts
+    and names them.
 
     Args:
         folder: holds train/CLASS/IMAGE and val/CLASS/IMAGE (or test/ for val/).
@@ -109,9 +110,18 @@ class ImageFolderData(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in {"size": size, "batch_size": batch_size}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        for name, value, least in [
+            ("size", size, 1),
+            ("batch_size", batch_size, 1),
+            ("workers", workers or 0, 0),
+        ]:
+            if value < least:
+                raise ValueError(f"{name} must be >= {least}, got {value}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError(
+                "mean and std need one number for red, green and blue each, those of std above "
+                f"zero; got {list(mean)} and {list(std)}"
+            )
         if not 0 <= flip_probability <= 1:
             raise ValueError(f"flip_probability must lie in [0, 1], got {flip_probability}")
         self.folder = folder
@@ -128,7 +138,12 @@ class ImageFolderData(lightning.LightningDataModule):
         self.unreadable: set[str] = set()
 
     def setup(self, stage: str) -> None:
-        """Lists the images; stops where the folder and the model do not fit together."""
+        """Lists the images.
+
+        Raises:
+            UserError: the folder is not laid out as expected, or the model has another number of
+                classes.
+        """
         if self.folder is None:
             raise UserError(f"data.folder is not set; {LAYOUT}")
         classes, training, validation = index_images(Path(self.folder))
@@ -136,6 +151,12 @@ class ImageFolderData(lightning.LightningDataModule):
             raise UserError(
                 f"model.num_classes={self.num_classes}, but data.folder={self.folder} has "
                 f"{len(classes)} class folders; set model.num_classes={len(classes)}"
+            )
+        if absent := sorted({*range(len(classes))} - {*validation.labels.tolist()}):
+            rank_zero_warn(
+                f"data.folder={self.folder}: {len(absent)} of {len(classes)} classes have no "
+                f"images in {validation.folder.name}, and their accuracy is not measured: "
+                + _listed([classes[label] for label in absent])
             )
         self.training = CroppedImages(
             training, self.train_crop, self.size, self.flip_probability, self.seed
@@ -184,14 +205,21 @@ class ImageFolderData(lightning.LightningDataModule):
         return self.trainer
 
     def on_before_batch_transfer(self, batch: ImageBatch, dataloader_idx: int) -> ImageBatch:
-        """Notes the images that could not be decoded, before a look would cost a device sync."""
-        for index in batch.indices[batch.labels == UNREADABLE].tolist():
-            split = self.training if self._trainer.training else self.validation
-            path = str(split.images.path(index))
-            if path not in self.unreadable:
-                self.unreadable.add(path)
-                if len(self.unreadable) <= WARNINGS:
-                    rank_zero_warn(f"{path} cannot be decoded and is left out")
+        """Records the images that could not be decoded, while reading them costs no device sync.
+
+        Raises:
+            UserError: no image of the split could be decoded.
+        """
+        broken = batch.indices[batch.labels == UNREADABLE].tolist()
+        if broken:
+            images = (self.training if self._trainer.training else self.validation).images
+            self.unreadable.update(str(images.path(index)) for index in broken)
+            prefix = f"{images.folder}{os.sep}"
+            if sum(path.startswith(prefix) for path in self.unreadable) == len(images.names):
+                raise UserError(
+                    f"data.folder={self.folder}: none of the {len(images.names)} images in "
+                    f"{images.folder.name} can be decoded; check files such as {images.path(0)}"
+                )
         return batch
 
     def on_after_batch_transfer(
@@ -202,7 +230,7 @@ class ImageFolderData(lightning.LightningDataModule):
         return normalise(batch, self.mean, self.std, cast(torch.dtype, dtype)), batch.labels
 
     def teardown(self, stage: str) -> None:
-        """Lists the images left out, by all processes together."""
+        """Reports the images left out, by all processes together."""
         paths = self.unreadable
         if torch.distributed.is_initialized():
             gathered: list[Any] = [None] * torch.distributed.get_world_size()
@@ -211,8 +239,9 @@ class ImageFolderData(lightning.LightningDataModule):
         _report(paths)
 
     def on_exception(self, exception: BaseException) -> None:
-        """Lists the images left out by the first process: the others may be gone."""
-        _report(self.unreadable)
+        """Reports the images left out by the first process: the others may be gone."""
+        if not isinstance(exception, UserError):
+            _report(self.unreadable)
 
 
 def normalise(
@@ -231,7 +260,12 @@ def normalise(
 
 def _report(paths: set[str]) -> None:
     if paths:
+        images = "1 image" if len(paths) == 1 else f"{len(paths)} images"
         rank_zero_warn(
-            f"{len(paths)} image(s) could not be decoded and were left out:\n"
-            + "\n".join(sorted(paths))
+            f"{images} could not be decoded, left out of loss and metrics: {_listed(sorted(paths))}"
         )
+
+
+def _listed(names: Sequence[str]) -> str:
+    rest = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")

@@ -63,7 +63,7 @@ def _index_split(split: Path, classes: list[str]) -> ImageIndex:
     names, labels = [], []
     for label, class_name in enumerate(classes):
         if not (split / class_name).is_dir():
-            continue  # a class without validation images
+            continue  # in validation; ImageFolderData warns
         images = sorted(
             name
             for name in os.listdir(split / class_name)

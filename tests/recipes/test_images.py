@@ -1,4 +1,5 @@
 import math
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from random import Random
@@ -264,16 +265,55 @@ def test_batch_is_channels_last_flipped_normalised() -> None:
     assert torch.allclose(images, expected.permute(0, 3, 1, 2), atol=1e-6)
 
 
-def test_data_broken_images_are_reported(folder: Path, tmp_path: Path) -> None:
+def test_data_broken_images_are_counted_and_named_once(folder: Path) -> None:
     broken = make_broken(folder)
     module = classifier()
-    with pytest.warns(UserWarning, match="(cannot|could not) be decoded") as warnings:
+    with pytest.warns(UserWarning, match="could not be decoded") as warnings:
         quiet_trainer(max_epochs=2).fit(module, data_module(folder))
-    messages = [str(w.message) for w in warnings if "be decoded" in str(w.message)]
-    assert sorted(messages[:-1]) == [f"{p} cannot be decoded and is left out" for p in broken]
-    listed = "\n".join(map(str, broken))
-    assert messages[-1] == f"3 image(s) could not be decoded and were left out:\n{listed}"
+    (message,) = [str(one.message) for one in warnings if "decoded" in str(one.message)]
+    names = ", ".join(map(str, broken))
+    assert message == f"3 images could not be decoded, left out of loss and metrics: {names}"
     assert all(value.isfinite().all() for value in weights(module))
+
+
+def test_data_many_broken_images_are_named_in_part(folder: Path) -> None:
+    for number in range(12):
+        (folder / "train" / "n01" / f"broken_{number:02}.png").write_bytes(b"")
+    with pytest.warns(UserWarning, match="12 images could not .*broken_09.png and 2 more$"):
+        quiet_trainer(max_epochs=1).fit(classifier(), data_module(folder))
+
+
+def test_data_all_images_broken_raises(folder: Path) -> None:
+    for path in (folder / "train").rglob("*.JPEG"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=rf"^data.folder={folder}: none of the 12 images in train"):
+        quiet_trainer(max_epochs=1).fit(classifier(), data_module(folder))
+
+
+def test_data_class_missing_in_validation_warns(folder: Path) -> None:
+    shutil.rmtree(folder / "val" / "n02")
+    with pytest.warns(UserWarning, match="1 of 2 classes have no images in val, .*: n02$"):
+        data_module(folder).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers": -1}, "^workers must be >= 0, got -1$"),
+        ({"batch_size": 0}, "^batch_size must be >= 1, got 0$"),
+        ({"std": (1, 1, 0)}, r"those of std above zero; got .* and \[1, 1, 0\]$"),
+        ({"mean": (0.5,)}, r"got \[0.5\] and "),
+    ],
+)
+def test_data_invalid_option_raises(folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        data_module(folder, **options)
+
+
+def test_data_batch_larger_than_the_training_part_raises(folder: Path) -> None:
+    message = "^data.batch_size=13 exceeds the 12 training images .*; choose a smaller one$"
+    with pytest.raises(UserError, match=message):
+        quiet_trainer(max_epochs=1).fit(classifier(), data_module(folder, batch_size=13))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
