@@ -77,7 +77,7 @@ class AndersonCallback(EngineCallback):
 
     Raises:
         TypeError, ValueError: an option is of the wrong type, out of range or in conflict with
-            another one; at the start of fit: a strategy, an optimizer or manual optimisation that
+            another one; at the start of fit: a strategy, an optimizer or a training step that
             cannot be accelerated.
 
     Source: arXiv:2110.14813.
@@ -307,18 +307,14 @@ def _steps_of_an_epoch(trainer: Any) -> int:
 
 
 def _check_training_step(module: Any) -> None:
-    """Only a training step that neither steps nor fetches batches can be evaluated again.
+    """One that fetches its own batches cannot be evaluated again.
 
     Raises:
         ValueError: names the ways out.
     """
-    reason = None
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-        reason = "training_step(dataloader_iter) fetches batches, and"
-    elif not module.automatic_optimization:
-        reason = "automatic_optimization=False: training_step steps the optimizers itself, and"
-    if reason is not None:
         raise ValueError(
-            f"{reason} cannot be evaluated again by AndersonCallback: define anderson_loss(batch) "
-            "on the LightningModule, or set safeguard='none'"
+            "training_step(dataloader_iter) fetches batches, and cannot be evaluated again by "
+            "AndersonCallback: define anderson_loss(batch) on the LightningModule, or set "
+            "safeguard='none'"
         )

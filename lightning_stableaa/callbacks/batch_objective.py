@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -11,6 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_stableaa.callbacks.manual_optimization import (
+    dry_run,
+    replace_attribute,
+    single_objective,
+)
 from lightning_stableaa.distributed.dtensor import is_sharded, reshard_fsdp_modules
 from lightning_stableaa.model.objective import Objective
 from lightning_stableaa.model.parameters import trainable_parameters
@@ -53,6 +58,7 @@ class BatchObjective(Objective):
         self._batch: Any = None
         self._batch_idx = 0
         self._before: _TrainingState | None = None  # the training step
+        self._evaluated = False  # in this context
         self._unsupported: str | None = None
         self._unhook = ExitStack()
         self._leave = ExitStack()
@@ -73,7 +79,7 @@ class BatchObjective(Objective):
             self._save(batch)
             return training_step(batch, *arguments)
 
-        self._unhook.callback(_replace(strategy, "training_step", save_and_train))
+        self._unhook.callback(replace_attribute(strategy, "training_step", save_and_train))
 
     def set_batch(self, batch: Any, batch_idx: int) -> None:
         """The batch that was just trained on."""
@@ -100,19 +106,22 @@ class BatchObjective(Objective):
         )
 
     def __enter__(self) -> BatchObjective:
-        super().__enter__()
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
-        self._leave.callback(super().__exit__, None, None, None)
+        self._evaluated = False
         try:
             # what the training step has put out of reach counts as well
             reached = [] if self._before is None else self._before.objects
             self._leave.callback(self._capture(self._batch, *reached).restore)
         except UnsupportedStateError:  # with a loss of its own, which has no such effects
             self._before = None
+        if self._before is None:
+            super().__enter__()
         for parameter in trainable_parameters(self._optimizers):
-            if parameter.grad is not None:  # a backward pass in the training step adds to it
-                self._leave.callback(setattr, parameter, "grad", parameter.grad)
-                parameter.grad = None
+            # toggle_optimizer would leave it changed, were there an error before untoggle_optimizer
+            self._leave.callback(parameter.requires_grad_, parameter.requires_grad)
+            # a backward pass in the training step adds to it
+            self._leave.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
         logger_module = importlib.import_module(f"{self._tree}.loggers.logger")
         self._leave.callback(setattr, trainer, "loggers", trainer.loggers)
         trainer.loggers = [logger_module.DummyLogger() for _ in trainer.loggers]
@@ -133,11 +142,11 @@ class BatchObjective(Objective):
         loop._results.batch = self._batch
         if self._before is None:
             return super()._evaluate()
-        self._before.restore()
+        moved = self._before.restore()
+        self.stochastic = self.stochastic or (self._evaluated and moved)
+        self._evaluated = True
         self._module._current_fx_name = "training_step"
-        loss = self._loss_of_batch()
-        self.stochastic = self.stochastic or self._before.drew_random_numbers()
-        return loss
+        return self._loss_of_batch()
 
     def _save(self, batch: Any) -> None:
         try:
@@ -153,15 +162,22 @@ class BatchObjective(Objective):
         with self._trainer.precision_plugin.train_step_context():
             if has_own_loss(self._module):
                 output = self._module.anderson_loss(self._batch)
+            elif self._module.automatic_optimization:
+                output = self._run_training_step()
             else:
-                step = self._module.training_step
-                signature = importlib.import_module(f"{self._tree}.utilities.signature_utils")
-                # as Lightning itself passes them
-                if signature.is_param_in_hook_signature(step, "batch_idx", min_args=2):
-                    output = step(self._batch, self._batch_idx)
-                else:
-                    output = step(self._batch)
+                with dry_run(self._trainer, self._optimizers) as losses:
+                    output = self._run_training_step()
+                if losses:
+                    return single_objective(losses, len(self._optimizers))
         return output.get("loss") if isinstance(output, Mapping) else output
+
+    def _run_training_step(self) -> Any:
+        step = self._module.training_step
+        signature = importlib.import_module(f"{self._tree}.utilities.signature_utils")
+        # as Lightning itself passes them
+        if signature.is_param_in_hook_signature(step, "batch_idx", min_args=2):
+            return step(self._batch, self._batch_idx)
+        return step(self._batch)
 
 
 class _TrainingState:
@@ -196,42 +212,25 @@ class _TrainingState:
         """All that was reached."""
         return self._state.objects
 
-    def restore(self) -> None:
+    def restore(self) -> bool:
+        """Put everything back; whether a generator, global or within the state, had moved."""
         self._reshard()
+        moved = self._state.drew_random_numbers()
         self._state.restore()
-        self._rng.restore()
+        moved = self._rng.restore() or moved
         self._trainer.should_stop = self._should_stop
         for counter, state in self._counters:
             counter.load_state_dict(state)
+        return moved
 
     def lost(self) -> bool:
         """Whether a tensor was changed that ``restore`` cannot put back."""
         return self._state.lost()
 
-    def drew_random_numbers(self) -> bool:
-        """Whether a generator, global or within the state, moved since ``restore``."""
-        return self._rng.moved() or self._state.drew_random_numbers()
-
     def _reshard(self) -> None:
         """Let modules of FSDP2 hold their shards, not what they have gathered."""
         if self._sharded:
             reshard_fsdp_modules()
-
-
-def _replace(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of an instance; the result undoes it."""
-    attributes = vars(owner)
-    missing = name not in attributes
-    before = attributes.get(name)
-    setattr(owner, name, value)
-
-    def undo() -> None:
-        if missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-    return undo
 
 
 def has_own_loss(module: nn.Module) -> bool:

@@ -22,9 +22,9 @@ LossFunction = Callable[[], Tensor]
 class Objective:
     """A loss that can be evaluated again and again at other weights.
 
-    A context: the state that an evaluation changes is put back before each one, and on leaving.
-    This class does so for the generators of random numbers; buffers and the like are those of a
-    subclass, or of ``preserve_state`` within the function.
+    A context, within which every evaluation draws the same random numbers, and after which their
+    generators are where they were; buffers and the like are restored by a subclass, or by
+    ``preserve_state`` within the function.
 
     Args:
         loss_fn: returns the scalar loss at the current weights; never differentiated.
@@ -48,7 +48,6 @@ class Objective:
         self._device = device or torch.device("cpu")
         self._sign = -1.0 if maximize else 1.0
         self._rng: RNGSnapshot | None = None
-        self._evaluations = 0  # in this context
         self.stochastic = stochastic
         self.collective = collective
         self.precision = float(torch.finfo(torch.float32).eps)  # of a loss
@@ -60,7 +59,7 @@ class Objective:
         return None
 
     def __enter__(self) -> Objective:
-        self._rng, self._evaluations = RNGSnapshot(self._device), 0
+        self._rng = RNGSnapshot(self._device)
         return self
 
     def __exit__(
@@ -69,8 +68,7 @@ class Objective:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._rng is not None:
-            self._rng.restore()
+        self._rng = None
 
     def __call__(self) -> Tensor:  # () float64
         """The loss to be minimised at the current weights; gradients enabled, but no backward.
@@ -100,15 +98,12 @@ class Objective:
         return self._sign * loss.to(self._device, torch.float64)
 
     def _evaluate(self) -> Any:
-        """One evaluation from the state in which the step began."""
+        """One evaluation; a loss that draws random numbers is one of a sample."""
         assert self._rng is not None, "an objective is evaluated within its context"
-        if self._evaluations:
-            self._rng.restore()
-        loss = self._loss_fn()
-        if self._evaluations == 0 and not self.stochastic:
-            self.stochastic = self._rng.moved()
-        self._evaluations += 1
-        return loss
+        try:
+            return self._loss_fn()
+        finally:
+            self.stochastic = self._rng.restore() or self.stochastic
 
 
 def scalar(loss: Any) -> Tensor:  # ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import operator
 import pickle
 import random
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_stableaa.distributed.dtensor import to_local
@@ -83,27 +85,20 @@ class RNGSnapshot:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
-    def restore(self) -> None:
-        """Put every generator back to the captured state."""
-        random.setstate(self._python)
-        torch.set_rng_state(self._torch)
+    def restore(self) -> bool:
+        """Put every generator back, and return whether any had moved since the snapshot."""
+        moved = [
+            _put_back(torch.get_rng_state(), self._torch, torch.equal, torch.set_rng_state),
+            _put_back(random.getstate(), self._python, operator.eq, random.setstate),
+        ]
+        if self._numpy is not None:  # setting it takes as long as a few layers of a small network
+            write = sys.modules["numpy"].random.set_state
+            moved.append(_put_back(_numpy_state(), self._numpy, _same, write))
         if self._cuda is not None:
-            torch.cuda.set_rng_state(self._cuda, self._device)
-        # setting NumPy's takes as long as a few layers of a small network
-        if self._numpy is not None and not _same(_numpy_state(), self._numpy):
-            sys.modules["numpy"].random.set_state(self._numpy)
-
-    def moved(self) -> bool:
-        """Whether anything was drawn since the snapshot."""
-        return not (
-            torch.equal(torch.get_rng_state(), self._torch)
-            and random.getstate() == self._python
-            and _same(_numpy_state(), self._numpy)
-            and (
-                self._cuda is None
-                or torch.equal(torch.cuda.get_rng_state(self._device), self._cuda)
-            )
-        )
+            read, write = torch.cuda.get_rng_state, torch.cuda.set_rng_state
+            of_device = functools.partial(write, device=self._device)
+            moved.append(_put_back(read(self._device), self._cuda, torch.equal, of_device))
+        return any(moved)
 
 
 class StateSnapshot:
@@ -180,6 +175,8 @@ class StateSnapshot:
             return self._capture_module(value)
         if self._capture_generator(value) or _is_foreign(value):
             return ()
+        if isinstance(value, Optimizer):  # its state changes in its step alone
+            return (value.param_groups,)
         if isinstance(value, types.MethodType):
             return (value.__self__,)
         if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
@@ -442,6 +439,16 @@ def _is_plain(tensor: Tensor) -> bool:
 def _address(tensor: Tensor) -> int:
     """Where the memory of a tensor begins; 0 where there is none."""
     return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
+
+
+def _put_back(
+    state: Any, before: Any, same: Callable[[Any, Any], bool], write: Callable[[Any], object]
+) -> bool:
+    """Write the state of before where it is another one now; whether it is."""
+    if same(state, before):
+        return False
+    write(before)
+    return True
 
 
 def _numpy_state() -> Any:

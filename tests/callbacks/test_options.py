@@ -137,21 +137,9 @@ class Lbfgs(Regression):
         return torch.optim.LBFGS(self.parameters())
 
 
-class Manual(Regression):
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-
 class Fetches(Regression):
     def training_step(self, dataloader_iter: Any) -> Tensor:
         raise AssertionError("not reached")
-
-
-WAYS_OUT = (
-    " cannot be evaluated again by AndersonCallback: define anderson_loss(batch) on the "
-    "LightningModule, or set safeguard='none'"
-)
 
 
 @pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
@@ -165,15 +153,11 @@ WAYS_OUT = (
             "extrapolates on its own; use SGD or Adam, or remove the callback",
         ),
         (
-            Manual,
-            lambda: [anderson()],
-            "automatic_optimization=False: training_step steps the optimizers itself, and"
-            + WAYS_OUT,
-        ),
-        (
             Fetches,
             lambda: [anderson()],
-            "training_step(dataloader_iter) fetches batches, and" + WAYS_OUT,
+            "training_step(dataloader_iter) fetches batches, and cannot be evaluated again by "
+            "AndersonCallback: define anderson_loss(batch) on the LightningModule, or set "
+            "safeguard='none'",
         ),
         (
             Regression,

@@ -16,6 +16,7 @@ with warnings.catch_warnings():
     from pina.optim import TorchOptimizer
     from pina.problem.zoo import Poisson2DSquareProblem
     from pina.solver import (
+        PhysicsInformedEnsembleSolver,
         PhysicsInformedSingleModelSolver,
         RBAPhysicsInformedSingleModelSolver,
         SelfAdaptivePhysicsInformedSolver,
@@ -39,6 +40,9 @@ def solver_of(kind: Any) -> Any:
     boundary = [one for one in problem.domains if one != "D"]
     problem.discretise_domain(POINTS, "random", domains=boundary)
     network = FeedForward(2, 1, layers=[8, 8], func=torch.nn.Tanh)
+    if kind is PhysicsInformedEnsembleSolver:
+        second = FeedForward(2, 1, layers=[8, 8], func=torch.nn.Tanh)
+        return kind(problem, [network, second], optimizers=[adam(), adam()])
     options = {} if kind is SelfAdaptivePhysicsInformedSolver else {"optimizer": adam()}
     return kind(problem, network, **options)
 
@@ -109,14 +113,21 @@ def test_switch_to_lbfgs_pauses_with_one_warning_and_training_goes_on() -> None:
     assert counters(callback)["attempted"] == 2
 
 
-def test_self_adaptive_solver_is_refused_in_one_sentence() -> None:
-    sentence = (
-        r"automatic_optimization=False: training_step steps the optimizers itself, and cannot be "
-        r"evaluated again by AndersonCallback: define anderson_loss\(batch\) on the "
-        r"LightningModule, or set safeguard='none'$"
-    )
-    with pytest.raises(ValueError, match=f"^{sentence}"):
-        fit(solver_of(SelfAdaptivePhysicsInformedSolver), AndersonCallback())
+def test_self_adaptive_solver_trains_without_acceleration() -> None:
+    """Its two optimizers pull in opposite directions."""
+    callback = AndersonCallback()
+    kind = SelfAdaptivePhysicsInformedSolver
+    plain, beside = (fit(solver_of(kind), *one) for one in ([], [callback]))
+    assert_bitwise_equal(plain, beside)
+    assert "2 optimizers that follow 2 losses" in callback.state_dict()["disabled"]
+
+
+def test_ensemble_solver_is_accelerated() -> None:
+    callback = AndersonCallback()
+    fit(solver_of(PhysicsInformedEnsembleSolver), callback)
+    assert counters(callback)["attempted"] == 6
+    assert counters(callback)["accepted"] >= 1
+    assert callback.state_dict()["disabled"] is None
 
 
 @pytest.mark.parametrize("kind", [PINN, RBA])

@@ -68,12 +68,11 @@ def test_rng_snapshot_of_other_bit_generator_restores_and_sees_moves() -> None:
     try:
         snapshot = RNGSnapshot(CPU)
         for function in (random.random, np.random.rand, lambda: torch.rand(1).item()):
-            assert not snapshot.moved()
+            assert not snapshot.restore()
             first = function()
-            assert snapshot.moved()
-            snapshot.restore()
+            assert snapshot.restore()
             assert function() == first
-            snapshot.restore()
+            assert snapshot.restore()
     finally:
         numpy_random.set_bit_generator(before)
 
