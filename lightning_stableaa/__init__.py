@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_stableaa.accelerator import AndersonAccelerator
-from lightning_stableaa.options import Smoothing
-from lightning_stableaa.report import Status, StepReport
-
 if TYPE_CHECKING:
+    from lightning_stableaa.accelerator import AndersonAccelerator
     from lightning_stableaa.callbacks import AndersonCallback, SmoothingMonitor
+    from lightning_stableaa.options import Smoothing
+    from lightning_stableaa.report import Status, StepReport
 
 __version__ = "0.2.0"
 
@@ -22,16 +22,25 @@ __all__ = [
     "StepReport",
 ]
 
+_MODULES = {
+    "AndersonAccelerator": "accelerator",
+    "AndersonCallback": "callbacks",
+    "Smoothing": "options",
+    "SmoothingMonitor": "callbacks",
+    "Status": "report",
+    "StepReport": "report",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """Import the callbacks when they are first used: the engine needs no Lightning."""
-    if name in ("AndersonCallback", "SmoothingMonitor"):
-        from lightning_stableaa import callbacks
-
-        return getattr(callbacks, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Imports a name when it is first used: the commands need no torch to answer."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:
-    """Names for completion, those of the callbacks included."""
-    return sorted([*globals(), *__all__])
+    """Lists the names for completion, imported or not."""
+    return sorted({*globals(), *__all__})

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import torch
-
 Safeguard = Literal["loss", "none"]
 HistoryPlacement = Literal["auto", "replicated", "sharded"]
 RsdKind = Literal["norm", "max"]
@@ -145,6 +143,8 @@ class Options:
         )
         if not isinstance(self.history_device, str):
             raise TypeError(sentence)
+        import torch  # takes a second; the command line checks the other options without it
+
         try:
             device = torch.device(self.history_device)
         except RuntimeError as error:

@@ -3,6 +3,8 @@
 import difflib
 import enum
 import inspect
+import math
+import os
 import re
 import sys
 import traceback
@@ -20,18 +22,18 @@ from hydra.errors import (
     MissingConfigException,
     OverrideParseException,
 )
-from hydra.utils import get_object
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from lightning_stableaa.options import Options, Smoothing
 from lightning_stableaa.recipes.errors import UserError, attribute_to
+from lightning_stableaa.recipes.files import FULL, REFUSED
+from lightning_stableaa.recipes.signatures import parameters
 
 USER_ERRORS = (
     UserError,
     HydraException,
     OmegaConfBaseException,
-    MisconfigurationException,
     yaml.YAMLError,
 )
 
@@ -59,10 +61,23 @@ def exit_on_user_error(command: str) -> Iterator[None]:
     except USER_ERRORS as error:
         _refuse(command, error)
     except ValueError as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if not frame.f_globals["__name__"].startswith("hydra."):
+        if not _raised_by_hydra(error):
             raise
         _refuse(command, error)  # such as "Config group override must be a string or a list"
+    except OSError as error:
+        if error.errno not in FULL | REFUSED or not _raised_by_hydra(error):
+            raise
+        folder = PurePath(os.getcwd())  # where Hydra makes the folder of a run
+        reason = f"current folder {folder}: {error.strerror}; change to one that can be written to"
+        _refuse(command, UserError(reason))
+
+
+def _raised_by_hydra(error: BaseException) -> bool:
+    """Whether this package was not called by Hydra, but Hydra did something on its own."""
+    frames = traceback.walk_tb(error.__traceback__)
+    packages = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in frames]
+    callers = [one for one in packages if one in ("hydra", "lightning_stableaa")]
+    return callers[-1:] == ["hydra"]
 
 
 def _refuse(command: str, error: Exception) -> NoReturn:
@@ -150,6 +165,47 @@ def check_run(settings: Mapping[str, Any]) -> None:
             if value is not None:
                 _check_target(value, f"{group}.{name}")
     check_options(settings)
+    _check_ranges(settings)
+    _check_acceleration(settings.get("callbacks") or {})
+
+
+# Counts of the Trainer that it divides by, or trains nothing with: what each of them may be.
+_COUNTS: dict[str, tuple[float, str]] = {
+    "accumulate_grad_batches": (1, "at least 1"),
+    "limit_train_batches": (1e-12, "more than 0"),
+    "max_epochs": (1, "at least 1, or -1 for no limit"),
+    "max_steps": (1, "at least 1, or -1 for no limit"),
+    "num_nodes": (1, "at least 1"),
+    "devices": (1, "at least 1, or -1 for all"),
+    "val_check_interval": (1e-12, "more than 0"),
+}
+
+
+def _check_ranges(settings: Mapping[str, Any]) -> None:
+    for name, (least, expected) in _COUNTS.items():
+        value = settings["trainer"].get(name)
+        unlimited = value == -1 and "-1" in expected
+        if isinstance(value, int | float) and value < least and not unlimited:
+            raise UserError(f"trainer.{name}={value}: expected {expected}")
+    for name in ("lr", "momentum", "weight_decay"):
+        value = (settings.get("optimizer") or {}).get(name)
+        if isinstance(value, int | float) and not 0 <= value < math.inf:
+            raise UserError(f"optimizer.{name}={value}: expected a finite number >= 0")
+
+
+def _check_acceleration(callbacks: Mapping[str, Any]) -> None:
+    """Values of our own callbacks, whose constructors would have to import Lightning."""
+    for name, entry in callbacks.items():
+        target = (entry or {}).get("_target_")
+        values = {key: value for key, value in (entry or {}).items() if key[0] != "_"}
+        with attribute_to(f"callbacks.{name}"):
+            if target == "lightning_stableaa.SmoothingMonitor":
+                Smoothing(**values)
+            elif target == "lightning_stableaa.AndersonCallback":
+                values.pop("stochastic", None)
+                if isinstance(values.get("warmup_steps"), str):  # epochs
+                    values.pop("warmup_steps")
+                Options(**values)
 
 
 def _check_target(value: Any, option: str) -> None:
@@ -172,33 +228,20 @@ def check_options(config: Mapping[str, Any], path: str = "") -> None:
     Raises:
         UserError: an option the constructor does not have, or a value of another type.
     """
-    parameters: dict[str, Any] = {}
+    known: dict[str, Any] = {}
     if "_target_" in config:
         with attribute_to(f"{path}._target_={config['_target_']}", ImportError, AttributeError):
-            parameters = _parameters(config["_target_"])
+            known = parameters(config["_target_"]) or {}
     for name, value in config.items():
         option = f"{path}.{name}" if path else name
-        if parameters and name not in parameters and not name.startswith("_"):
-            raise UserError(f"{option}: there is no such option; {_suggest(name, parameters)}")
+        if known and name not in known and not name.startswith("_"):
+            raise UserError(f"{option}: there is no such option; {_suggest(name, known)}")
         if isinstance(value, Mapping):
             check_options(value, option)
-        elif name in parameters and not _fits(value, parameters[name]):
-            raise UserError(f"{option}={value}: expected {_describe(parameters[name])}")
-
-
-def _parameters(target: str) -> dict[str, Any]:
-    """Names and annotations of a constructor's parameters; empty where it takes any keyword."""
-    factory = get_object(target)
-    function = factory.__init__ if inspect.isclass(factory) else factory
-    parameters = inspect.signature(function).parameters.values()
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return {}
-    try:
-        hints = typing.get_type_hints(function)
-    except NameError:  # annotations that only a type checker can resolve
-        hints = {}
-    names = [parameter.name for parameter in parameters if parameter.name != "self"]
-    return {name: hints.get(name, Any) for name in names}
+        elif isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{option}=nan: expected a number")
+        elif name in known and not _fits(value, known[name]):
+            raise UserError(f"{option}={value}: expected {_describe(known[name])}")
 
 
 def _fits(value: Any, annotation: Any) -> bool:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from lightning_stableaa.recipes.errors import UserError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_REFUSED = {errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+REFUSED = {errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT}
 
 
 def write_atomically(path: Path, contents: str | bytes) -> None:
@@ -66,7 +66,7 @@ def disk_errors(option: str, folder: Path) -> Iterator[None]:
         path = Path(str(error.filename)).absolute()
         within = error.filename is None or path.is_relative_to(folder.absolute())
         named = str(error.filename) in {str(folder), *map(str, folder.parents)}
-        if error.errno in _FULL or (error.errno in _REFUSED and (within or named)):
+        if error.errno in FULL or (error.errno in REFUSED and (within or named)):
             raise UserError(
                 f"{option}={folder}: {error.strerror}; make room or choose another folder"
             ) from error

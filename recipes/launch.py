@@ -9,13 +9,12 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from hydra.experimental.callback import Callback
-from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig
 
 from lightning_stableaa.recipes.cli_errors import exit_on_user_error
 from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.signatures import Unresolved, class_attribute
 
 COMMAND = "-m lightning_stableaa.recipes.train"
 
@@ -146,6 +145,12 @@ class CheckSweep(Callback):
             check_sweep(config, config.hydra.launcher)
 
 
+def is_first_process() -> bool:
+    """Whether this process has rank 0, by the variables that Lightning's ``rank_zero`` reads."""
+    names = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
+
+
 def join_submitit() -> None:
     """Tells Lightning the ranks that submitit's local executor gave its processes.
 
@@ -166,11 +171,17 @@ def count(value: Any) -> int | None:
 
 
 def _check_sharding(module: str, optimizer: Any) -> None:
-    if not getattr(get_class(module), "shardable", True):
+    try:
+        shardable = class_attribute(module, "shardable")
+    except (Unresolved, AttributeError):
+        shardable = True
+    if not shardable:
         raise UserError(
             f"strategy=model_parallel: the loss of {module} differentiates the network by its "
             f"inputs, which FSDP2 does not support; use strategy=ddp"
         )
+    if optimizer is None:  # a module of the user's own has it
+        return
     if optimizer["_target_"] in NOT_SHARDABLE:
         raise UserError(
             f"optimizer._target_={optimizer['_target_']}: it does not work on sharded weights; "
@@ -186,14 +197,20 @@ def _check_sharding(module: str, optimizer: Any) -> None:
 def _check_cores(settings: Any) -> None:
     """Processes on this machine's CPU; on GPUs, Lightning counts the devices."""
     trainer = settings["trainer"]
-    accelerator = trainer.get("accelerator")
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
-    processes, cores = count(trainer["devices"]), _cores()
-    if on_cpu and processes is not None and processes > cores and not settings["oversubscribe"]:
+    accelerator, processes, cores = trainer.get("accelerator"), count(trainer["devices"]), _cores()
+    if processes is None or processes <= cores or settings["oversubscribe"]:
+        return
+    if accelerator == "cpu" or (accelerator == "auto" and not _has_gpu()):
         raise UserError(
             f"trainer.devices={processes}: so many processes on a CPU of {cores} cores would wait "
             f"for one another; use trainer.devices={cores} or less, or add oversubscribe=true"
         )
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _cores() -> int:

@@ -1,17 +1,13 @@
-"""Jobs whose machines are taken away: the last checkpoint they write, and the one they resume."""
+"""Jobs whose machines are taken away: the last checkpoint they write."""
 
 import os
 import signal
-import zipfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-
-from lightning_stableaa.recipes.errors import UserError
 
 # How notice is given: by SLURM to Lightning, by SLURM to submitit, by everybody else. In this order
 # where several came, since only the first two put the job back into the queue.
@@ -73,34 +69,6 @@ class Preemption(Checkpoint):
         # SLURM sends SIGTERM to a job that it will start again, and expects no other answer
         if callable(handler) and not (number == signal.SIGTERM and "SLURM_JOB_ID" in os.environ):
             handler(number, None)
-
-
-def checkpoint_to_resume(choice: str | None, run_folder: Path) -> Path | None:
-    """The checkpoint that ``resume_from`` stands for.
-
-    Args:
-        choice: a path, ``auto`` for the newest complete checkpoint in the run folder, which may
-            be none, or None.
-        run_folder: of this run, as an interrupted one has left it.
-
-    Raises:
-        UserError: there is no checkpoint at the path, or not a complete one.
-    """
-    if choice is None:
-        return None
-    if choice != "auto":
-        if not Path(choice).exists():
-            raise UserError(f"resume_from={choice}: there is no such checkpoint file")
-        if not _is_complete(Path(choice)):
-            raise UserError(f"resume_from={choice}: is no checkpoint, or not a complete one")
-        return Path(choice)
-    found = [*run_folder.glob("checkpoints/*.ckpt"), *run_folder.glob("hpc_ckpt_*.ckpt")]
-    return max(filter(_is_complete, found), key=lambda path: path.stat().st_mtime, default=None)
-
-
-def _is_complete(path: Path) -> bool:
-    """Whether a checkpoint was written to its end: one file, or a folder of one file a process."""
-    return (path / "meta.pt").is_file() if path.is_dir() else zipfile.is_zipfile(path)
 
 
 def _is_lightnings(handler: Callable[..., Any] | int | None) -> bool:

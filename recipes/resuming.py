@@ -1,14 +1,45 @@
-"""Options of a resumed run that differ from those of the run that wrote its checkpoint."""
+"""The checkpoint from which a run goes on, and the options that its run had."""
 
 import sys
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lightning_stableaa.recipes.errors import UserError
+
 # These determine the course of training; others, such as where results go, may differ.
 COMPARED = ("seed", "module", "data", "optimizer", "scheduler", "callbacks.anderson")
+
+
+def checkpoint_to_resume(choice: str | None, run_folder: Path) -> Path | None:
+    """The checkpoint that ``resume_from`` stands for.
+
+    Args:
+        choice: a path, ``auto`` for the newest complete checkpoint in the run folder, which may
+            be none, or None.
+        run_folder: of this run, as an interrupted one has left it.
+
+    Raises:
+        UserError: there is no checkpoint at the path, or not a complete one.
+    """
+    if choice is None:
+        return None
+    if choice != "auto":
+        if not Path(choice).exists():
+            raise UserError(f"resume_from={choice}: there is no such checkpoint file")
+        if not _is_complete(Path(choice)):
+            raise UserError(f"resume_from={choice}: is no checkpoint, or not a complete one")
+        return Path(choice)
+    found = [*run_folder.glob("checkpoints/*.ckpt"), *run_folder.glob("hpc_ckpt_*.ckpt")]
+    return max(filter(_is_complete, found), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _is_complete(path: Path) -> bool:
+    """Whether a checkpoint was written to its end: one file, or a folder of one file a process."""
+    return (path / "meta.pt").is_file() if path.is_dir() else zipfile.is_zipfile(path)
 
 
 def warn_config_diff(checkpoint: Path, settings: Mapping[str, Any]) -> None:

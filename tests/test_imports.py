@@ -109,6 +109,22 @@ def test_layer_imports_only_layers_below(part: str) -> None:
     assert own <= MAY_IMPORT[part] | {part}
 
 
+NAMES = """
+import rlcompleter, sys
+import lightning_stableaa
+assert set(lightning_stableaa.__all__) <= set(dir(lightning_stableaa))
+print([name for name in ("torch", "numpy", "lightning") if name in sys.modules])
+completed = rlcompleter.Completer(globals()).attr_matches("lightning_stableaa.Anderson")
+print([name.split(".")[-1].strip("(") for name in sorted(completed)])
+"""
+
+
+def test_names_are_listed_before_they_are_imported() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", NAMES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["[]", "['AndersonAccelerator', 'AndersonCallback']"]
+
+
 def test_public_names_are_importable_and_listed() -> None:
     for name in lightning_stableaa.__all__:
         assert getattr(lightning_stableaa, name).__name__ == name

@@ -12,7 +12,7 @@ import torch
 
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.plots import read_metrics
-from lightning_stableaa.recipes.preemption import checkpoint_to_resume
+from lightning_stableaa.recipes.resuming import checkpoint_to_resume
 from lightning_stableaa.recipes.train import train
 from tests.helpers.train_and_save import call_in_update
 from tests.recipes.conftest import SMALL, Compose

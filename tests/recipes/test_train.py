@@ -118,6 +118,6 @@ def test_train_user_error_keeps_used_folder(compose: Compose, tmp_path: Path) ->
     run = tmp_path / "run"
     run.mkdir()
     (run / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="Invalid learning rate"):
-        train(compose(*SMALL["burgers2d"], "logger=none", "optimizer.lr=-1"))
+    with pytest.raises(UserError, match="Invalid beta"):
+        train(compose(*SMALL["burgers2d"], "logger=none", "optimizer.betas=[0.9,2]"))
     assert (run / "notes.txt").read_text() == "mine"

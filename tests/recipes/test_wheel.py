@@ -34,6 +34,9 @@ def test_wheel_installed_trains_outside_checkout(tmp_path: Path) -> None:
     venv.create(environment, with_pip=True)
     python = environment / "bin" / "python"
     run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=tmp_path)
+    bare = subprocess.run([environment / "bin/stableaa-train"], capture_output=True, text=True)
+    assert bare.returncode == 2
+    assert "pip install 'lightning-stableaa[recipes]' brings it" in bare.stderr
     # torch and the like are borrowed; as a path and not a site directory, so that the editable
     # install of this package beside them stays out of sight
     show = "import sysconfig; print(sysconfig.get_path('purelib'))"

@@ -1,0 +1,202 @@
+"""What ``stableaa-train`` does once its configuration has been checked; imports Lightning."""
+
+import pickle
+import signal
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from omegaconf import DictConfig, OmegaConf
+
+from lightning_stableaa import AndersonCallback
+from lightning_stableaa.callbacks.base import log_to_loggers
+from lightning_stableaa.recipes.base import RecipeModule
+from lightning_stableaa.recipes.errors import UserError, attribute_to, check_type
+from lightning_stableaa.recipes.files import disk_errors, write_atomically
+from lightning_stableaa.recipes.plots import draw_run
+from lightning_stableaa.recipes.resuming import warn_config_diff
+
+
+def fit(
+    config: DictConfig, settings: dict[str, Any], folder: Path, checkpoint: Path | None
+) -> dict[str, float]:
+    """Trains a checked configuration.
+
+    Args:
+        config: composed from ``train.yaml``.
+        settings: the same, resolved.
+        folder: where everything about the run goes.
+        checkpoint: the one to resume from.
+
+    Raises:
+        UserError: a constructor refuses an option, or the parts do not fit each other.
+        KeyboardInterrupt: training was interrupted.
+    """
+    _seed(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    data, module = _data_and_module(config)
+    callbacks = _instantiate_all(config.callbacks, "Callback", "callbacks")
+    loggers = _instantiate_all(config.logger, "Logger", "logger")
+    of_run = [_SaveConfiguration(settings, folder), *callbacks, _Outcome()]
+    trainer = _make_trainer(config, callbacks=of_run, logger=loggers)
+    if isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(module, RecipeModule):
+        module.configure_model = module.shard_weights  # a module of the user's own has its own
+    if checkpoint is not None and trainer.is_global_zero:
+        warn_config_diff(checkpoint, settings)
+    with _translate_fit_errors(config.resume_from), _interruptible():
+        trainer.fit(module, data, ckpt_path=checkpoint)
+    if config.pictures and isinstance(module, RecipeModule) and trainer.is_global_zero:
+        with disk_errors("run_folder", folder):
+            draw_run(folder, module.monitor)
+            module.draw(folder / "pictures")
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+class _SaveConfiguration(Callback):
+    """Writes the resolved configuration once the loggers have claimed the run folder."""
+
+    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
+        self.settings = settings
+        self.folder = folder
+
+    def setup(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    ) -> None:
+        """Writes ``config.yaml``."""
+        if trainer.is_global_zero:
+            resolved = OmegaConf.to_yaml(OmegaConf.create(self.settings))
+            write_atomically(self.folder / "config.yaml", resolved)
+
+
+class _Outcome(Callback):
+    """Logs what the run has cost, and adds that and the best metric to its results.
+
+    Metrics of callbacks are what Lightning brings back from forked processes.
+    """
+
+    def on_validation_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Logs the cost of what is validated, within a fit."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            log_to_loggers(trainer, _cost(trainer))
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Logs the cost of the run."""
+        log_to_loggers(trainer, _cost(trainer))
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Adds the cost and the best metric to ``trainer.callback_metrics``."""
+        results = _cost(trainer)
+        for one in trainer.checkpoint_callbacks:
+            if isinstance(one, ModelCheckpoint) and one.best_model_score is not None:
+                results[f"best/{one.monitor}"] = one.best_model_score.item()
+        for name, value in results.items():
+            trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
+
+
+def _cost(trainer: lightning.Trainer) -> dict[str, float]:
+    """Gradients of batches, and losses that the safeguard evaluated, since the run began."""
+    cost = {"cost/gradients": float(trainer.fit_loop.total_batch_idx + 1)}
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for one in callbacks:
+        if isinstance(one, AndersonCallback):
+            cost["cost/loss_evaluations"] = float(one.loss_evaluations)
+    return cost
+
+
+def _seed(config: DictConfig) -> None:
+    with attribute_to("seed"):
+        lightning.seed_everything(config.seed, workers=True, verbose=False)
+    if config.threads is not None:
+        with attribute_to("threads", RuntimeError):
+            torch.set_num_threads(config.threads)
+
+
+def _data_and_module(config: DictConfig) -> tuple[Any, Any]:
+    data = _instantiate(config.data, "LightningDataModule", "data")
+    return data, _instantiate(config.module, "LightningModule", "module")
+
+
+def _make_trainer(config: DictConfig, **options: Any) -> lightning.Trainer:
+    make_trainer = instantiate(config.trainer, _partial_=True, _convert_="all")
+    with attribute_to("trainer", MisconfigurationException):
+        trainer = make_trainer(**options)
+    check_type(trainer, "Trainer", "trainer")
+    return trainer
+
+
+def _instantiate(config: DictConfig | None, kind: str, option: str) -> Any:
+    built = instantiate(config, _convert_="all")
+    if built is not None:  # a module may bring its own data
+        check_type(built, kind, option)
+    return built
+
+
+def _instantiate_all(group: DictConfig, kind: str, option: str) -> list[Any]:
+    """Builds each entry of a group; an entry set to null is left out."""
+    entries = {f"{option}.{name}": entry for name, entry in group.items() if entry is not None}
+    return [_instantiate(entry, kind, name) for name, entry in entries.items()]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Raises KeyboardInterrupt again where Lightning has turned Ctrl-C into ``sys.exit(1)``."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)  # which Lightning has left ignored
+        raise KeyboardInterrupt from None
+
+
+@contextmanager
+def _translate_fit_errors(resume_from: str | None) -> Iterator[None]:
+    """Turns what callbacks, environments and checkpoints reject at the start into a UserError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise UserError(" ".join(str(error).split())) from error
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"resume_from={resume_from}: holds more than tensors and plain containers, "
+            "which may run any code when read; give a checkpoint that this command has written"
+        ) from error
+    except (KeyError, RuntimeError) as error:
+        if resume_from is None or not _while_loading(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(
+            f"resume_from={resume_from}: was written by another model or optimizer than those "
+            f"configured, or not by a Trainer ({reason}); resume with the same model, data and "
+            "optimizer options"
+        ) from error
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        for origin, option in (
+            ("lightning_stableaa.callbacks", "callbacks"),
+            ("lightning_stableaa.options", "callbacks"),
+            ("lightning.fabric.plugins.environments", "trainer"),
+        ):
+            if frame.f_globals["__name__"].startswith(origin):
+                raise UserError(f"{option}: {error}") from error
+        raise
+
+
+def _while_loading(error: BaseException) -> bool:
+    """Whether it was raised where a checkpoint is read, before training."""
+    names = {frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)}
+    loading = {"_restore_modules_and_callbacks", "restore_training_state", "resume_start"}
+    return bool(names & loading)

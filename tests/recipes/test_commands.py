@@ -1,0 +1,86 @@
+"""The commands answer at once, and say what is missing."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+ANSWERED = [
+    "--help",
+    "recipe=burger2d",
+    "recipe=burgers2d trainer.max_stps=3",
+    "recipe=burgers2d +trainer.stps=3",
+    "recipe=burgers2d +callbacks.best.mde=min",
+    "recipe=burgers2d trainer.precision=half",
+    "recipe=burgers2d trainer.max_epochs=0",
+    "recipe=burgers2d optimizer.lr=nan",
+    "recipe=burgers2d optimizer.lr=-1",
+    "recipe=burgers2d +optimizer.momentum=0.9",
+    "recipe=burgers2d data.grid=[6]",
+    "recipe=burgers2d model.activation=cos",
+    "recipe=burgers2d module._target_=lightning.LightningModule",
+    "recipe=burgers2d optimizer._target_=torch.optim.Adamm",
+    "recipe=burgers2d callbacks.anderson.relaxation=2",
+    "recipe=burgers2d callbacks=paper callbacks.smoothing.average_window=1",
+    "recipe=burgers2d cluster=slurm_sbatch",
+    "recipe=burgers2d resume_from=last.ckpt",
+]
+ANSWER = """
+import sys
+from lightning_stableaa.recipes.commands import train
+
+for line in {lines}:
+    sys.argv = ["stableaa-train", *line.split()]
+    try:
+        train()
+    except SystemExit as error:
+        assert error.code == (0 if line == "--help" else 2), line
+    heavy = [name for name in ("torch", "lightning", "matplotlib") if name in sys.modules]
+    assert not heavy, (line, heavy)
+"""
+WITHOUT_HYDRA = """
+import sys
+sys.modules["hydra"] = None
+from lightning_stableaa.recipes import commands
+commands.{command}()
+"""
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_command_help_and_refusals_import_no_torch(tmp_path: Path) -> None:
+    done = run(tmp_path, "-c", ANSWER.format(lines=ANSWERED))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(ANSWERED) - 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_command_without_hydra_names_extra(command: str, tmp_path: Path) -> None:
+    done = run(tmp_path, "-c", WITHOUT_HYDRA.format(command=command))
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"stableaa-{command}: the package hydra is not installed; "
+        "pip install 'lightning-stableaa[recipes]' brings it\n"
+    )
+
+
+def test_command_version_is_of_the_package(tmp_path: Path) -> None:
+    program = "from lightning_stableaa.recipes.commands import train; train()"
+    done = run(tmp_path, "-c", program, "--version")
+    expected = ", ".join(f"{one} {version(one)}" for one in ("lightning", "torch"))
+    assert done.stdout == f"lightning-stableaa {version('lightning-stableaa')}, {expected}\n"
+
+
+def test_command_help_describes_every_group() -> None:
+    conf = files("lightning_stableaa.conf")
+    groups = {one.name for one in conf.iterdir() if one.is_dir() and one.name[0] != "_"} - {"hydra"}
+    header = (conf / "hydra/run_folder.yaml").read_text().partition("header: |")[2]
+    described = header.partition("footer")[0].split("\n\n")[1]
+    assert {line.split()[0] for line in described.splitlines()[:-1]} == groups
