@@ -82,18 +82,20 @@ class _Outcome(Callback):
     Metrics of callbacks are what Lightning brings back from forked processes.
     """
 
+    logged: dict[str, float] | None = None
+
     def on_validation_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
         """Logs the cost of what is validated, within a fit."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            log_to_loggers(trainer, _cost(trainer))
+            self._log(trainer)
 
     def on_train_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Logs the cost of the run."""
-        log_to_loggers(trainer, _cost(trainer))
+        """Logs the cost of the run, unless the last step was validated."""
+        self._log(trainer)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Adds the cost and the best metric to ``trainer.callback_metrics``."""
@@ -103,6 +105,12 @@ class _Outcome(Callback):
                 results[f"best/{one.monitor}"] = one.best_model_score.item()
         for name, value in results.items():
             trainer.callback_metrics[name] = torch.tensor(value, dtype=torch.float64)
+
+    def _log(self, trainer: lightning.Trainer) -> None:
+        cost = _cost(trainer)
+        if cost != self.logged:
+            log_to_loggers(trainer, cost)
+        self.logged = cost
 
 
 def _cost(trainer: lightning.Trainer) -> dict[str, float]:

@@ -44,6 +44,22 @@ def test_train_cost_counts_batches(compose: Compose) -> None:
     assert results["cost/loss_evaluations"] == 3 + 3 + 2
 
 
+@pytest.mark.ddp
+def test_train_forked_processes_report_as_one(compose: Compose, tmp_path: Path) -> None:
+    one, two = (
+        train(compose(*SMALL["burgers2d"], *options, "trainer.max_steps=40", "pictures=false"))
+        for options in (
+            [f"run_folder={tmp_path / 'one'}"],
+            ["strategy=ddp_fork", "trainer.devices=2", "oversubscribe=true"],
+        )
+    )
+    assert two.keys() == one.keys() > {"best/val/relative_l2"}
+    assert two["cost/gradients"] == 40
+    assert two["cost/loss_evaluations"] > 0
+    logged = read_metrics(tmp_path / "run/metrics.csv")["cost/gradients"]
+    assert logged.values.tolist() == [*range(5, 45, 5)]
+
+
 @pytest.mark.parametrize("callbacks", ["none", "paper_safeguard", "stable_aa"])
 @pytest.mark.parametrize(
     ("recipe", "interval", "stop", "end"),
