@@ -9,10 +9,8 @@ import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, ListConfig
+from omegaconf import ListConfig
 
-from lightning_stableaa.recipes.cli_errors import exit_on_user_error
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.signatures import Unresolved, class_attribute
 
@@ -134,15 +132,6 @@ def check_sweep(settings: Any, launcher: Any) -> None:
             f"-m with trainer.devices={trainer['devices']}: every process that DDP starts would "
             f"sweep on its own; add cluster=submitit_local or cluster=slurm, or strategy=ddp_fork"
         )
-
-
-class CheckSweep(Callback):
-    """Runs ``check_sweep`` before Hydra writes anything about a sweep."""
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Ends the program where the sweep cannot work."""
-        with exit_on_user_error("stableaa-train"):
-            check_sweep(config, config.hydra.launcher)
 
 
 def is_first_process() -> bool:

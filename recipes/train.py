@@ -34,9 +34,9 @@ from lightning_stableaa.recipes.launch import (
 )
 from lightning_stableaa.recipes.resuming import checkpoint_to_resume
 from lightning_stableaa.recipes.signatures import Unresolved, class_attribute
+from lightning_stableaa.recipes.sweep import RESULTS, point
 
 COMMAND = "stableaa-train"
-RESULTS = "results.json"
 
 
 def train(config: DictConfig, *, header: str = "") -> dict[str, float]:
@@ -151,30 +151,26 @@ def _train_from_command_line(config: DictConfig) -> None:
     with exit_on_user_error(COMMAND):
         join_submitit()
         hydra_config = HydraConfig.get()
-        point = ""
         if hydra_config.mode == RunMode.MULTIRUN:  # a sweep can change what was checked before
             check_sweep(config, hydra_config.launcher)
-            point = f"#{hydra_config.job.num} {hydra_config.job.override_dirname}: "
         choices = hydra_config.runtime.choices
         header = (
-            f"{point}recipe {choices['recipe']}, callbacks {choices['callbacks']}, "
+            f"{point()}recipe {choices['recipe']}, callbacks {choices['callbacks']}, "
             f"seed {config.seed}, run folder {config.run_folder}"
         )
         try:
             results = train(config, header=header)
             if is_first_process():
-                _report(results, point, config, list(hydra_config.overrides.task))
+                _report(results, config, list(hydra_config.overrides.task))
         except KeyboardInterrupt:
             _end_interrupted(config.run_folder, list(hydra_config.overrides.task))
         finally:
             _remove_empty(Path(hydra_config.runtime.output_dir))
 
 
-def _report(
-    results: dict[str, float], point: str, config: DictConfig, overrides: list[str]
-) -> None:
+def _report(results: dict[str, float], config: DictConfig, overrides: list[str]) -> None:
     text = ", ".join(f"{name} {value:.4g}" for name, value in sorted(results.items()))
-    print(f"{point}{text}")
+    print(f"{point()}{text}")
     kept = {"overrides": overrides, "results": results}
     write_atomically(Path(config.run_folder) / RESULTS, json.dumps(kept, indent=1))
     print(f"everything about this run: {config.run_folder}")

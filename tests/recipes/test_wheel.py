@@ -53,6 +53,6 @@ def test_wheel_installed_trains_outside_checkout(tmp_path: Path) -> None:
     options = ["recipe=burgers2d", "trainer.max_steps=20", "trainer.val_check_interval=20"]
     run(environment / "bin" / "stableaa-train", *options, cwd=elsewhere)
     (folder,) = (elsewhere / "runs/burgers2d").iterdir()
-    names = {"checkpoints", "config.yaml", "metrics.csv", "pictures", "tensorboard"}
+    names = {"checkpoints", "config.yaml", "metrics.csv", "pictures", "results.json", "tensorboard"}
     assert {path.name for path in folder.iterdir()} == names
     assert (site_packages / "lightning_stableaa/py.typed").is_file()

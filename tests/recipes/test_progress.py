@@ -1,0 +1,81 @@
+"""What a run shows while it trains, on a terminal and in a log file, and what a sweep shows."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_stableaa import AndersonCallback
+from lightning_stableaa.recipes.progress import RunProgress, number
+from lightning_stableaa.recipes.train import main
+from tests.helpers.own_module import Data, Module
+from tests.recipes.conftest import SMALL, quiet_trainer
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (0.123456, "0.1235"),
+        (0.001, "0.001"),
+        (0.00012345, "1.23e-04"),
+        (-2e-9, "-2.00e-09"),
+        (43210.0, "4.321e+04"),
+        (float("nan"), "nan"),
+    ],
+)
+def test_number_small_values_are_scientific(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def fit() -> None:
+    anderson = AndersonCallback(store_every_n_steps=2, accelerate_every_n_steps=6)
+    options = {"callbacks": [RunProgress(), anderson], "enable_progress_bar": True}
+    quiet_trainer(max_epochs=4, accumulate_grad_batches=1, **options).fit(Module(), Data())
+
+
+def test_progress_without_terminal_prints_a_line_each_tenth(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    fit()
+    lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("step ")]
+    pattern = r"step (\d+) of 20, epoch \d, loss [\d.e-]+, AA (\d)/(\d)(, 0:00:\d\d left)?"
+    found = [re.fullmatch(pattern, line) for line in lines]
+    assert all(found), lines
+    assert [int(one[1]) for one in found if one] == [*range(2, 22, 2)]
+    last = found[-1]
+    assert last is not None
+    assert (last[3], last[4]) == ("3", None)
+
+
+def test_progress_on_terminal_is_one_bar(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # by which Rich takes a pipe for a terminal
+    monkeypatch.setenv("COLUMNS", "160")
+    fit()
+    printed = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capfd.readouterr().out)
+    last = printed.replace("\r", "\n").strip().splitlines()[-1]
+    assert re.search(r"steps ━+ +20/20 0:00:00 left, epoch \d, loss [\d.e-]+, AA \d/3", last), last
+    assert "step 2 of" not in printed
+
+
+def test_sweep_names_points_and_ends_in_a_table(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = [*SMALL["burgers2d"], "trainer.max_steps=5", "pictures=false", "run_name=sweep"]
+    arguments = ["-m", *options, "callbacks=none", "optimizer.lr=1e-2,1e-3"]
+    monkeypatch.setattr(sys, "argv", ["stableaa-train", *arguments])
+    main()
+    printed = capfd.readouterr().out
+    runs = Path("runs/burgers2d/sweep")
+    assert printed.startswith(f"sweep: the runs are in {runs}/0, {runs}/1, ...\n")
+    for point, rate in enumerate(("0.01", "0.001")):
+        result = json.loads((runs / f"{point}/results.json").read_text())["results"]
+        for start in (f"#{point} optimizer.lr={rate}: recipe burgers2d, ", f"#{point} step 5 of 5"):
+            assert f"\n{start}" in printed
+        row = rf"│ {point} +│ optimizer.lr={rate} +│ {result['best/val/relative_l2']:.4g} +│ 5 +│"
+        assert re.search(row, printed)
+    assert printed.endswith(f"everything about these runs: {runs}\n")
