@@ -91,7 +91,7 @@ def format_error(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         if group == "hydra/launcher" and choice.startswith("submitit"):
-            return f"{group}={choice}: pip install '.[recipes,slurm]' in a checkout brings it"
+            return f"{group}={choice}: pip install 'lightning-stableaa[recipes,slurm]' brings it"
         if not group:
             return f"--config-name={choice}: there is no such configuration"
         return f"{group}={choice}: there is no such choice; {_suggest(choice, error.options or ())}"

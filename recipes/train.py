@@ -179,13 +179,13 @@ def _report(results: dict[str, float], config: DictConfig, overrides: list[str])
 def _end_interrupted(folder: str, overrides: list[str]) -> None:
     """Says how to go on, and ends the program as a shell expects it after Ctrl-C."""
     if is_first_process():
-        kept = [one for one in overrides if not one.startswith(("run_folder=", "resume_from="))]
+        kept = [one for one in sys.argv[1:] if one.startswith("--config-")]
+        kept += [one for one in overrides if not one.startswith(("run_folder=", "resume_from="))]
         command = shlex.join([COMMAND, *kept, f"run_folder={folder}", "resume_from=auto"])
         found = checkpoint_to_resume("auto", Path(folder))
-        since = f"has a checkpoint, {found.name}" if found else "has no checkpoint yet"
+        begins = f"from its checkpoint {found.name}" if found else "from the beginning"
         print(
-            f"{COMMAND}: interrupted; the run is in {folder} and {since}; this goes on with it: "
-            f"{command}",
+            f"{COMMAND}: interrupted; the run is in {folder}, and goes on {begins} with: {command}",
             file=sys.stderr,
         )
     sys.exit(130)

@@ -186,6 +186,14 @@ def test_command_full_disk_is_one_sentence(refuses: Refuses) -> None:
         refuses(main, options, r"run_folder=.*; make room .*choose another folder")
 
 
+def test_command_read_only_folder_is_one_sentence(
+    refuses: Refuses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/proc")
+    refuses(main, BURGERS, r"current folder /proc: .*; change to one that can be written to")
+    refuses(main, ["-m", *BURGERS], r"current folder /proc: .*; change to one that .*")
+
+
 def test_command_success_names_run_folder(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

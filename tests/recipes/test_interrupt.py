@@ -1,0 +1,57 @@
+"""Ctrl-C: where the run is, and the command that goes on with it."""
+
+import re
+import shlex
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_stableaa.recipes.plots import read_metrics
+from lightning_stableaa.recipes.train import main
+from tests.recipes.conftest import SMALL
+from tests.recipes.test_preemption import notice
+
+OPTIONS = [*SMALL["burgers2d"], "trainer.max_steps=12", "pictures=false", "logger=csv"]
+
+
+@pytest.mark.parametrize(
+    ("step", "begins"), [(3, "from the beginning"), (7, r"from its checkpoint \w+\.ckpt")]
+)
+def test_interrupt_names_command_that_resumes(
+    step: int,
+    begins: str,
+    empty_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    interrupt = notice(signal.SIGINT, "after backward", step)
+    monkeypatch.setattr(sys, "argv", ["stableaa-train", *OPTIONS, "run_name=mine", *interrupt])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 130
+    folder = empty_folder / "runs/burgers2d/mine"
+    sentence = capfd.readouterr().err.splitlines()[-1]
+    pattern = rf"stableaa-train: interrupted; the run is in {folder}, and goes on {begins} with: "
+    assert re.match(pattern, sentence)
+
+    command = shlex.split(sentence.partition(" with: ")[2])
+    monkeypatch.setattr(sys, "argv", [one for one in command if one not in interrupt])
+    main()
+    assert read_metrics(folder / "metrics.csv")["train/loss"].steps.tolist() == [*range(12)]
+
+
+def test_interrupt_before_training_is_one_sentence(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lightning_stableaa.recipes.train._train_from_command_line", _interrupted)
+    monkeypatch.setattr(sys, "argv", ["stableaa-train", *OPTIONS])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 130
+    assert capfd.readouterr().err == "stableaa-train: interrupted before training began\n"
+
+
+def _interrupted() -> None:
+    signal.raise_signal(signal.SIGINT)
