@@ -1,10 +1,15 @@
 """``stableaa-compare``: variants x seeds of one recipe, and a verdict."""
 
+import importlib.util
+import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import hydra
@@ -12,21 +17,37 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from lightning_stableaa.recipes.cli_errors import exit_on_user_error
-from lightning_stableaa.recipes.comparison.plots import draw
-from lightning_stableaa.recipes.comparison.report import write_report
-from lightning_stableaa.recipes.comparison.runner import LOG, Run, read_run, run_all
-from lightning_stableaa.recipes.comparison.summary import Summary, summarise
-from lightning_stableaa.recipes.comparison.variants import OWN_MODULE, Plan, make_plan
-from lightning_stableaa.recipes.comparison.verdict import verdict
+from lightning_stableaa.recipes.comparison.runner import (
+    LOG,
+    Run,
+    finished_run,
+    finished_runs,
+    run_all,
+)
+from lightning_stableaa.recipes.comparison.variants import OWN_MODULE, Job, Plan, make_plan
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.files import disk_errors, locked
 from lightning_stableaa.recipes.train import config_only_mode, filter_warnings
 
+COMMAND = "stableaa-compare"
+EXTRA = ("pandas", "scipy", "pytorch_optimizer", "schedulefree")
 
-def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
-    """Makes the runs that are missing, and writes the report on all of them.
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison showed."""
+
+    notes: list[str]  # sentences that stand above the verdict
+    verdict: list[dict[str, str]]  # one row a variant
+    report: Path
+    failure: str | None  # of the first variant that failed with a seed
+
+
+def compare(config: DictConfig, overrides: list[str], title: str) -> Outcome:
+    """Makes the runs that are missing, and reports on all runs with the same settings.
 
     Args:
         config: composed from ``compare.yaml``.
@@ -36,46 +57,120 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Summary:
     Raises:
         UserError, or an error of Hydra or OmegaConf that means a wrong configuration.
     """
-    options = config.compare
-    if type(options.jobs) is not int or options.jobs < 0:
-        raise UserError(f"compare.jobs={options.jobs}: expected a whole number >= 0")
     try:
         plan = make_plan(config, overrides, title)
         with _exclusive_folder(plan.folder):
             return _compare(plan, config, overrides)
     except UserError as error:
-        if options.module is None:
+        if config.compare.module is None:
             raise
-        raise UserError(_of_own_module(str(error))) from error
+        message = str(error)  # with the names that the options have on the command line
+        for key, option in (("module", "module"), ("data", "datamodule")):
+            message = re.sub(rf"^{key}(?=:|\._target_)", f"compare.{option}", message)
+            message = re.sub(rf"^{key}\.", f"compare.{option}_args.", message)
+        raise UserError(message) from error
 
 
-def _compare(plan: Plan, config: DictConfig, overrides: list[str]) -> Summary:
-    options = config.compare
+def _compare(plan: Plan, config: DictConfig, overrides: list[str]) -> Outcome:
     runs: list[Run] = []
-    console = Console(stderr=True)
-    kept = sum(read_run(job) is not None for job in plan.jobs)
-    if kept:
-        console.print(f"{kept} of {len(plan.jobs)} runs are there already, from {plan.folder}/runs")
+    outcome = None
     try:
-        with _progress(console) as progress:
-            bar = progress.add_task(plan.title, total=len(plan.jobs), note="")
-            for run in run_all(plan.jobs, processes=options.jobs):
-                runs.append(run)
-                progress.update(bar, advance=1, note=f"{run.variant}, seed {run.seed}")
-                if run.error is not None:
-                    progress.print(f"{run.variant}, seed {run.seed}, failed: {run.error}")
-                    _refuse_without_baseline(run, plan)
-    finally:
-        finished = any(run.error is None for run in runs)
-        summary = _report(plan, runs, overrides, config, console) if finished else None
-    if summary is None:
+        _make_runs(plan, config.compare.jobs, runs)
+    finally:  # an interrupted comparison reports what is there
+        if any(run.error is None for run in runs):
+            outcome = _report(plan, runs, config, overrides)
+    if outcome is None:
         raise UserError(f"no run was finished, and there is nothing to report; {_logs(plan)}")
-    return summary
+    return outcome
+
+
+def _make_runs(plan: Plan, processes: int, runs: list[Run]) -> None:
+    """Appends every run to ``runs``; shows the runs to make, and the time left."""
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    missing = [job for job in plan.jobs if finished_run(job) is None]
+    made, total, began = len(plan.jobs) - len(missing), len(plan.jobs), time.monotonic()
+    there, note = made, ""
+    for line in _to_do(plan, missing):
+        console.print(line)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    note_column = TextColumn("{task.fields[note]}")
+    with Progress(*columns, TimeElapsedColumn(), note_column, console=console) as progress:
+        bar = progress.add_task(plan.title, total=total, note="")
+        for count, run in enumerate(run_all(plan.jobs, processes=processes), start=1):
+            runs.append(run)
+            if count > there:
+                seconds = (time.monotonic() - began) / (count - there) * (total - count)
+                left = timedelta(seconds=round(seconds))
+                note = f"{run.variant}, seed {run.seed}; {left} left"
+                if not console.is_terminal:  # a log file has no bar
+                    console.print(f"{count} of {total} runs: {note}")
+            progress.update(bar, completed=count, note=note)
+            if run.error is not None:
+                console.print(f"{run.variant}, seed {run.seed}, failed: {run.error}")
+                if (run.variant, run.seed) == (plan.jobs[0].variant, plan.jobs[0].seed):
+                    raise UserError(  # all others are compared with plain
+                        f"{run.variant} failed with its first seed, {run.error}; fix that first, "
+                        f"{_logs(plan)}"
+                    )
+
+
+def _to_do(plan: Plan, missing: Sequence[Job]) -> Iterator[str]:
+    yield (
+        f"{plan.title}: {len(plan.variants)} variants x {len(plan.seeds)} seeds = "
+        f"{len(plan.jobs)} runs, {len(plan.jobs) - len(missing)} of them are there already"
+    )
+    for name in plan.variants:
+        seeds = [str(job.seed) for job in missing if job.variant == name]
+        if seeds:
+            yield f"  to make: {name}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+
+
+def _report(
+    plan: Plan, runs: Sequence[Run], config: DictConfig, overrides: Sequence[str]
+) -> Outcome:
+    """Covers finished runs of earlier commands too: fewer variants never shrink a report."""
+    from lightning_stableaa.recipes.comparison import plots, report, statistics
+
+    failed = [run for run in runs if run.error is not None]
+    covered = [*finished_runs(plan), *failed]
+    names = list(dict.fromkeys([*plan.variants, *(run.variant for run in covered)]))
+    covered.sort(key=lambda run: (names.index(run.variant), run.seed))
+    summary = statistics.summarise(covered, names, plan.mode)
+    notes = list(report.notes_on(plan, covered, len(plan.jobs) - len(runs), summary))
+    extra = {
+        "workers": {"side_by_side": config.compare.jobs, "threads": config.threads},
+        "command_line": list(overrides),
+    }
+    _keep_larger_report(plan, len(covered))
+    report.write_report(plan, covered, summary, notes, extra)
+    plots.draw(plan, covered, summary)
+    failure = None
+    for run in failed[:1]:
+        errors = summary.variants[run.variant]["errors"]
+        every = not summary.variants[run.variant]["seeds"]
+        count = "every seed" if every else f"{len(errors)} of the seeds"
+        failure = f"{run.variant} failed with {count}: {run.error}"
+    return Outcome(notes, report.verdict(summary), plan.folder / "table.md", failure)
+
+
+def _keep_larger_report(plan: Plan, count: int) -> None:
+    """Moves a report on more runs, with other settings, into a folder of its own."""
+    with suppress(FileNotFoundError, ValueError, KeyError):
+        kept = json.loads((plan.folder / "results.json").read_text())
+        if kept["comparison"] != plan.comparison and len(kept["runs"]) > count:
+            beside = plan.folder / f"report-{kept['comparison']}"
+            beside.mkdir(exist_ok=True)
+            for path in [
+                one
+                for one in plan.folder.iterdir()
+                if one.suffix in (".json", ".csv", ".md", ".png")
+            ]:
+                path.replace(beside / path.name)
 
 
 @contextmanager
 def _exclusive_folder(folder: Path) -> Iterator[None]:
-    """Holds the folder for this comparison alone; it can be written to."""
+    """Locks the folder for this comparison; it can be written to."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"compare.folder={folder}: is a file; choose another folder")
     made = [one for one in (folder, *folder.parents) if not one.exists()]
@@ -95,97 +190,48 @@ def _exclusive_folder(folder: Path) -> Iterator[None]:
                     one.rmdir()
 
 
-def _of_own_module(message: str) -> str:
-    """With the names that its options have on the command line."""
-    message = re.sub(r"^module(?=:|\._target_)", "compare.module", message)
-    message = re.sub(r"^data(?=:|\._target_)", "compare.datamodule", message)
-    message = re.sub(r"^module\.", "compare.module_args.", message)
-    return re.sub(r"^data\.", "compare.datamodule_args.", message)
-
-
-def _refuse_without_baseline(run: Run, plan: Plan) -> None:
-    """Ends the comparison where plain fails with its first seed: all others depend on it."""
-    first = plan.jobs[0]
-    if (run.variant, run.seed) == (first.variant, first.seed):
-        raise UserError(
-            f"{run.variant} failed with its first seed, {run.error}; fix that first, {_logs(plan)}"
-        )
-
-
 def _logs(plan: Plan) -> str:
     return f"what a run printed is in {plan.folder}/runs/VARIANT/SEED/{LOG}"
 
 
-def _report(
-    plan: Plan, runs: list[Run], overrides: list[str], config: DictConfig, console: Console
-) -> Summary:
-    runs = sorted(runs, key=lambda run: (plan.variants.index(run.variant), run.seed))
-    summary = summarise(runs, plan.variants, plan.metric, plan.mode)
-    cautions = list(_cautions(plan, runs, summary))
-    for sentence in cautions:
-        console.print(sentence, soft_wrap=True)
-    write_report(
-        plan.folder,
-        plan,
-        runs,
-        summary,
-        [*cautions, *verdict(summary)],
-        overrides=overrides,
-        jobs=config.compare.jobs,
-        threads=config.threads,
-    )
-    draw(plan.folder, plan.title, runs, summary)
-    return summary
-
-
-def _cautions(plan: Plan, runs: list[Run], summary: Summary) -> Iterator[str]:
-    """Warnings that stand above the verdict."""
-    if len(runs) < len(plan.jobs):
-        yield (
-            f"Only {len(runs)} of {len(plan.jobs)} runs were made; the same command makes the "
-            "others."
+def _print(outcome: Outcome) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    for note in outcome.notes:
+        console.print(note, markup=False)
+    if outcome.verdict:
+        table = Table(
+            *outcome.verdict[0], caption="ratio [95 % interval]; seeds better; p of a sign test"
         )
-    for one in summary.variants.values():
-        for reason in sorted(set(one.disabled.values())):
-            seeds = [seed for seed, text in one.disabled.items() if text == reason]
-            yield (
-                f"{one.name}: acceleration was switched off in {len(seeds)} of {len(one.seeds)} "
-                f"seeds: {reason}."
-            )
-    processors = sorted({run.processor for run in runs if run.processor is not None})
-    if len(processors) > 1:
-        yield (
-            f"Runs were made on {' and on '.join(processors)}: times do not compare, and the same "
-            "seed may end elsewhere."
-        )
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=console,
-    )
+        for row in outcome.verdict:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row.values()))
+        console.print(table)
+    print(f"report: {outcome.report}")
 
 
 @hydra.main(version_base="1.3", config_path="pkg://lightning_stableaa.conf", config_name="compare")
 def _compare_from_command_line(config: DictConfig) -> None:
     # inside Hydra too, or it announces the failed job with two lines of its own
-    with exit_on_user_error("stableaa-compare"):
+    with exit_on_user_error(COMMAND):
         hydra_config = HydraConfig.get()
-        overrides = list(hydra_config.overrides.task)
         title = hydra_config.runtime.choices["recipe"]
-        summary = compare(config, overrides, title)
-        for sentence in verdict(summary):
-            print(sentence)
-        for one in summary.variants.values():
-            if one.errors:
-                first, *_ = one.errors.values()
-                count = "every seed" if not one.seeds else f"{len(one.errors)} of the seeds"
-                raise UserError(f"{one.name} failed with {count}: {first}")
+        outcome = compare(config, list(hydra_config.overrides.task), title)
+        _print(outcome)
+        if outcome.failure is not None:
+            raise UserError(outcome.failure)
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    for package in EXTRA:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{package} is not installed: pip install 'lightning-stableaa[recipes,compare]'"
+            )
+    for argument in arguments:
+        if argument in ("-m", "--multirun"):  # before Hydra writes what belongs to a sweep
+            raise UserError(
+                f"{argument}: a comparison makes its own runs, and the points of a sweep would "
+                "overwrite one report; call it once for each, with compare.folder"
+            )
 
 
 def main() -> None:
@@ -196,13 +242,8 @@ def main() -> None:
     if "compare.module" in names and "recipe" not in names:
         sys.argv.insert(1, OWN_MODULE)
     filter_warnings()
-    with exit_on_user_error("stableaa-compare"), config_only_mode(sys.argv):
-        for argument in sys.argv[1:]:
-            if argument in ("-m", "--multirun"):  # before Hydra writes what belongs to a sweep
-                raise UserError(
-                    f"{argument}: a comparison makes its own runs, and the points of a sweep would "
-                    "overwrite one report; call it once for each, with compare.folder"
-                )
+    with exit_on_user_error(COMMAND), config_only_mode(sys.argv):
+        _check_arguments(sys.argv[1:])
         try:
             _compare_from_command_line()
         except KeyboardInterrupt:

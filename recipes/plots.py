@@ -69,20 +69,27 @@ def accepted_steps(metrics: dict[str, Series]) -> np.ndarray:
 
 
 @contextmanager
-def figure(path: Path, rows: int = 1, columns: int = 1) -> Iterator[tuple["Figure", Any]]:
-    """A figure and its axes (an array where there are several), written to ``path`` at the end.
+def save_figure(path: Path, size: tuple[float, float]) -> Iterator["Figure"]:
+    """A figure of ``size`` in inches, written to ``path`` at the end.
 
     No display is touched, and matplotlib is imported only here.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(4 + 3.5 * columns, 1.2 + 2.8 * rows), dpi=150, layout="constrained")
+    drawing = Figure(figsize=size, dpi=150, layout="constrained")
     FigureCanvasAgg(drawing)
-    yield drawing, drawing.subplots(rows, columns, sharex=True)
+    yield drawing
     picture = io.BytesIO()
     drawing.savefig(picture, format=path.suffix[1:])
     write_atomically(path, picture.getvalue())
+
+
+@contextmanager
+def figure(path: Path, rows: int = 1, columns: int = 1) -> Iterator[tuple["Figure", Any]]:
+    """A figure and its axes (an array where there are several), written to ``path`` at the end."""
+    with save_figure(path, (4 + 3.5 * columns, 1.2 + 2.8 * rows)) as drawing:
+        yield drawing, drawing.subplots(rows, columns, sharex=True)
 
 
 def draw_loss(axes: "Axes", metrics: dict[str, Series]) -> None:

@@ -1,50 +1,39 @@
 """Records what a run has cost at each validation."""
 
-import dataclasses
 import json
 import time
-from dataclasses import dataclass
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import lightning
+import numpy as np
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lightning_stableaa import AndersonCallback
-from lightning_stableaa.recipes.comparison.cost import Curve
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.files import write_atomically
 
 CURVE = "curve.json"
 
 
-@dataclass(frozen=True)
-class Clocks:
-    """Seconds on the wall, and those of them that this process had a processor for.
+def _clocks() -> np.ndarray:
+    """Seconds on the wall, and those of them that this process had a processor for: (2,).
 
     Beside other programs on the same cores only the second can be compared.
     """
-
-    wall: float
-    processor: float
-
-    @classmethod
-    def now(cls) -> "Clocks":
-        """Waits for CUDA first: kernels still running belong to what was timed."""
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return cls(time.perf_counter(), time.process_time())
-
-    def __add__(self, other: "Clocks") -> "Clocks":
-        return Clocks(self.wall + other.wall, self.processor + other.processor)
-
-    def __sub__(self, other: "Clocks") -> "Clocks":
-        return Clocks(self.wall - other.wall, self.processor - other.processor)
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # kernels still running belong to what was timed
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 class CostRecorder(Callback):
-    """Writes ``curve.json``, a :class:`Curve`, into ``folder`` when training ends.
+    """Writes ``curve.json`` into ``folder`` when training ends: one entry a validation.
+
+    ``gradients``, ``loss_evaluations``, ``attempted`` and ``accepted`` count those so far;
+    ``seconds`` and ``processor_seconds`` are the training time so far, without validations;
+    ``values`` are the monitored metric, and ``disabled`` is why acceleration was switched off.
 
     Args:
         metric: name under which validation logs the monitored metric.
@@ -54,41 +43,32 @@ class CostRecorder(Callback):
     def __init__(self, metric: str, folder: str) -> None:
         self.metric = metric
         self.path = Path(folder) / CURVE
-        self.curve = Curve()
+        self.curve: dict[str, list[float]] = defaultdict(list)
+        self.disabled: str | None = None
         self.gradients = 0
-        self.clocks = Clocks(0.0, 0.0)  # what training has taken so far
-        self.started = Clocks(0.0, 0.0)
+        self.trained = np.zeros(2)
+        self.started = np.zeros(2)
         self.before: dict[str, Any] = {}  # what Lightning had of all metrics before a validation
 
-    def on_train_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
-        self.started = Clocks.now()
+        self.started = _clocks()
 
-    def on_after_backward(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
-        """One gradient, also the many of one L-BFGS step."""
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts one gradient, also the many of one L-BFGS step."""
         self.gradients += 1
 
-    def on_validation_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock: how often to validate is no property of the variant."""
-        self.clocks += Clocks.now() - self.started
+        self.trained += _clocks() - self.started
         self.before = dict(trainer.callback_metrics)
 
-    def on_validation_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records the metric, where this validation logged it, and its cost."""
         self._record(trainer)
-        self.started = Clocks.now()
+        self.started = _clocks()
 
-    def on_train_end(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
-    ) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the curve."""
         if self.gradients == 0:
             raise UserError(
@@ -99,14 +79,14 @@ class CostRecorder(Callback):
                 f"the run has no validation, which has to log {self.metric}: define "
                 "validation_step, and a val_dataloader with at least one batch"
             )
-        if not self.curve.values:
+        if not self.curve:
             raise UserError(
                 "the run ended before its first validation: train longer, or validate more often "
                 "(trainer.val_check_interval, trainer.check_val_every_n_epoch)"
             )
-        write_atomically(self.path, json.dumps(dataclasses.asdict(self.curve)))
+        write_atomically(self.path, json.dumps({"curve": self.curve, "disabled": self.disabled}))
 
-    def _record(self, trainer: lightning.Trainer) -> None:
+    def _record(self, trainer: Trainer) -> None:
         logged = trainer.callback_metrics
         # Lightning keeps what training and earlier validations logged
         new = {name: value for name, value in logged.items() if value is not self.before.get(name)}
@@ -117,21 +97,15 @@ class CostRecorder(Callback):
             )
         if self.metric not in new:
             return
-        losses = attempted = accepted = 0
+        row: dict[str, float] = dict.fromkeys(("loss_evaluations", "attempted", "accepted"), 0)
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # "callbacks" is set by a connector
             if isinstance(callback, AndersonCallback) and callback.accelerator is not None:
-                losses += callback.loss_evaluations
-                self.curve.disabled = callback.accelerator.disabled
-                attempted += callback.accelerator.attempted
-                accepted += callback.accelerator.accepted
-        row: dict[str, Any] = {
-            "gradients": self.gradients,
-            "loss_evaluations": losses,
-            "seconds": round(self.clocks.wall, 4),
-            "processor_seconds": round(self.clocks.processor, 4),
-            "values": new[self.metric].item(),
-            "attempted": attempted,
-            "accepted": accepted,
-        }
+                row["loss_evaluations"] += callback.loss_evaluations
+                row["attempted"] += callback.accelerator.attempted
+                row["accepted"] += callback.accelerator.accepted
+                self.disabled = callback.accelerator.disabled
+        row["gradients"] = self.gradients
+        row["seconds"], row["processor_seconds"] = self.trained.round(4).tolist()
+        row["values"] = new[self.metric].item()
         for name, value in row.items():
-            getattr(self.curve, name).append(value)
+            self.curve[name].append(value)

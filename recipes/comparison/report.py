@@ -1,232 +1,215 @@
 """Writes ``results.json``, ``results.csv`` and ``table.md``."""
 
-import csv
 import dataclasses
-import io
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lightning_stableaa.recipes.comparison.environment import hardware, versions
+from lightning_stableaa.recipes.comparison.provenance import hardware, versions
 from lightning_stableaa.recipes.comparison.runner import Run
-from lightning_stableaa.recipes.comparison.summary import (
-    DEFINITIONS,
-    Spread,
-    Summary,
-    VariantSummary,
-)
-from lightning_stableaa.recipes.comparison.variants import Plan
+from lightning_stableaa.recipes.comparison.statistics import ENOUGH_SEEDS, Effect, Summary
+from lightning_stableaa.recipes.comparison.variants import BASELINE, Plan
 from lightning_stableaa.recipes.files import write_atomically
 
-RECORDER = "recorder"
-MIB = 2**20
+DEFINITIONS = """\
+- Cost: gradients of a batch (backward passes, including those of L-BFGS's line search), and every
+  further evaluation of the loss, such as the safeguard's, at one third.
+- Tuned baseline: the variant of plain (learning rates, schedules) with the best median at the end.
+- Time to target: cost at which a run first is as good as the tuned baseline of its seed at its end,
+  over the cost at which the tuned baseline first was. A run that never is counts as one that needs
+  twice its whole cost.
+- Best: the best validation up to the cost of the whole plain run of the same seed, as a checkpoint
+  of the best keeps it; interpolated to that cost. Values of zero or less have no ratio.
+- Ratios: geometric mean over seeds [95 % percentile bootstrap interval]; seeds better; p of a
+  two-sided sign test. Differences within 0.2 % are ties.
+- Outcome: *helped* where the interval of one figure is on the better side of 1 and none on the
+  worse, *worse* the reverse, *mixed* both, *undecided* none. *Unchanged*: no candidate was
+  accepted, and every run equals plain's. *Untried*: no extrapolation was due.
+- Medians: over seeds, with quartiles and the worst seed in brackets. At equal cost: at the cost of
+  the whole plain run. Worst after best: the worst validation from the best one of the run on.
+- Diverged: seeds in whose second half a validation was not finite, or more than 10 times the first
+  validation of plain (less than half of it, where more is better).
+- Rank: median over seeds of the rank by the value at equal cost, 1 is best. Time: median of the
+  training time of the whole run without validations, over that of plain; processor time likewise,
+  without the time that other programs had the processor. Memory: median of the peak; of the device
+  on CUDA, else of the process. Accepted: extrapolations over all seeds. Average on: share of the
+  windows in which the RSD had switched the moving average on; at 0 % nothing was averaged.
+- Cost to plain's own end: as time to target, for the last validation of plain. To stay there: cost
+  from which on all validations are at least as good, over the cost of the whole plain run. Inf:
+  never, or not finite.
+"""
 
 
 def write_report(
-    folder: Path,
-    plan: Plan,
-    runs: Sequence[Run],
-    summary: Summary,
-    sentences: Sequence[str],
-    *,
-    overrides: Iterable[str],
-    jobs: int,
-    threads: int | None,
+    plan: Plan, runs: Sequence[Run], summary: Summary, notes: Sequence[str], extra: dict[str, Any]
 ) -> None:
-    """Leaves the three files in ``folder``, each of them whole or as it was."""
+    """Leaves the three files in the folder of ``plan``, each of them whole or as it was.
+
+    Args:
+        plan: what was compared.
+        runs: finished and failed ones.
+        summary: of the runs.
+        notes: sentences that stand above the verdict.
+        extra: further entries of ``results.json``.
+    """
+    shared = ("callbacks", "logger", "run_folder", "seed")
+    settings = next(job.settings for job in plan.jobs if job.variant == BASELINE)
     contents = {
         "title": plan.title,
         "metric": plan.metric,
         "mode": plan.mode,
-        "seeds": plan.seeds,
-        "verdict": list(sentences),
-        "definitions": list(DEFINITIONS),
+        "comparison": plan.comparison,
+        "seeds": sorted({run.seed for run in runs}),
+        "notes": list(notes),
+        "verdict": verdict(summary),
         "tuned_baseline": summary.tuned_baseline,
-        "variants": {
-            name: {"about": plan.about[name], **_asdict(one)}
-            for name, one in summary.variants.items()
-        },
+        "variants": summary.variants,
         "hardware": hardware(),
-        "workers": {"side_by_side": jobs, "threads": threads},
         "versions": versions(),
-        "command_line": [shorten_paths(override) for override in overrides],
-        **_configuration(plan),
-        "runs": [_run(run, summary) for run in runs],
+        **extra,
+        "config": {name: value for name, value in settings.items() if name not in shared},
+        "callbacks": {run.variant: run.labels["callbacks"] for run in runs},
+        "runs": [
+            {"fingerprint": run.labels["fingerprint"], **dataclasses.asdict(run), "labels": None}
+            for run in runs
+        ],
     }
-    write_atomically(folder / "results.json", to_json(contents))
-    write_atomically(folder / "results.csv", _csv(runs, summary))
-    write_atomically(folder / "table.md", table(plan, summary, sentences))
+    write_atomically(plan.folder / "results.json", to_json(contents))
+    write_atomically(plan.folder / "results.csv", summary.runs.to_csv())
+    write_atomically(plan.folder / "table.md", _table(plan, summary, notes, contents["seeds"]))
 
 
-def table(plan: Plan, summary: Summary, sentences: Sequence[str]) -> str:
-    """Verdict, table, legend and definitions in Markdown."""
-    better = "less" if plan.mode == "min" else "more"
-    tuned = summary.tuned_baseline != summary.baseline
-    lines = [
-        f"# {plan.title}: {plan.metric} ({better} is better), {_plural(len(plan.seeds), 'seed')}",
-        "",
-        *(f"- {sentence}" for sentence in sentences),
-        "",
-        f"| variant | cost to target (final value of {summary.baseline}) | cost to stay at target "
-        + (f"| cost to target of {summary.tuned_baseline} " if tuned else "")
-        + "| final | at equal cost | best | diverged | worst after best | rank | time "
-        "| processor time | memory, MiB | accepted | average on |",
-        "|---" * (14 + tuned) + "|",
+def verdict(summary: Summary) -> list[dict[str, str]]:
+    """One row for each variant but plain: the primary figures, and the outcome in a word."""
+    tuned = summary.tuned_baseline
+    headings = {
+        "time_to_target": f"time to target of {tuned}",
+        "best_over_plain": f"best, over that of {BASELINE}",
+        "best_over_tuned": f"best, over that of {tuned}",
+    }
+    return [
+        {
+            "variant": name,
+            **{headings[figure]: _effect(one) for figure, one in summary.effects[name].items()},
+            "outcome": word,
+        }
+        for name, word in summary.outcomes.items()
     ]
+
+
+def notes_on(plan: Plan, runs: Sequence[Run], missing: int, summary: Summary) -> Iterator[str]:
+    """Sentences that stand above the verdict, the caveat of few seeds first."""
+    fewest = min((one["seeds"] for one in summary.variants.values() if one["seeds"]), default=0)
+    if fewest < ENOUGH_SEEDS:
+        yield (
+            f"Fewer than {ENOUGH_SEEDS} seeds prove little, and a variant here has {fewest}: add "
+            "seeds before you rely on an outcome (compare.seeds=10)."
+        )
+    if missing:
+        yield (
+            f"Only {len(plan.jobs) - missing} of {len(plan.jobs)} runs were made; the same command "
+            "makes the others."
+        )
     for name, one in summary.variants.items():
-        cells = [
-            name + (f" ({len(one.errors)} failed)" if one.errors else ""),
-            _ratio_cell(one.cost_ratio),
-            _ratio_cell(one.stay_ratio),
-            *([_ratio_cell(one.tuned_ratio)] if tuned else []),
-            _value_cell(one.final),
-            _significant(one.equal_cost.median),
-            _significant(one.best.median),
-            f"{one.diverged} of {len(one.seeds)}" if one.seeds else "",
-            _value_cell(one.worst_after_best),
-            _significant(one.rank, 2),
-            _significant(one.time_ratio, 3),
-            _significant(one.processor_ratio, 3),
-            _significant(one.peak_memory / MIB, 4),
-            f"{one.accepted} of {one.attempted}" if one.attempted else "",
-            "" if math.isnan(one.smoothing_on) else f"{one.smoothing_on:.0%}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    failures = [
-        f"- {name}, seed {seed}: {shorten_paths(error)}"
-        for name, one in summary.variants.items()
-        for seed, error in one.errors.items()
-    ]
-    if failures:
-        lines += ["", "Failed runs, left out above:", "", *failures]
-    lines += ["", "Variants:", "", *(f"- {name}: {text}" for name, text in plan.about.items())]
-    lines += ["", "Definitions:", "", *(f"- {text}" for text in DEFINITIONS), ""]
-    return "\n".join(lines)
+        for reason in sorted(set(one["disabled"].values())):
+            count = list(one["disabled"].values()).count(reason)
+            yield (
+                f"{name}: acceleration was switched off in {count} of {one['seeds']} seeds: "
+                f"{reason}."
+            )
+    processors = sorted({run.processor for run in runs if run.processor is not None})
+    if len(processors) > 1:
+        yield (
+            f"Runs were made on {' and on '.join(processors)}: times do not compare, and the same "
+            "seed may end elsewhere."
+        )
 
 
 def to_json(contents: Any) -> str:
-    """Indented JSON; what is not finite becomes null, and lists of numbers stay on one line."""
-    text = json.dumps(_finite(contents), indent=1, allow_nan=False)
+    """Indented JSON without absolute paths; what is not finite becomes null."""
+    text = json.dumps(_plain(contents), indent=1, allow_nan=False)
+    # lists of numbers stay on one line
     return re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
 
 
-def shorten_paths(value: Any) -> Any:
-    """Absolute paths reduced to their last part: results are meant to be shared."""
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
     if isinstance(value, dict):
-        return {name: shorten_paths(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [shorten_paths(one) for one in value]
-    if isinstance(value, str):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, str):  # absolute paths reduced to their last part: results are shared
         return re.sub(r"(^|=)/(?:[^/\s]+/)*|(?<=[\s'\"(])/(?:[^/\s]+/)+", r"\1", value)
     return value
 
 
-def _configuration(plan: Plan) -> dict[str, Any]:
-    """The settings that all variants share, and the callbacks that make the difference."""
-    settings = {job.variant: job.settings for job in reversed(plan.jobs)}
-    shared = {
-        name: value
-        for name, value in settings[plan.variants[0]].items()
-        if name not in ("callbacks", "logger", "run_folder", "seed")
-    }
-    callbacks = {
-        name: {key: value for key, value in settings[name]["callbacks"].items() if key != RECORDER}
-        for name in plan.variants
-    }
-    return {"config": shorten_paths(shared), "callbacks": shorten_paths(callbacks)}
+def _table(plan: Plan, summary: Summary, notes: Sequence[str], seeds: Sequence[int]) -> str:
+    less = "less" if plan.mode == "min" else "more"
+    medians, appendix, failures = [], [], []
+    for name, one in summary.variants.items():
+        on, memory = one["smoothing_on"], one["peak_memory"] / 2**20
+        medians.append(
+            {
+                "variant": name + (f" ({len(one['errors'])} failed)" if one["errors"] else ""),
+                "final": _spread(one["final"]),
+                "at equal cost": _spread(one["equal_cost"]),
+                "best": _spread(one["best"]),
+                "worst after best": _spread(one["worst_after_best"]),
+                "diverged": f"{one['diverged']} of {one['seeds']}",
+                "rank": _number(one["rank"]),
+                "time": _number(one["time_ratio"]),
+                "processor time": _number(one["processor_ratio"]),
+                "memory, MiB": _number(memory, 4),
+                "accepted": f"{one['accepted']} of {one['attempted']}" if one["attempted"] else "",
+                "average on": "" if math.isnan(on) else f"{on:.0%}",
+            }
+        )
+        cost, stay = (_spread(one[figure]) for figure in ("cost_to_end_of_plain", "cost_to_stay"))
+        appendix.append({"variant": name, "cost to plain's own end": cost, "to stay there": stay})
+        failures += [f"- {name}, seed {seed}: {error}" for seed, error in one["errors"].items()]
+    parts = [
+        f"# {plan.title}: {plan.metric} ({less} is better), {len(seeds)} seeds",
+        *notes,
+        _markdown(verdict(summary)),
+        "## Medians",
+        _markdown(medians),
+        *(["Failed runs, left out above:", _plain("\n".join(failures))] if failures else []),
+        "## Variants",
+        "\n".join(f"- {name}: {one['about']}" for name, one in summary.variants.items()),
+        "## Definitions",
+        DEFINITIONS.rstrip(),
+        "## Appendix: cost to plain's own end",
+        _markdown(appendix),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _asdict(one: VariantSummary) -> dict[str, Any]:
-    errors = {seed: shorten_paths(error) for seed, error in one.errors.items()}
-    return dataclasses.asdict(one) | {"seeds": len(one.seeds), "errors": errors}
-
-
-def _run(run: Run, summary: Summary) -> dict[str, Any]:
-    """Everything that was recorded, and what came of it."""
-    result = summary.variants[run.variant].seeds.get(run.seed)
-    return dataclasses.asdict(run) | {
-        "error": shorten_paths(run.error),
-        "compared": result and dataclasses.asdict(result),
-    }
-
-
-def _csv(runs: Sequence[Run], summary: Summary) -> str:
-    text = io.StringIO()
-    rows = [_row(run, summary) for run in runs]
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _row(run: Run, summary: Summary) -> dict[str, Any]:
-    """One line of the CSV; what never happened is inf, what is unknown is empty."""
-    result = summary.variants[run.variant].seeds.get(run.seed)
-    curve = run.curve
-    ended = bool(curve.values)
-    return {
-        "variant": run.variant,
-        "seed": run.seed,
-        "final": result and result.final,
-        "at_equal_cost": result and result.equal_cost,
-        "best_at_equal_cost": result and result.best,
-        "worst_after_best": result and result.worst_after_best,
-        "diverged": result and int(result.diverged),
-        "cost_to_target_ratio": result and result.cost_ratio,
-        "cost_to_stay_ratio": result and result.stay_ratio,
-        "seconds_to_target_ratio": result and result.seconds_ratio,
-        "cost_to_tuned_target_ratio": result and result.tuned_ratio,
-        "gradients": curve.gradients[-1] if ended else None,
-        "loss_evaluations": curve.loss_evaluations[-1] if ended else None,
-        "cost": curve.costs[-1] if ended else None,
-        "seconds": curve.seconds[-1] if ended else None,
-        "processor_seconds": curve.processor_seconds[-1] if ended else None,
-        "peak_memory_mib": run.peak_memory and round(run.peak_memory / MIB, 1),
-        "attempted": curve.attempted[-1] if ended else None,
-        "accepted": curve.accepted[-1] if ended else None,
-        "smoothing_on": run.smoothing_on,
-        "disabled": curve.disabled,
-        "error": run.error and shorten_paths(run.error),
-    }
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
-
-
-def _ratio_cell(spread: Spread) -> str:
-    if not spread.count:
+def _markdown(rows: Sequence[dict[str, str]]) -> str:
+    if not rows:
         return ""
-    if math.isinf(spread.median):
-        return f"never ({spread.never} of {spread.count})"
-    upper = _significant(spread.upper, infinite="never")
-    worst = f"{spread.never} never" if spread.never else f"worst {_significant(spread.worst)}"
-    return f"{_significant(spread.median)} ({_significant(spread.lower)} to {upper}; {worst})"
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def _value_cell(spread: Spread) -> str:
-    if not spread.count:
+def _effect(one: Effect) -> str:
+    if not one.seeds:
         return ""
-    return (
-        f"{_significant(spread.median)} ({_significant(spread.lower)} to "
-        f"{_significant(spread.upper)}; worst {_significant(spread.worst)})"
-    )
+    interval = "" if math.isnan(one.lower) else f" [{one.lower:.3g}, {one.upper:.3g}]"
+    never = f"; never in {one.never}" if one.never else ""
+    return f"{one.ratio:.3g}{interval}; {one.better} of {one.seeds}; p = {one.p:.2g}{never}"
 
 
-def _significant(value: float, digits: int = 3, infinite: str = "not finite") -> str:
-    if math.isnan(value):
+def _spread(one: dict[str, Any]) -> str:
+    if not one["count"]:
         return ""
-    return infinite if math.isinf(value) else f"{value:.{digits}g}"
+    median, lower, upper, worst = (_number(one[key]) for key in list(one)[:4])
+    return f"{median} ({lower} to {upper}; worst {worst})"
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
+def _number(value: float, digits: int = 3) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}g}"

@@ -13,7 +13,7 @@ import threading
 import traceback
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
@@ -22,33 +22,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 
 from lightning_stableaa.recipes.cli_errors import USER_ERRORS, format_error
-from lightning_stableaa.recipes.comparison.cost import Curve
-from lightning_stableaa.recipes.comparison.environment import processor
-from lightning_stableaa.recipes.comparison.fingerprint import contents_of
+from lightning_stableaa.recipes.comparison.provenance import contents_of, processor
 from lightning_stableaa.recipes.comparison.recorder import CURVE
-from lightning_stableaa.recipes.comparison.variants import TRAINING, Job
+from lightning_stableaa.recipes.comparison.variants import RUN_FOLDER, Job, Plan
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.files import write_atomically
 from lightning_stableaa.recipes.plots import read_metrics
 from lightning_stableaa.recipes.train import filter_warnings, train
 
 RESULT = "result.json"
-FAILURE = "failure.json"
 LOG = "log.txt"
 KEPT_RSD = 200  # points of the RSD that are kept, evenly spaced
 
 
 @dataclass(frozen=True)
 class Run:
-    """What is kept of a run; ``error`` is None where it finished."""
+    """What is kept of a run; ``error`` is None where it finished, and ``labels`` are its job's."""
 
     variant: str
     seed: int
-    fingerprint: str
-    curve: Curve = field(default_factory=Curve)
+    labels: dict[str, Any]
+    curve: dict[str, list[float]] = field(default_factory=dict)  # see CostRecorder
+    disabled: str | None = None  # why acceleration was switched off
     processor: str | None = None  # what computed
     error: str | None = None
     is_user_error: bool = False  # a wrong configuration, which no other run would survive
@@ -58,11 +56,7 @@ class Run:
     smoothing_on: float | None = None  # share of the windows; None without a SmoothingMonitor
 
 
-def run_all(
-    jobs: Sequence[Job],
-    *,
-    processes: int,
-) -> Iterator[Run]:
+def run_all(jobs: Sequence[Job], *, processes: int) -> Iterator[Run]:
     """Yields the run of every job, those that were finished earlier first.
 
     A variant that is refused for its configuration, or that fails with two seeds in the same way
@@ -76,84 +70,93 @@ def run_all(
         UserError: a run of the first variant is refused for its configuration, or files that runs
             depend on were edited since the jobs were made.
     """
-    missing: list[Job] = []
     errors: dict[str, set[str | None]] = defaultdict(set)  # None where a run was finished
-    for job in jobs:
-        run = read_run(job)
-        if run is None:
-            missing.append(job)
-        else:
-            errors[run.variant].add(None)
-            yield run
-    waiting = deque(missing)
+    finished = {job.folder: run for job in jobs if (run := finished_run(job)) is not None}
+    for run in finished.values():
+        errors[run.variant].add(None)
+        yield run
+    waiting = deque(job for job in jobs if job.folder not in finished)
     made = _in_this_process(waiting) if processes == 0 else _in_workers(waiting, processes)
-    for run in made:
+    for job, run in made:
         if run.is_user_error and run.variant == jobs[0].variant:
-            _remove(next(job.folder for job in missing if job.fingerprint == run.fingerprint))
+            shutil.rmtree(job.folder, ignore_errors=True)
+            with suppress(OSError):  # not empty: other runs are there
+                for folder in job.folder.parents[:2]:  # variant, runs
+                    folder.rmdir()
             raise UserError(run.error)
         again = run.error is not None and errors[run.variant] == {run.error}
         errors[run.variant].add(run.error)
         yield run
         if run.is_user_error or again:
-            for job in [job for job in waiting if job.variant == run.variant]:
-                waiting.remove(job)
-                yield dataclasses.replace(run, seed=job.seed, fingerprint=job.fingerprint)
+            for other in [other for other in waiting if other.variant == run.variant]:
+                waiting.remove(other)
+                yield dataclasses.replace(run, seed=other.seed, labels=other.labels)
 
 
-def read_run(job: Job) -> Run | None:
+def finished_run(job: Job) -> Run | None:
     """The finished run of a job; None where there is none, or one of another configuration."""
-    try:
-        kept = json.loads((job.folder / RESULT).read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    run = _read(job.folder)
+    if run is None or run.error is not None:
         return None
-    if kept["fingerprint"] != job.fingerprint:
-        return None
-    return Run(**kept | {"curve": Curve(**kept["curve"])})
+    return run if run.labels["fingerprint"] == job.labels["fingerprint"] else None
+
+
+def finished_runs(plan: Plan) -> list[Run]:
+    """Every finished run in the folder with the settings of the plan, of whatever variant.
+
+    Of a variant that was made with several settings of its callbacks, those of the plan, or else
+    the latest.
+    """
+    paths = sorted(plan.folder.glob(f"runs/*/*/{RESULT}"), key=lambda path: path.stat().st_mtime)
+    runs = [run for path in paths if (run := _read(path.parent)) is not None and not run.error]
+    runs = [run for run in runs if run.labels["comparison"] == plan.comparison]
+    latest = {run.variant: run.labels["configuration"] for run in runs}
+    latest |= {job.variant: job.labels["configuration"] for job in plan.jobs}
+    return [run for run in runs if run.labels["configuration"] == latest[run.variant]]
 
 
 def run_job(job: Job) -> Run:
-    """Trains, and writes ``result.json`` if that succeeds; a failure leaves the log alone."""
-    run = Run(job.variant, job.seed, job.fingerprint)
+    """Trains, and writes ``result.json``, of a failure too."""
+    run = Run(job.variant, job.seed, job.labels)
+    training = job.folder / "training"
+    settings = json.dumps(job.settings).replace(RUN_FOLDER, json.dumps(str(training))[1:-1])
     try:
-        train(OmegaConf.create(job.settings))
-        if not (job.folder / TRAINING / CURVE).exists():
+        train(DictConfig(json.loads(settings)))
+        if not (training / CURVE).exists():
             raise UserError(
                 "training ended before its first step: train_dataloader has no batches, or "
                 "trainer.max_steps or trainer.max_epochs is 0"
             )
+        recorded = json.loads((training / CURVE).read_text()) | {"processor": processor()}
+        recorded |= {"peak_memory": _peak_memory()} | _smoothing_log(training / "metrics.csv")
+        run = dataclasses.replace(run, **recorded)
     except USER_ERRORS as error:
-        return dataclasses.replace(run, error=format_error(error), is_user_error=True)
+        run = dataclasses.replace(run, error=format_error(error), is_user_error=True)
     except Exception as error:
         traceback.print_exc()
         message = " ".join(str(error).split())
-        return dataclasses.replace(run, error=f"{type(error).__name__}: {message}")
-    run = dataclasses.replace(
-        run,
-        curve=Curve(**json.loads((job.folder / TRAINING / CURVE).read_text())),
-        peak_memory=_peak_memory(),
-        processor=processor(),
-        **_smoothing_log(job.folder / TRAINING / "metrics.csv"),
-    )
+        run = dataclasses.replace(run, error=f"{type(error).__name__}: {message}")
     write_atomically(job.folder / RESULT, json.dumps(dataclasses.asdict(run)))
     return run
 
 
-def _in_this_process(waiting: deque[Job]) -> Iterator[Run]:
+def _in_this_process(waiting: deque[Job]) -> Iterator[tuple[Job, Run]]:
     while waiting:
         job = waiting.popleft()
         shutil.rmtree(job.folder, ignore_errors=True)
         # the peak would be that of everything this process has done so far
-        yield dataclasses.replace(run_job(job), peak_memory=None)
+        yield job, dataclasses.replace(run_job(job), peak_memory=None)
 
 
-def _in_workers(waiting: deque[Job], processes: int) -> Iterator[Run]:
+def _in_workers(waiting: deque[Job], processes: int) -> Iterator[tuple[Job, Run]]:
     # Forked from a server that has done the imports and nothing else: workers start at once, and
-    # the peak memory of each is its own.
+    # the peak memory of each is its own. Not a pool: a worker that is killed breaks those.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with _ignore_sigint():  # as the server stays: the main process decides what ends
-        forkserver.ensure_running()
-    running: dict[int, tuple[BaseProcess, Job]] = {}
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what ends
+    forkserver.ensure_running()
+    signal.signal(signal.SIGINT, before)
+    running: dict[Any, tuple[BaseProcess, Job]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < processes:
@@ -163,9 +166,9 @@ def _in_workers(waiting: deque[Job], processes: int) -> Iterator[Run]:
                 worker.start()
                 running[worker.sentinel] = worker, job
             for sentinel in wait(list(running)):
-                worker, job = running.pop(sentinel)  # pyright: ignore[reportArgumentType]  # "Connection" is not "int"
+                worker, job = running.pop(sentinel)
                 worker.join()
-                yield _outcome(job, worker.exitcode or 0)
+                yield job, _read(job.folder) or _killed(job, worker.exitcode or 0)
     finally:
         for worker, _ in running.values():
             worker.terminate()
@@ -174,33 +177,16 @@ def _in_workers(waiting: deque[Job], processes: int) -> Iterator[Run]:
 
 def _refuse_edited(job: Job) -> None:
     """A worker imports the module again: it would train another one."""
-    now = contents_of(job.settings)
-    for kind in sorted(job.contents.keys() | now.keys()):
-        before, after = job.contents.get(kind, {}), now.get(kind, {})
-        for name in sorted(before.keys() | after.keys()):
-            if before.get(name) != after.get(name):
-                raise UserError(
-                    f"{name} was edited while the comparison ran; the same command starts over "
-                    "with what it is now; leave it alone until all runs are made"
-                )
-
-
-@contextmanager
-def _ignore_sigint() -> Iterator[None]:
-    """A process that is started inside ignores Ctrl-C, from its first instruction on."""
-    if threading.current_thread() is not threading.main_thread():  # which alone may do this
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    for name, _ in sorted(set(job.contents.items()) ^ set(contents_of(job.settings).items())):
+        raise UserError(
+            f"{name} was edited while the comparison ran; the same command starts over with what "
+            "it is now; leave it alone until all runs are made"
+        )
 
 
 def _work(job: Job) -> None:
     """What a worker process does; everything printed goes to the log of the run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what ends
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
@@ -208,9 +194,7 @@ def _work(job: Job) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     filter_warnings()
-    run = run_job(job)
-    if run.error is not None:
-        write_atomically(job.folder / FAILURE, json.dumps(dataclasses.asdict(run)))
+    run_job(job)
 
 
 def _exit_with_parent() -> None:
@@ -221,26 +205,17 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
 
-def _outcome(job: Job, exit_code: int) -> Run:
-    run = read_run(job)
-    if run is not None:
-        return run
-    failure = job.folder / FAILURE
-    if failure.exists():
-        kept = json.loads(failure.read_text())
-        return Run(**kept | {"curve": Curve(**kept["curve"])})
+def _read(folder: Path) -> Run | None:
+    try:
+        return Run(**json.loads((folder / RESULT).read_text()))
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError):
+        return None
+
+
+def _killed(job: Job, exit_code: int) -> Run:
     ending = f"signal {signal.Signals(-exit_code).name}" if exit_code < 0 else f"code {exit_code}"
-    return Run(
-        job.variant, job.seed, job.fingerprint, error=f"the worker process ended with {ending}"
-    )
-
-
-def _remove(folder: Path) -> None:
-    """Removes a run, and the folders above it that held nothing else."""
-    shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):
-        for parent in folder.parents[:2]:  # variant, runs
-            parent.rmdir()
+    error = f"the worker process ended with {ending}"
+    return Run(job.variant, job.seed, job.labels, error=error)
 
 
 def _peak_memory() -> int:

@@ -3,26 +3,58 @@
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hydra import compose
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
-from lightning_stableaa.recipes.cli_errors import check_options
-from lightning_stableaa.recipes.comparison.cost import Mode
-from lightning_stableaa.recipes.comparison.fingerprint import contents_of, fingerprint_of
-from lightning_stableaa.recipes.comparison.optimizers import check_installed
+from lightning_stableaa.recipes.cli_errors import check_run
+from lightning_stableaa.recipes.comparison.provenance import contents_of, fingerprint_of
 from lightning_stableaa.recipes.errors import UserError
 
+Mode = Literal["min", "max"]
 BASELINE = "plain"
 OWN_MODULE = "recipe=_own"  # what stands for the recipe where there is compare.module
 CHANGES = "lightning_stableaa.recipes.comparison.optimizers"
-RECORDER = "lightning_stableaa.recipes.comparison.recorder.CostRecorder"
-TRAINING = "training"
+COST_RECORDER = "lightning_stableaa.recipes.comparison.recorder.CostRecorder"
+CSV_LOGGER = "lightning.pytorch.loggers.CSVLogger"
+RECORDER = "recorder"
+RUN_FOLDER = "RUN_FOLDER"  # stands for the folder of a run, which its fingerprint names
+QUIET_TRAINER = {
+    "enable_checkpointing": False,  # an interrupted run is made again
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "log_every_n_steps": 50,  # writing is no part of the method; callbacks log all the same
+}
+MULTIPLE = "learning_rate_multiple"
+CALLBACK = re.compile(r"[+~]*callbacks\.(\w+)")
+EXPECTED: dict[str, tuple[Any, str]] = {  # types of options, and what is said of others
+    "jobs": (int, "a whole number >= 0"),
+    "module": (str | None, "an import path such as my_package.MyModule"),
+    "datamodule": (str | None, "an import path such as my_package.MyData"),
+    "module_args": (DictConfig, "a dict; write +compare.module_args.NAME=VALUE"),
+    "datamodule_args": (DictConfig, "a dict; write +compare.datamodule_args.NAME=VALUE"),
+    "metric": (str | None, "a name, as in compare.metric=val/loss"),
+    "variants": (ListConfig, "a list such as [plain,anderson]"),
+    "lr_sweep": (ListConfig, "a list such as [3x,10x,cosine]"),
+    "lr_sweep_of": (ListConfig, "a list such as [plain,anderson]"),
+}
+REFUSED = {  # options of single runs, and what a comparison has in their place
+    "run_name|run_folder|resume_from": "a comparison names its own runs and goes on with those "
+    "that are there; choose where by compare.folder",
+    "callbacks": "each variant brings its callbacks; see compare.variants",
+    "seed": "a comparison has several, as in compare.seeds=[7,8,9]",
+}
+REFUSED_BESIDE_MODULE = {
+    "optimizer|scheduler": "the module brings its own; compare.lr_sweep has rates and schedules",
+    "module|model|architecture": "write compare.module_args.NAME=VALUE",
+    "data": "write compare.datamodule_args.NAME=VALUE",
+    "recipe": "compare.module takes its place; leave one of them out",
+}
 # what a run needs on its own, and a comparison pays for or sees nothing of
 LEFT_OUT = ("best", "last", "progress", "learning_rate")
 # Names of metrics of which less is better; not those of scikit-learn's negated scores.
@@ -38,10 +70,12 @@ class Job:
 
     variant: str
     seed: int
-    fingerprint: str  # of everything that decides the outcome
     folder: Path
-    settings: dict[str, Any]  # resolved configuration for train(), whose folder is inside folder
-    contents: dict[str, dict[str, str]]  # of the files that it depends on, see ``contents_of``
+    settings: dict[str, Any]  # resolved configuration for train(); RUN_FOLDER stands for its folder
+    contents: dict[str, str]  # of the files that it depends on, see ``contents_of``
+    # fingerprint: of everything that decides the outcome; configuration: the same for all seeds;
+    # comparison: the same for all variants; about: what the variant is; callbacks: its own
+    labels: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -54,7 +88,7 @@ class Plan:
     mode: Mode
     variants: list[str]  # the baseline first
     seeds: list[int]
-    about: dict[str, str]  # what each variant is
+    comparison: str  # fingerprint of all that variants and seeds share
     jobs: list[Job]  # all variants of one seed before the next, so that a part compares fairly
 
 
@@ -70,8 +104,13 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
         UserError, or an error of Hydra or OmegaConf that means a wrong configuration.
     """
     options = config.compare
-    _check_own_options(options)
-    _refuse_conflicts(overrides, own_module=options.module is not None)
+    for option, (kind, expected) in EXPECTED.items():
+        if not isinstance(options[option], kind) or isinstance(options[option], bool):
+            raise UserError(f"compare.{option}={options[option]}: expected {expected}")
+    if options.jobs < 0:
+        raise UserError(f"compare.jobs={options.jobs}: expected {EXPECTED['jobs'][1]}")
+    for override in overrides:
+        _refuse_conflict(override, own_module=options.module is not None)
     if options.module is not None:
         title = options.module.rpartition(".")[2]
     # the whole path of a module: many a package has a class of the same name
@@ -80,70 +119,55 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
     folder = standard if options.folder in (None, "") else Path(str(options.folder))
     folder /= options.subfolder if folder == standard and options.subfolder else ""
     seeds = _seeds(options.seeds)
-    fixed, of_callbacks = _split(overrides)
+    of_callbacks = [one for one in overrides if CALLBACK.match(one)]  # that some variants have
+    fixed = [one for one in overrides if one not in of_callbacks]
     names = list(dict.fromkeys([BASELINE, *_expand(config)]))
     runs: dict[str, DictConfig] = {}
     used: set[str] = set()
     # composing takes most of the time here: once for a variant and all its modifications
     for base in dict.fromkeys(name.split("@")[0] for name in names):
-        check_installed(base)
         composed, applied = _compose_variant(base, fixed, of_callbacks)
         used |= applied
-        of_base = [name for name in names if name.split("@")[0] == base]
-        runs |= {name: _modify(composed, name) for name in of_base}
+        runs |= {name: _modify(composed, name) for name in names if name.split("@")[0] == base}
     for override in of_callbacks:
         if override not in used:
             raise UserError(f"{override}: no variant among {', '.join(names)} has that callback")
     metric, mode = _monitored(runs[BASELINE])
-    about = {name: _describe(name, runs[name]) for name in names}
-    jobs: list[Job] = []
     loggers = any(re.match(r"[+~]*logger(\.|=|@|$)", override) for override in overrides)
+    jobs: list[Job] = []
+    comparison = ""
     for name in names:
+        about = _describe(name, runs[name])
         _prepare(runs[name], metric, keep_loggers=loggers)
-        jobs += _jobs(runs[name], name, seeds, folder)
+        canonical = _resolve(runs[name], 0)
+        check_run(canonical)  # or every run of the variant would be refused
+        configuration = fingerprint_of(canonical)
+        comparison = comparison or configuration  # that of plain: variants differ in callbacks
+        callbacks = {key: one for key, one in canonical["callbacks"].items() if key != RECORDER}
+        for seed in seeds:
+            settings = _resolve(runs[name], seed)
+            fingerprint = fingerprint_of(settings)
+            labels = {
+                "fingerprint": fingerprint,
+                "configuration": configuration,
+                "comparison": comparison,
+                "about": about,
+                "callbacks": callbacks,
+            }
+            # a folder per configuration: results of other settings stay, and are found again
+            own = folder / "runs" / name / f"seed{seed}-{fingerprint}"
+            jobs.append(Job(name, seed, own, settings, contents_of(settings), labels))
     jobs.sort(key=lambda job: seeds.index(job.seed))
-    return Plan(title, folder, metric, mode, names, seeds, about, jobs)
+    return Plan(title, folder, metric, mode, names, seeds, comparison, jobs)
 
 
-# Which options of a recipe have no meaning for a module of the user's own, and what has.
-OF_RECIPES = {
-    r"optimizer|scheduler": "the module brings its own; compare.lr_sweep has rates and schedules",
-    r"module|model|architecture": "write compare.module_args.NAME=VALUE",
-    r"data": "write compare.datamodule_args.NAME=VALUE",
-    r"recipe": "compare.module takes its place; leave one of them out",
-}
-OF_SINGLE_RUNS = r"run_name|run_folder|resume_from"
-
-
-def _check_own_options(options: DictConfig) -> None:
-    for option in ("module", "datamodule"):
-        path, arguments = options[option], options[f"{option}_args"]
-        if not isinstance(path, str | None):
-            raise UserError(
-                f"compare.{option}={path}: expected an import path such as my_package.MyModule"
-            )
-        if not isinstance(arguments, DictConfig):
-            raise UserError(
-                f"compare.{option}_args={arguments}: expected a dict; write "
-                f"+compare.{option}_args.NAME=VALUE"
-            )
-
-
-def _refuse_conflicts(overrides: Iterable[str], *, own_module: bool) -> None:
-    for override in overrides:
-        if re.match(rf"[+~]*({OF_SINGLE_RUNS})(=|$)", override):
-            raise UserError(
-                f"{override}: a comparison names its own runs and goes on with those that are "
-                "there; choose where by compare.folder"
-            )
-        for names, instead in OF_RECIPES.items() if own_module else ():
-            named = re.match(rf"[+~]*({names})([.=@]|$)", override)
-            if named and override != OWN_MODULE:
-                raise UserError(f"{override}: has no effect beside compare.module; {instead}")
-        if re.match(r"[+~]*callbacks(=|$)", override):
-            raise UserError(f"{override}: each variant brings its callbacks; see compare.variants")
-        if re.match(r"[+~]*seed(=|$)", override):
-            raise UserError(f"{override}: a comparison has several, as in compare.seeds=[7,8,9]")
+def _refuse_conflict(override: str, *, own_module: bool) -> None:
+    for pattern, reason in REFUSED.items():
+        if re.match(rf"[+~]*({pattern})(=|$)", override):
+            raise UserError(f"{override}: {reason}")
+    for pattern, reason in REFUSED_BESIDE_MODULE.items() if own_module else ():
+        if re.match(rf"[+~]*({pattern})([.=@]|$)", override) and override != OWN_MODULE:
+            raise UserError(f"{override}: has no effect beside compare.module; {reason}")
 
 
 def _seeds(seeds: Any) -> list[int]:
@@ -156,44 +180,16 @@ def _seeds(seeds: Any) -> list[int]:
 
 def _expand(config: DictConfig) -> list[str]:
     """The requested names, with the members of lr_sweep in place of its name."""
-    if not isinstance(config.compare.variants, ListConfig) or not config.compare.variants:
-        raise UserError(
-            f"compare.variants={config.compare.variants}: expected a list such as [plain,anderson]"
-        )
-    for option in ("lr_sweep", "lr_sweep_of"):
-        if not isinstance(config.compare[option], ListConfig):
-            value = config.compare[option]
-            raise UserError(f"compare.{option}={value}: expected a list such as [{value}]")
-    for change in config.compare.lr_sweep:
-        if not isinstance(change, str):
-            raise UserError(
-                f"compare.lr_sweep: {change} is no change of the learning rate; write factors with "
-                "an x, and cosine, as in compare.lr_sweep=[3x,10x,cosine]"
-            )
     sweep = [
         f"{base}@{change}"
         for base in config.compare.lr_sweep_of
         for change in config.compare.lr_sweep
-        if "cosine" not in change or config.scheduler is None
+        if "cosine" not in str(change) or config.scheduler is None
     ]
     names: list[str] = []
     for name in map(str, config.compare.variants):
         names += sweep if name == "lr_sweep" else [name]
     return names
-
-
-def _split(overrides: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Overrides for every variant, and those of a callback that only some variants have."""
-    fixed: list[str] = []
-    of_callbacks: list[str] = []
-    for override in overrides:
-        (of_callbacks if _callback(override) else fixed).append(override)
-    return fixed, of_callbacks
-
-
-def _callback(override: str) -> str | None:
-    match = re.match(r"[+~]*callbacks\.(\w+)", override)
-    return match[1] if match else None
 
 
 def _compose_variant(
@@ -202,7 +198,8 @@ def _compose_variant(
     """The configuration of a variant, and the overrides of callbacks that concern it."""
     overrides = [*fixed, f"+compare/variant={base}"]
     run = compose("compare", overrides)
-    applied = [one for one in of_callbacks if one[0] == "+" or _callback(one) in run.callbacks]
+    named = {one: match[1] for one in of_callbacks if (match := CALLBACK.match(one))}
+    applied = [one for one in of_callbacks if one[0] == "+" or named[one] in run.callbacks]
     if applied:
         run = compose("compare", [*overrides, *applied])
     _insert_own_module(run)
@@ -210,39 +207,22 @@ def _compose_variant(
 
 
 def _insert_own_module(run: DictConfig) -> None:
-    options = run.compare
-    if options.module is None:
-        return
-    with open_dict(run):
-        for key, option in (("module", "module"), ("data", "datamodule")):
-            path = options[option]
-            imported = None if path is None else _import(path, f"compare.{option}")
-            if key == "module" and inspect.isclass(imported):
-                _follow_tree(run, imported)
-            if inspect.isclass(imported):
-                _refuse_missing_arguments(imported, option, options)
-            run[key] = path and {"_target_": path, **options[f"{option}_args"]}
-
-
-def _refuse_missing_arguments(imported: type[Any], option: str, options: DictConfig) -> None:
-    given = options[f"{option}_args"]
-    try:
-        parameters = inspect.signature(imported).parameters.values()
-    except (TypeError, ValueError):  # it has none that can be read
-        return
-    missing = [
-        one.name
-        for one in parameters
-        if one.default is one.empty
-        and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
-        and one.name not in given
-    ]
-    if missing and "_args_" not in given:
-        write = " ".join(f"+compare.{option}_args.{name}=..." for name in missing)
-        raise UserError(
-            f"compare.{option}={options[option]}: its __init__ needs {', '.join(missing)}; "
-            f"write {write}"
-        )
+    for key, name in (("module", "module"), ("data", "datamodule")) if run.compare.module else ():
+        path, arguments = run.compare[name], run.compare[f"{name}_args"]
+        imported = None if path is None else _import(path, f"compare.{name}")
+        with open_dict(run):
+            run[key] = path and {"_target_": path, **arguments}
+        if not inspect.isclass(imported):
+            continue
+        if key == "module":
+            _follow_tree(run, imported)
+        try:
+            inspect.signature(imported).bind(**arguments)
+        except TypeError as error:
+            if str(error).startswith("missing"):  # an unknown one is refused with a suggestion
+                raise UserError(
+                    f"compare.{name}={path}: {error}; write +compare.{name}_args.NAME=VALUE"
+                ) from error
 
 
 def _follow_tree(run: DictConfig, module: Any) -> None:
@@ -270,31 +250,23 @@ def _import(path: str, option: str) -> Any:
 
 def _modify(composed: DictConfig, name: str) -> DictConfig:
     """A copy with the callbacks that stand for ``@cosine`` and ``@3x``, ahead of its own."""
-    _, *modifiers = name.split("@")
-    rates = [one for one in modifiers if one != "cosine"]
-    if len(rates) > 1 or modifiers.count("cosine") > 1:
-        raise UserError(
-            f"compare.variants: {name} has two modifiers of a kind; write one factor of the "
-            "learning rate, and cosine once"
-        )
-    added = {}
-    for modifier in modifiers:
-        if modifier == "cosine":
-            added["cosine"] = {"_target_": f"{CHANGES}.CosineSchedule"}
-        elif re.fullmatch(r"\d*\.?\d+x", modifier) and float(modifier[:-1]) > 0:
-            added["learning_rate_multiple"] = {
-                "_target_": f"{CHANGES}.LearningRateMultiple",
-                "multiple": float(modifier[:-1]),
-            }
+    changes: dict[str, Any] = {}
+    for modifier in name.split("@")[1:]:
+        rate = re.fullmatch(r"(\d*\.?\d+)x", modifier)
+        if modifier == "cosine" and "cosine" not in changes:
+            changes["cosine"] = {"_target_": f"{CHANGES}.CosineSchedule"}
+        elif rate and float(rate[1]) > 0 and MULTIPLE not in changes:
+            target = f"{CHANGES}.LearningRateMultiple"
+            changes[MULTIPLE] = {"_target_": target, "multiple": float(rate[1])}
         else:
             raise UserError(
-                f"compare.variants: {name} has the unknown modifier @{modifier}; write @3x for "
-                f"three times the learning rate, @cosine for a cosine schedule"
+                f"compare.variants: {name} has the modifier @{modifier}; write @3x for three times "
+                "the learning rate, @cosine for a cosine schedule, each of them once"
             )
     run = composed.copy()
     kept = {name: one for name, one in run.callbacks.items() if name not in LEFT_OUT}
     with open_dict(run):
-        run.callbacks = {**added, **kept}
+        run.callbacks = {**changes, **kept}
     return run
 
 
@@ -309,18 +281,14 @@ def _describe(name: str, run: DictConfig) -> str:
 
 def _monitored(run: DictConfig) -> tuple[str, Mode]:
     """Name and direction of the metric by which runs are compared."""
-    options = run.compare
     module = _import(run.module._target_, "module._target_")
     own = getattr(module, "monitor", None)
-    metric = options.metric or own
-    if not isinstance(metric, str | None):
-        raise UserError(f"compare.metric={metric}: expected a name, as in compare.metric=val/loss")
+    metric, mode = run.compare.metric or own, run.compare.mode
     if metric is None:
         raise UserError(
             "compare.metric is not given: name what validation logs, as in "
             "compare.metric=val/loss compare.mode=min"
         )
-    mode = options.mode
     if mode is None and metric == own:
         mode = getattr(module, "monitor_mode", "min")
     if mode is None and re.search(LESS_IS_BETTER, metric.lower()):
@@ -339,10 +307,11 @@ def _prepare(run: DictConfig, metric: str, *, keep_loggers: bool) -> None:
     """Adds what records the run, and leaves out what only a run on its own needs."""
     with open_dict(run):
         run.run_folder = RUN_FOLDER
+        csv = {"_target_": CSV_LOGGER, "save_dir": RUN_FOLDER, "name": "", "version": ""}
         own = {k: v for k, v in (run.logger or {}).items() if k != "csv"} if keep_loggers else {}
-        run.logger = {**own, "csv": {**CSV_LOGGER, "save_dir": RUN_FOLDER}}
-        recorder = {"_target_": RECORDER, "metric": metric, "folder": RUN_FOLDER}
-        run.callbacks = {"recorder": recorder, **run.callbacks}
+        run.logger = {**own, "csv": csv}
+        recorder = {"_target_": COST_RECORDER, "metric": metric, "folder": RUN_FOLDER}
+        run.callbacks = {RECORDER: recorder, **run.callbacks}
         run.trainer.update(QUIET_TRAINER)
         run.pop("compare")
     if run.trainer.devices not in (1, "auto") or run.trainer.num_nodes != 1:
@@ -351,47 +320,7 @@ def _prepare(run: DictConfig, metric: str, *, keep_loggers: bool) -> None:
         )
 
 
-def _jobs(run: DictConfig, variant: str, seeds: Sequence[int], folder: Path) -> list[Job]:
-    jobs = []
-    for seed in seeds:
-        run.seed = seed
-        settings: Any = OmegaConf.to_container(run, resolve=True, throw_on_missing=True)
-        if seed == seeds[0]:
-            check_options(settings)
-            _build_callbacks(run)
-        fingerprint = fingerprint_of(settings)
-        # a folder per configuration: results of other settings stay, and are found again
-        own = folder / "runs" / variant / f"seed{seed}-{fingerprint}"
-        placed = _place(settings, str(own / TRAINING))
-        jobs.append(Job(variant, seed, fingerprint, own, placed, contents_of(settings)))
-    return jobs
-
-
-def _build_callbacks(run: DictConfig) -> None:
-    """Refuses values out of range, which would be refused in every run of the variant."""
-    for entry in run.callbacks.values():
-        if entry and entry["_target_"].endswith((".AndersonCallback", ".SmoothingMonitor")):
-            instantiate(entry, _convert_="all")
-
-
-def _place(settings: Any, run_folder: str) -> Any:
-    """The settings with a folder, which is known only after they have been."""
-    if isinstance(settings, dict):
-        return {name: _place(value, run_folder) for name, value in settings.items()}
-    if isinstance(settings, list):
-        return [_place(value, run_folder) for value in settings]
-    return run_folder if settings == RUN_FOLDER else settings
-
-
-RUN_FOLDER = "RUN_FOLDER"
-CSV_LOGGER = {
-    "_target_": "lightning.pytorch.loggers.CSVLogger",
-    "name": "",
-    "version": "",
-}
-QUIET_TRAINER = {
-    "enable_checkpointing": False,  # an interrupted run is made again
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "log_every_n_steps": 50,  # writing is no part of the method; callbacks log all the same
-}
+def _resolve(run: DictConfig, seed: int) -> dict[str, Any]:
+    run.seed = seed
+    settings: Any = OmegaConf.to_container(run, resolve=True, throw_on_missing=True)
+    return settings

@@ -69,20 +69,11 @@ class BreaksAccelerated(Module):
             raise RuntimeError("broken")
 
 
-class StepsItself(Module):
-    """Optimizes manually."""
+class UsesLBFGS(Module):
+    """Has an optimizer that cannot be accelerated."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx)
-        optimizer: Any = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(loss)
-        optimizer.step()
-        return loss
+    def configure_optimizers(self) -> Any:
+        return torch.optim.LBFGS(self.parameters(), max_iter=2)
 
 
 class Unrepeatable(Module):

@@ -4,6 +4,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,14 +19,16 @@ from hydra import initialize_config_module
 from lightning.pytorch import callbacks
 
 import lightning_stableaa
+from benchmarks import paper_tables
 from lightning_stableaa.recipes import compare as compare_command
 from lightning_stableaa.recipes.compare import compare, main
-from lightning_stableaa.recipes.comparison import environment, fingerprint
-from lightning_stableaa.recipes.comparison.environment import processor, versions
-from lightning_stableaa.recipes.comparison.report import shorten_paths, to_json
-from lightning_stableaa.recipes.comparison.runner import RESULT, Run, read_run, run_all
+from lightning_stableaa.recipes.comparison import provenance
+from lightning_stableaa.recipes.comparison.plots import COLORS, style
+from lightning_stableaa.recipes.comparison.provenance import processor, versions
+from lightning_stableaa.recipes.comparison.report import to_json
+from lightning_stableaa.recipes.comparison.runner import RESULT, Run, finished_run, run_all
+from lightning_stableaa.recipes.comparison.statistics import LOSS_COST
 from lightning_stableaa.recipes.comparison.variants import Plan, make_plan
-from lightning_stableaa.recipes.comparison.verdict import verdict
 from lightning_stableaa.recipes.errors import UserError
 from tests.helpers import own_module
 from tests.recipes.conftest import SMALL, Refuses
@@ -64,30 +67,28 @@ def test_variants_each_run_has_exact_cost(plan: MakePlan) -> None:
     )
     runs = run_here(made)
     assert {name: run.error for name, run in runs.items()} == dict.fromkeys(made.variants)
-    for name, run in runs.items():
-        assert run.curve.disabled is None
+    assert {run.disabled for run in runs.values()} == {None}
+    curves = {name: run.curve for name, run in runs.items()}
+    for name, curve in curves.items():
         if name != "lbfgs":
-            assert run.curve.gradients == list(range(5, 41, 5))
+            assert curve["gradients"] == list(range(5, 41, 5))
     # due every ten steps, from the first two residuals on: the switch of the average to the history
     # takes one cycle
     late = [0, 0, 1, 1, 2, 2, 3, 3]
-    assert runs["anderson_smoothing"].curve.attempted == late
-    assert runs["paper"].curve.attempted == runs["paper"].curve.accepted == late
-    assert runs["aadl"].curve.attempted == [0, 1, 1, 2, 2, 3, 3, 4]
+    assert curves["anderson_smoothing"]["attempted"] == late
+    assert curves["paper"]["attempted"] == curves["paper"]["accepted"] == late
+    assert curves["aadl"]["attempted"] == [0, 1, 1, 2, 2, 3, 3, 4]
     # the losses before and after, and a second one before in the first two evaluations; no
     # candidate of a PINN is vetoed as noise
-    assert runs["anderson_smoothing"].curve.loss_evaluations == [0, 0, 3, 3, 6, 6, 8, 8]
-    assert runs["aadl"].curve.loss_evaluations == [0, 3, 3, 6, 6, 8, 8, 10]
-    assert runs["paper"].curve.loss_evaluations == [0] * 8
-    assert runs["anderson_smoothing"].curve.costs == pytest.approx(
-        [5, 10, 16, 21, 27, 32, 35 + 8 / 3, 40 + 8 / 3]
-    )
-    assert runs["plain"].curve.attempted == [0] * 8
+    assert curves["anderson_smoothing"]["loss_evaluations"] == [0, 0, 3, 3, 6, 6, 8, 8]
+    assert curves["aadl"]["loss_evaluations"] == [0, 3, 3, 6, 6, 8, 8, 10]
+    assert curves["paper"]["loss_evaluations"] == [0] * 8
+    assert curves["plain"]["attempted"] == [0] * 8
     assert runs["plain"].smoothing_on is None
     assert len(runs["anderson_smoothing"].rsd) == 8  # windows of five steps
     assert len(runs["smoothing"].rsd) == 4  # of ten
-    assert 15 < runs["lbfgs"].curve.gradients[-1] <= 40
-    ends = {run.curve.values[-1] for run in runs.values()}
+    assert 15 < curves["lbfgs"]["gradients"][-1] <= 40
+    ends = {curve["values"][-1] for curve in curves.values()}
     assert len(ends) >= len(runs) - 1  # the average may never have been switched on
 
 
@@ -106,7 +107,9 @@ def test_plan_names_become_settings(plan: MakePlan) -> None:
     assert by_name["anderson"]["callbacks"]["anderson"]["history_depth"] == 4
     expected = ["recorder", "cosine", "learning_rate_multiple"]
     assert list(by_name["plain@cosine@3x"]["callbacks"]) == expected
-    assert len({job.fingerprint for job in made.jobs}) == len(made.jobs)
+    assert len({job.labels["fingerprint"] for job in made.jobs}) == len(made.jobs)
+    assert len({job.labels["configuration"] for job in made.jobs}) == len(made.variants)
+    assert {job.labels["comparison"] for job in made.jobs} == {made.comparison}
     assert len({job.folder for job in made.jobs}) == len(made.jobs)
 
 
@@ -180,30 +183,38 @@ def test_own_module_writes_report(
     ]
     monkeypatch.setattr(sys, "argv", ["stableaa-compare", *options])
     main()
-    printed = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
     folder = empty_folder / "comparisons" / f"{OWN}.Module" / "paper"
+    assert "3 variants x 2 seeds = 6 runs, 0 of them are there already" in printed.err
+    assert "to make: plain@3x, seeds 0, 1" in printed.err
+    assert re.search(r"1 of 6 runs: plain, seed 0; \d:\d\d:\d\d left", printed.err)
+    first, *_, last = printed.out.splitlines()
+    assert first.startswith("Fewer than 5 seeds prove little, and a variant here has 2: add ")
+    assert last == f"report: {folder.relative_to(empty_folder)}/table.md"
     report = json.loads((folder / "results.json").read_text())
-    assert report["verdict"] == printed
-    assert printed[0].startswith("anderson ")
-    assert printed[0].endswith("fewer than five seeds prove little.")
+    assert report["notes"] == [first]
+    assert [row["variant"] for row in report["verdict"]] == ["anderson", "plain@3x"]
+    assert all(cell in printed.out for row in report["verdict"] for cell in row.values())
     assert " ".join(report["variants"]) == "plain anderson plain@3x"
-    ones = dict.fromkeys(("median", "lower", "upper", "worst"), 1)
-    assert report["variants"]["plain"]["cost_ratio"] == ones | {"never": 0, "count": 2}
-    assert report["variants"]["plain"]["diverged"] == 0
+    plain = report["variants"]["plain"]
+    assert plain["cost_to_end_of_plain"]["worst"] == plain["best_over_plain"]["ratio"] == 1
+    assert plain["diverged"] == 0
     assert report["config"]["module"] == {"_target_": f"{OWN}.Module", "width": 4}
     assert report["callbacks"]["plain@3x"]["learning_rate_multiple"]["multiple"] == 3
     assert (report["seeds"], len(report["runs"])) == ([0, 1], 6)
     assert report["hardware"]["cores"] == os.cpu_count()
     rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
-    assert [row["variant"] for row in rows] == [v for v in report["variants"] for _ in range(2)]
-    assert {(row["gradients"], row["diverged"]) for row in rows} == {("25", "0")}
+    assert [row["variant"] for row in rows] == ["anderson"] * 2 + ["plain"] * 2 + ["plain@3x"] * 2
+    assert {(row["gradients"], row["diverged"]) for row in rows} == {("25", "False")}
+    cost = float(rows[0]["gradients"]) + LOSS_COST * float(rows[0]["loss_evaluations"])
+    assert float(rows[0]["cost"]) == pytest.approx(cost)
     table = (folder / "table.md").read_text()
-    assert all(sentence in table for sentence in printed)
-    assert table.count("\n| ") == 4
-    assert "| diverged | worst after best |" in table
+    assert table.count("\n| ") == 4 + 5 + 5  # verdict, medians, appendix
     for name in ("curves.png", "variants.png", "seeds.png", "ratios.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert str(empty_folder) not in (folder / "results.json").read_text()
+    (written,) = (name for name in paper_tables.table(report).splitlines() if "anderson" in name)
+    assert written.startswith("| `anderson` | 0.")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +242,7 @@ def test_plain_first_seed_fails_ends_comparison(
 @pytest.mark.parametrize(
     ("module", "sentence", "tried"),
     [
-        ("StepsItself", "callbacks: automatic_optimization=False: training_step steps the", []),
+        ("UsesLBFGS", "callbacks: optimizer=LBFGS is not supported by Ande", ["seed0"]),
         ("BreaksAccelerated", "RuntimeError: broken", ["seed0", "seed1"]),
     ],
 )
@@ -260,20 +271,44 @@ def test_variant_disabled_is_reported(tmp_path: Path) -> None:
     options = own("Unrepeatable", tmp_path, seeds=1, epochs=8)
     options.append("stochastic=false")
     compare(hydra.compose("compare", options), options, "own")
-    first = json.loads((tmp_path / "results.json").read_text())["verdict"][0]
-    assert first.startswith("anderson: acceleration was switched off in 1 of 1 seeds: two losses ")
+    report = json.loads((tmp_path / "results.json").read_text())
+    note = "anderson: acceleration was switched off in 1 of 1 seeds: two losses "
+    assert report["notes"][1].startswith(note)
+    assert [row["outcome"] for row in report["verdict"]] == ["disabled"]
 
 
 @pytest.mark.usefixtures("plan")
 def test_metric_not_finite_is_reported(tmp_path: Path) -> None:
-    options = own("Diverges", tmp_path, seeds=1, epochs=1)
-    summary = compare(hydra.compose("compare", options), options, "own")
-    assert verdict(summary) == [
-        "anderson: val/loss did not end in a finite number in any seed finished by both it and "
-        "plain, so they cannot be compared.",
-        "Of no variant was the median val/loss at equal cost a finite number.",
+    options = [*own("Diverges", tmp_path, seeds=1, epochs=1), "compare.variants=[plain@3x]"]
+    outcome = compare(hydra.compose("compare", options), options, "own")
+    assert [list(row.values()) for row in outcome.verdict] == [["plain@3x", "", "", "incomparable"]]
+    report = json.loads((tmp_path / "results.json").read_text())
+    assert [one["diverged"] for one in report["variants"].values()] == [1, 1]
+
+
+@pytest.mark.usefixtures("plan")
+def test_report_fewer_variants_or_seeds_covers_earlier_runs(tmp_path: Path) -> None:
+    def reported(*more: str) -> list[tuple[str, int]]:
+        options = [*own("Module", tmp_path, seeds=2, epochs=1), *more]
+        compare(hydra.compose("compare", options), options, "own")
+        runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+        return [(run["variant"], run["seed"]) for run in runs]
+
+    four = [("plain", 0), ("plain", 1), ("anderson", 0), ("anderson", 1)]
+    assert reported() == four
+    assert reported("compare.variants=[plain@3x]", "compare.seeds=1") == [
+        *four[:2],
+        ("plain@3x", 0),
+        *four[2:],
     ]
-    assert [one.diverged for one in summary.variants.values()] == [1, 1]
+    # of a callback with other settings, those of the command that made the report
+    deeper = "callbacks.anderson.history_depth=4"
+    assert reported("compare.seeds=1", deeper) == [*four[:3], ("plain@3x", 0)]
+    # a report on other settings is another one, and the larger of the two stays
+    assert reported("trainer.max_epochs=2", "compare.seeds=1") == [("plain", 0), ("anderson", 0)]
+    (beside,) = tmp_path.glob("report-*/results.json")
+    assert len(json.loads(beside.read_text())["runs"]) == 4
+    assert len(list(beside.parent.iterdir())) == 7
 
 
 def edited(plan: MakePlan, folder: Path, name: str) -> Plan:
@@ -291,9 +326,9 @@ def test_fingerprint_edited_module_differs(
     fingerprints = []
     for text in ("", "LR = 0.1\n", "LR = 1\n"):
         (tmp_path / "beside.py").write_text(text)
-        fingerprints.append(edited(plan, tmp_path, "edited_module").jobs[0].fingerprint)
+        fingerprints.append(edited(plan, tmp_path, "edited_module").jobs[0].labels["fingerprint"])
     assert len(set(fingerprints)) == 3
-    assert edited(plan, tmp_path, "edited_module").jobs[0].fingerprint == fingerprints[-1]
+    assert edited(plan, tmp_path, "edited_module").jobs[0].labels["fingerprint"] == fingerprints[-1]
 
 
 def test_fingerprint_other_source_or_version_differs(
@@ -303,19 +338,20 @@ def test_fingerprint_other_source_or_version_differs(
     hashes = []
     for text in ("X = 1\n", "X = 2\n", "X = 1\n"):
         (tmp_path / "module.py").write_text(text)
-        environment.hash_of_package.cache_clear()
-        hashes.append(environment.hash_of_package())
-    environment.hash_of_package.cache_clear()
+        provenance.hash_of_package.cache_clear()
+        hashes.append(provenance.hash_of_package())
+    provenance.hash_of_package.cache_clear()
     monkeypatch.undo()
     assert hashes[0] == hashes[2] != hashes[1]
 
     (known,) = plan(*BURGERS).jobs
-    monkeypatch.setattr(fingerprint, "hash_of_package", lambda: hashes[1])
+    monkeypatch.setattr(provenance, "hash_of_package", lambda: hashes[1])
     (other_source,) = plan(*BURGERS).jobs
     monkeypatch.undo()
-    monkeypatch.setattr(fingerprint, "versions", lambda: versions() | {"numpy": "0"})
+    monkeypatch.setattr(provenance, "versions", lambda: versions() | {"numpy": "0"})
     (older,) = plan(*BURGERS).jobs
-    assert len({known.fingerprint, other_source.fingerprint, older.fingerprint}) == 3
+    jobs = (known, other_source, older)
+    assert len({job.labels["fingerprint"] for job in jobs}) == 3
 
 
 @pytest.mark.usefixtures("plan")
@@ -334,16 +370,16 @@ def test_report_interrupted_names_missing_runs(
         with pytest.raises(KeyboardInterrupt):
             compare(hydra.compose("compare", options), options, "burgers2d")
     sentence = "Only 1 of 2 runs were made; the same command makes the others."
-    assert f"- {sentence}\n" in (tmp_path / "table.md").read_text()
+    assert f"\n{sentence}\n" in (tmp_path / "table.md").read_text()
 
     (kept,) = tmp_path.glob(f"runs/plain/*/{RESULT}")
     result = json.loads(kept.read_text())
     assert result["processor"] == processor()
     kept.write_text(json.dumps(result | {"processor": "8086"}))
     compare(hydra.compose("compare", options), options, "burgers2d")
-    first = json.loads((tmp_path / "results.json").read_text())["verdict"][0]
-    assert first in " ".join(capsys.readouterr().err.split())
-    assert first.startswith(f"Runs were made on 8086 and on {processor()}: times do not ")
+    note = json.loads((tmp_path / "results.json").read_text())["notes"][-1]
+    assert note.startswith(f"Runs were made on 8086 and on {processor()}: times do not ")
+    assert "2 runs, 1 of them are there already" in capsys.readouterr().err
 
 
 def kill_the_worker(folder: Path) -> None:
@@ -363,10 +399,10 @@ def test_run_killed_is_repeated_finished_is_reused(plan: MakePlan) -> None:
     (killed,) = run_all([job], processes=1)
     killer.join()
     assert killed.error == "the worker process ended with signal SIGKILL"
-    assert read_run(job) is None
+    assert finished_run(job) is None
 
     (made,) = run_all([job], processes=1)
-    assert (made.error, made.curve.gradients[-1]) == (None, 400)
+    assert (made.error, made.curve["gradients"][-1]) == (None, 400)
     assert made.peak_memory is not None
     assert 2**27 < made.peak_memory < 2**31  # bytes: 128 MiB would not hold PyTorch
 
@@ -379,9 +415,19 @@ def test_report_json_is_finite_without_paths() -> None:
     text = to_json({"a": [1.23456789, float("inf")], "b": {"c": float("nan")}})
     assert json.loads(text) == {"a": [1.23457, None], "b": {"c": None}}
     paths = ["data.csv=/home/me/a.csv", {"b": "/data/c"}, "val/loss", 3]
-    assert shorten_paths(paths) == ["data.csv=a.csv", {"b": "c"}, "val/loss", 3]
+    assert json.loads(to_json(paths)) == ["data.csv=a.csv", {"b": "c"}, "val/loss", 3]
     message = "FileNotFoundError: no '/home/me/a.csv' nor /data/b.csv, at 3 / 4 of them"
-    assert shorten_paths(message) == "FileNotFoundError: no 'a.csv' nor b.csv, at 3 / 4 of them"
+    shorter = "FileNotFoundError: no 'a.csv' nor b.csv, at 3 / 4 of them"
+    assert json.loads(to_json(message)) == shorter
+
+
+def test_style_variant_has_one_color_everywhere() -> None:
+    names = [*COLORS, "anderson@3x", "anderson@cosine"]
+    assert {style(name)["color"] for name in names if name.startswith("anderson@")} == {
+        COLORS["anderson"]
+    }
+    assert len({style(name)["color"] for name in COLORS}) == len(COLORS)
+    assert style("anderson@3x")["linestyle"] != style("anderson")["linestyle"]
 
 
 MODULE = [f"compare.module={OWN}.Module", "compare.metric=val/loss"]
@@ -393,8 +439,14 @@ SWEEP = [*BURGERS, "compare.variants=[lr_sweep]"]
     [
         ([], r"recipe is not given; choose one of .*, as in recipe=admissions_mlp"),
         ([*BURGERS, "compare.variants=[andersen]"], r".*no such choice; did you mean anderson\?"),
-        ([*BURGERS, "compare.variants=[plain@3]"], r".* modifier @3; write @3x for .*"),
-        ([*BURGERS, "compare.variants=[plain@3x@2x]"], r".*plain@3x@2x has two modifiers .*"),
+        (
+            [*BURGERS, "compare.variants=[plain@3]"],
+            r".*plain@3 has the modifier @3; write @3x for .*",
+        ),
+        (
+            [*BURGERS, "compare.variants=[plain@3x@2x]"],
+            r".*has the modifier @2x; .*each of them once",
+        ),
         ([*BURGERS, "compare.variant=[plain]"], r"compare.variant: .* did you mean variants\?"),
         ([*BURGERS, "seed=3"], r"seed=3: a comparison has several, as in compare.seeds=.*"),
         ([*BURGERS, "callbacks=stable_aa"], r"callbacks=stable_aa: each variant brings its .*"),
@@ -403,7 +455,9 @@ SWEEP = [*BURGERS, "compare.variants=[lr_sweep]"]
             r"callbacks.anderson.history_depth=4: no variant among plain, ema has that callback",
         ),
         ([*BURGERS, *ONE_RUN, "trainer.devices=2"], r".*every run of a comparison has one.*"),
-        ([*SWEEP, "compare.lr_sweep=[3]"], r"compare.lr_sweep: 3 is no change .*"),
+        ([*BURGERS, "compare.jobs=-1"], r"compare.jobs=-1: expected a whole number >= 0"),
+        ([*BURGERS, "compare.variants=ema"], r"compare.variants=ema: expected a list such as .*"),
+        ([*SWEEP, "compare.lr_sweep=[3]"], r".*plain@3 has the modifier @3; .*"),
         ([*BURGERS, *ONE_RUN, "compare.metric=val/top1"], r"compare.mode is not given: .*"),
         ([*BURGERS, *ONE_RUN, "compare.metric=val/neg_mse"], r"compare.mode is not given: .*"),
         ([*BURGERS, "run_name=mine"], r"run_name=mine: .*; choose where by compare.folder"),
@@ -421,7 +475,7 @@ SWEEP = [*BURGERS, "compare.variants=[lr_sweep]"]
         ([f"compare.module={OWN}.Modle", MODULE[1]], rf".*{OWN} has no Modle; give an .*"),
         ([*ONE_RUN, MODULE[0]], r"compare.metric is not given: name what validation logs, .*"),
         ([*MODULE, *ONE_RUN, "+compare.module_args.depth=3"], r".*did you mean width\?"),
-        ([f"compare.module={OWN}.NeedsWidth", MODULE[1]], r".*its __init__ needs width; .*"),
+        ([f"compare.module={OWN}.NeedsWidth", MODULE[1]], r".*argument: 'width'; write .*"),
         ([*MODULE, "optimizer=adam"], r"optimizer=adam: has no effect beside compare.module; .*"),
         ([*MODULE, "+data.batch_size=4"], r".*write compare.datamodule_args.NAME=VALUE"),
     ],

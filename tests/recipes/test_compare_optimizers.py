@@ -15,8 +15,8 @@ from lightning_stableaa.recipes.comparison.optimizers import (
     LearningRateMultiple,
     Lookahead,
     ScheduleFree,
-    one_optimizer,
 )
+from lightning_stableaa.recipes.errors import UserError
 from tests.helpers.own_module import Data, Module
 from tests.recipes.conftest import quiet_trainer
 
@@ -101,9 +101,6 @@ def test_lookahead_validates_slow_weights() -> None:
     assert torch.equal(made.weights(), fast[-1])
 
 
-# PyTorch cannot tell that the step of the wrapping optimizer calls the one it has wrapped
-
-
 @pytest.mark.parametrize("change", [Lookahead, ScheduleFree])
 def test_optimizer_change_resumed_is_bitwise_equal(change: type[Callback], tmp_path: Path) -> None:
     whole = module()
@@ -140,25 +137,10 @@ def test_late_averaging_validates_mean_of_last_weights() -> None:
     assert torch.equal(made.weights(), made.validated[-1])
 
 
-SGD = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-SCHEDULER = torch.optim.lr_scheduler.ConstantLR(SGD)
-
-
-@pytest.mark.parametrize(
-    ("configured", "scheduling"),
-    [
-        (SGD, None),
-        ([SGD], None),
-        ({"optimizer": SGD}, None),
-        (([SGD], []), None),
-        (([SGD], [SCHEDULER]), {"scheduler": SCHEDULER}),
-        ({"optimizer": SGD, "lr_scheduler": SCHEDULER}, {"scheduler": SCHEDULER}),
-        (
-            {"optimizer": SGD, "lr_scheduler": {"scheduler": SCHEDULER, "interval": "step"}},
-            {"scheduler": SCHEDULER, "interval": "step"},
-        ),
-        (({"optimizer": SGD, "lr_scheduler": SCHEDULER},), {"scheduler": SCHEDULER}),
-    ],
-)
-def test_one_optimizer_every_form_is_read(configured: Any, scheduling: Any) -> None:
-    assert one_optimizer(configured) == (SGD, scheduling)
+def test_optimizer_change_several_optimizers_is_refused() -> None:
+    made = module()
+    two = [torch.optim.SGD(made.parameters(), lr=0.1) for _ in range(2)]
+    made.automatic_optimization = False
+    made.configure_optimizers = lambda: two
+    with pytest.raises(UserError, match="configure_optimizers returns 2 optimizers: leave out the"):
+        fit(made, CosineSchedule())
