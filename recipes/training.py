@@ -2,6 +2,7 @@
 
 import pickle
 import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
@@ -51,7 +53,7 @@ def fit(
         module.configure_model = module.shard_weights  # a module of the user's own has its own
     if checkpoint is not None and trainer.is_global_zero:
         warn_config_diff(checkpoint, settings)
-    with _translate_fit_errors(config.resume_from), _interruptible():
+    with _translate_fit_errors(config.resume_from), _interruptible(), _finished_wandb():
         trainer.fit(module, data, ckpt_path=checkpoint)
     if config.pictures and isinstance(module, RecipeModule) and trainer.is_global_zero:
         with disk_errors("run_folder", folder):
@@ -61,7 +63,7 @@ def fit(
 
 
 class _SaveConfiguration(Callback):
-    """Writes the resolved configuration once the loggers have claimed the run folder."""
+    """Keeps the resolved configuration once the loggers have claimed the run folder."""
 
     def __init__(self, settings: dict[str, Any], folder: Path) -> None:
         self.settings = settings
@@ -70,10 +72,13 @@ class _SaveConfiguration(Callback):
     def setup(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
     ) -> None:
-        """Writes ``config.yaml``."""
+        """Writes ``config.yaml``, and tells loggers that are read elsewhere."""
         if trainer.is_global_zero:
             resolved = OmegaConf.to_yaml(OmegaConf.create(self.settings))
             write_atomically(self.folder / "config.yaml", resolved)
+            for one in trainer.loggers:
+                if not isinstance(one, CSVLogger):
+                    one.log_hyperparams(self.settings)
 
 
 class _Outcome(Callback):
@@ -155,6 +160,16 @@ def _instantiate_all(group: DictConfig, kind: str, option: str) -> list[Any]:
     """Builds each entry of a group; an entry set to null is left out."""
     entries = {f"{option}.{name}": entry for name, entry in group.items() if entry is not None}
     return [_instantiate(entry, kind, name) for name, entry in entries.items()]
+
+
+@contextmanager
+def _finished_wandb() -> Iterator[None]:
+    """Ends the run of Weights & Biases, which the next point of a sweep would go on with."""
+    try:
+        yield
+    finally:
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
 
 
 @contextmanager
