@@ -1,4 +1,4 @@
-"""Every script in ``examples`` runs as it is, and is short."""
+"""Every script and notebook in ``examples`` runs as it is, and the scripts are short."""
 
 import logging
 import os
@@ -9,7 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "examples"
 LOSS = r"(\d\.\d+e[+-]\d+)"
@@ -70,6 +72,62 @@ def test_example_lightning_cli_uses_the_callbacks_of_its_configuration(
     with caplog.at_level(logging.INFO, logger="lightning.pytorch"):
         run("lightning_cli.py")
     assert "extrapolations accepted in 200 optimizer steps" in caplog.text
+
+
+@pytest.mark.slow
+# of torch_geometric, which PINA imports, and of PINA's solvers
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore:You defined a `validation_step`")
+def test_example_pina_poisson_ends_lower_with_acceleration(run: Run) -> None:
+    plain, accelerated = [float(one) for one in re.findall(LOSS, run("pina_poisson.py"))]
+    assert accelerated < plain
+
+
+def test_example_accelerate_loop_resumes_bitwise(run: Run) -> None:
+    plain, accelerated, resumed = re.findall(LOSS, run("accelerate_loop.py"))
+    assert float(accelerated) < float(plain)
+    assert resumed == accelerated
+
+
+def test_example_hf_trainer_attempts_every_20_steps(run: Run) -> None:
+    accepted = re.search(r"accepted (\d+) of 10 extrapolations in 200 steps", run("hf_trainer.py"))
+    assert accepted is not None
+    assert int(accepted[1]) >= 1
+
+
+def run_notebook(name: str, folder: Path, **parameters: int) -> str:
+    """Executes a notebook with other parameters; returns what it printed."""
+    notebook = nbformat.read(FOLDER / name, as_version=4)
+    (cell,) = [one for one in notebook.cells if "parameters" in one.metadata.get("tags", ())]
+    for parameter, value in parameters.items():
+        line = rf"^{parameter} = \d+"
+        assert re.search(line, cell.source, re.MULTILINE), parameter
+        cell.source = re.sub(line, f"{parameter} = {value}", cell.source, flags=re.MULTILINE)
+    resources = {"metadata": {"path": str(folder)}}
+    NotebookClient(notebook, timeout=240, resources=resources).execute()
+    outputs = [one for cell in notebook.cells for one in cell.get("outputs", ())]
+    assert any("image/png" in one.get("data", ()) for one in outputs)
+    return "".join(one.text for one in outputs if one.output_type == "stream")
+
+
+@pytest.mark.slow
+def test_notebook_burgers_compares_at_equal_cost(tmp_path: Path) -> None:
+    printed = run_notebook("burgers.ipynb", tmp_path, STEPS=60, POINTS=100)
+    plain, accelerated = [int(one) for one in re.findall(r"cost +(\d+)", printed)]
+    assert plain == accelerated > 60
+    assert "extrapolations accepted" in printed
+
+
+@pytest.mark.slow
+def test_notebook_does_it_help_gives_no_verdict_on_two_seeds(tmp_path: Path) -> None:
+    printed = run_notebook("does_it_help.ipynb", tmp_path, STEPS=60, SEEDS=2)
+    assert re.search(r"better in [012] of 2 seeds\nverdict: too few seeds\n", printed)
+
+
+@pytest.mark.parametrize("notebook", sorted(FOLDER.glob("*.ipynb")), ids=lambda one: one.stem)
+def test_notebook_is_committed_without_outputs(notebook: Path) -> None:
+    cells = nbformat.read(notebook, as_version=4).cells
+    code = [one for one in cells if one.cell_type == "code"]
+    assert not any(one.outputs or one.execution_count for one in code)
 
 
 def test_example_hydra_own_module_writes_a_report(run: Run) -> None:
