@@ -27,7 +27,13 @@ from lightning_stableaa.recipes.comparison.runner import (
     finished_runs,
     run_all,
 )
-from lightning_stableaa.recipes.comparison.variants import OWN_MODULE, Job, Plan, make_plan
+from lightning_stableaa.recipes.comparison.variants import (
+    BASELINE,
+    OWN_MODULE,
+    Job,
+    Plan,
+    make_plan,
+)
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.files import disk_errors, locked
 from lightning_stableaa.recipes.train import config_only_mode, filter_warnings
@@ -77,7 +83,7 @@ def _compare(plan: Plan, config: DictConfig, overrides: list[str]) -> Outcome:
     try:
         _make_runs(plan, config.compare.jobs, runs)
     finally:  # an interrupted comparison reports what is there
-        if any(run.error is None for run in runs):
+        if any(run.error is None and run.variant == BASELINE for run in runs):
             outcome = _report(plan, runs, config, overrides)
     if outcome is None:
         raise UserError(f"no run was finished, and there is nothing to report; {_logs(plan)}")

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -137,6 +137,19 @@ def draw_curve(axes: "Axes", series: Series, name: str, **style: Any) -> None:
     axes.plot(*series, **{"color": BLUE, "linewidth": 1, "label": name, **style})
     axes.set(xlabel="optimizer step", ylabel=name, yscale="log")
     axes.grid(alpha=0.3)
+    label_within_decades(axes, "y")
+
+
+def label_within_decades(axes: "Axes", name: Literal["x", "y"]) -> None:
+    """Numbers to read on a logarithmic scale of fewer than three decades."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+    axis = axes.xaxis if name == "x" else axes.yaxis
+    low, high = axes.get_xlim() if name == "x" else axes.get_ylim()
+    if low > 0 and high / low < 1e3:
+        axis.set_major_locator(MaxNLocator(5) if high / low < 5 else LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _threshold(configuration: Path) -> float | None:

@@ -13,7 +13,7 @@ import pandas as pd
 from lightning_stableaa.recipes.comparison.runner import Run
 from lightning_stableaa.recipes.comparison.statistics import LOSS_COST, Summary
 from lightning_stableaa.recipes.comparison.variants import BASELINE, Plan
-from lightning_stableaa.recipes.plots import GREY, save_figure
+from lightning_stableaa.recipes.plots import GREY, label_within_decades, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -164,7 +164,7 @@ def _draw_ratios(plan: Plan, summary: Summary) -> None:
             axes.set(xscale="log", yticks=range(len(names)), yticklabels=names)
             axes.margins(x=0.1)
             axes.grid(axis="x", which="both", alpha=0.25)
-            _label_within_decades(axes.xaxis)
+            label_within_decades(axes, "x")
 
 
 def _main_variants(summary: Summary) -> list[str]:
@@ -211,20 +211,7 @@ def _scale(axes: "Axes", values: Any, plan: Plan, *, largest_range: float = 1e3)
     if plan.mode == "min" and len(finite) and finite.min() > 0:
         top = min(finite.max(), largest_range * finite.median())
         axes.set(yscale="log", ylim=(finite.min() / 1.2, top * 1.2))
-        _label_within_decades(axes.yaxis)
-
-
-def _label_within_decades(axis: Any) -> None:
-    """Numbers to read where fewer than three decades are shown."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    low, high = sorted(axis.get_view_interval())
-    if high / low < 1e3:
-        axis.set_major_locator(
-            LogLocator(subs=(1, 2, 5) if high / low > 10 else (1, 1.5, 2, 3, 5, 7))
-        )
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
+        label_within_decades(axes, "y")
 
 
 @contextmanager

@@ -27,18 +27,16 @@ DEFINITIONS = """\
 - Outcome: *helped* where the interval of one figure is on the better side of 1 and none on the
   worse, *worse* the reverse, *mixed* both, *undecided* none. *Unchanged*: no candidate was
   accepted, and every run equals plain's. *Untried*: no extrapolation was due.
-- Medians: over seeds, with quartiles and the worst seed in brackets. At equal cost: at the cost of
-  the whole plain run. Worst after best: the worst validation from the best one of the run on.
-- Diverged: seeds in whose second half a validation was not finite, or more than 10 times the first
-  validation of plain (less than half of it, where more is better).
-- Rank: median over seeds of the rank by the value at equal cost, 1 is best. Time: median of the
-  training time of the whole run without validations, over that of plain; processor time likewise,
-  without the time that other programs had the processor. Memory: median of the peak; of the device
-  on CUDA, else of the process. Accepted: extrapolations over all seeds. Average on: share of the
-  windows in which the RSD had switched the moving average on; at 0 % nothing was averaged.
+- Medians over seeds; in brackets, quartiles and the worst seed. At equal cost: at that of the whole
+  plain run. Worst after best: the worst validation from the best one of the run on. Diverged: seeds
+  in whose second half a validation was not finite, or more than 10 times the first validation of
+  plain (less than half of it, where more is better). Rank: by the value at equal cost, 1 is best.
+  Time: of training, without validations, over that of plain; processor time likewise, without the
+  time that other programs had the processor. Memory: the peak, of the device on CUDA, else of the
+  process. Accepted: extrapolations over all seeds. Average on: share of the windows in which the
+  RSD had switched the moving average on.
 - Cost to plain's own end: as time to target, for the last validation of plain. To stay there: cost
-  from which on all validations are at least as good, over the cost of the whole plain run. Inf:
-  never, or not finite.
+  from which on all validations are at least as good, over that of the whole plain run. Inf: never.
 """
 
 

@@ -1,14 +1,17 @@
 """Costs, effects with intervals and outcomes, on curves made by hand."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks import paper_tables
 from lightning_stableaa.recipes.comparison.report import verdict
 from lightning_stableaa.recipes.comparison.runner import Run
 from lightning_stableaa.recipes.comparison.statistics import (
@@ -20,6 +23,7 @@ from lightning_stableaa.recipes.comparison.statistics import (
 )
 from lightning_stableaa.recipes.comparison.variants import Mode
 
+RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 NAN, INF = math.nan, math.inf
 PLAIN = [8.0, 4.0, 2.0, 1.0]
 SOONER = [4.0, 1.0, 0.5, 0.25]
@@ -154,6 +158,25 @@ def test_summary_two_seeds_has_exact_figures() -> None:
     assert [one["rank"] for one in summary.variants.values()] == [2.25, 1, 2.75]
     assert summary.variants["anderson"]["diverged"] == 1
     assert summary.variants["anderson"]["final"]["median"] == 1.5
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.rglob("*/results.json")), ids=lambda p: p.parent.name
+)
+def test_summary_committed_runs_give_committed_medians(path: Path) -> None:
+    report = json.loads(path.read_text())
+    for one in report["runs"]:
+        one["curve"].pop("disabled")
+        one["curve"]["values"] = [NAN if v is None else v for v in one["curve"]["values"]]
+    runs = [Run(one["variant"], one["seed"], {}, one["curve"]) for one in report["runs"]]
+    made = summarise(runs, list(report["variants"]), report["mode"]).variants
+    for name, committed in report["variants"].items():
+        assert made[name]["diverged"] == committed["diverged"]
+        for figure in ("final", "best", "worst_after_best"):  # with six digits
+            expected = pytest.approx(committed[figure]["median"], rel=1e-5)
+            assert made[name][figure]["median"] == expected
+    rows = paper_tables.table(report).splitlines()[2:]
+    assert [row.split("`")[1] for row in rows] == list(report["variants"])
 
 
 def test_summary_failed_run_is_left_out() -> None:
