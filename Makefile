@@ -7,7 +7,7 @@ CONSTRAINTS ?= constraints.txt
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test nightly integrations check docs format wheel wheel-test
+.PHONY: help install demo test nightly integrations check docs format package wheel-test
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1|\2/' | column -t -s '|'
@@ -46,9 +46,10 @@ format: $(INSTALLED)  ## apply the formatting and the safe lint fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-wheel: $(INSTALLED)  ## build the wheel into dist/
-	rm -rf build/lib
-	$(BIN)/python -m build --wheel
+package: $(INSTALLED)  ## build sdist and wheel into dist/, the wheel from the sdist, and check them
+	rm -rf build/lib dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
 
 wheel-test: $(INSTALLED)  ## build the wheel, install it in a clean environment and train with it
 	$(BIN)/python -m pytest tests/recipes/test_wheel.py $(PYTEST_ARGS)

@@ -26,9 +26,11 @@ def run(*command: str | Path, cwd: Path) -> str:
 def test_wheel_installed_trains_outside_checkout(tmp_path: Path) -> None:
     # setuptools would pack whatever an earlier build left there
     shutil.rmtree(CHECKOUT / "build/lib", ignore_errors=True)
-    build = ["build", "--wheel", "--no-isolation", "--outdir", tmp_path, CHECKOUT]
+    # the source archive, and the wheel from what is in the archive
+    build = ["build", "--no-isolation", "--outdir", tmp_path, CHECKOUT]
     run(sys.executable, "-m", *build, cwd=tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,), (archive,) = tmp_path.glob("*.whl"), tmp_path.glob("*.tar.gz")
+    run(sys.executable, "-m", "twine", "check", "--strict", wheel, archive, cwd=tmp_path)
 
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=True)
