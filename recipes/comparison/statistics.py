@@ -135,7 +135,7 @@ def summarise(runs: Sequence[Run], names: Sequence[str], mode: Mode) -> Summary:
             **{one: spread(own[one], 1) for one in APPENDIX},
             **{one: int(own[one].sum()) for one in ("diverged", "attempted", "accepted")},
             **{
-                one: own[one].astype(float).median()
+                one: own[one].astype(float).quantile(0.5)
                 for one in ("rank", "time_ratio", "processor_ratio", "peak_memory", "smoothing_on")
             },
             "disabled": own["disabled"].dropna().droplevel("variant").to_dict(),
