@@ -238,7 +238,7 @@ def draw(path: Path, summary: Sequence[dict[str, Any]]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    palette = ("#000000", "#D55E00", "#CC79A7", "#0072B2", "#009E73")
+    palette = ("#222222", "#D55E00", "#F5A300", "#B71C1C", "#8E24AA")
     colors = dict(zip(VARIANTS, palette, strict=False))
     figure, grid = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex="col")
     for column, name in enumerate(PROBLEMS):
@@ -264,6 +264,8 @@ def draw(path: Path, summary: Sequence[dict[str, Any]]) -> None:
             gain.loglog([row["size"] for row in mine], values, "o-", **style)
         gain.axhline(1, color="grey", linewidth=1, linestyle="--")
         gain.set(xlabel="samples a step")
+        gain.yaxis.set_major_formatter("{x:g}")
+        gain.yaxis.set_minor_formatter("{x:g}")
         if column == 0:
             gain.set_ylabel("best validation over plain's\nat equal cost")
             gain.legend(fontsize="small")

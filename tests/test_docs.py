@@ -18,6 +18,7 @@ from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_stableaa
+from benchmarks import figures
 from lightning_stableaa import (
     AndersonAccelerator,
     AndersonCallback,
@@ -124,6 +125,7 @@ def test_docs_python_blocks_of_a_page_run(
     if not blocks:
         return
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
     namespace = names_of_pages(tmp_path)
     for block in blocks:
         kind, condition, source = block.groups()
@@ -226,6 +228,14 @@ def test_docs_links_lead_to_files_and_headings(page: Path) -> None:
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_docs_pictures_are_drawn_by_a_script(tmp_path: Path) -> None:
+    figures.main(["--folder", str(tmp_path)])
+    drawn = {one.name for one in tmp_path.iterdir()}
+    text = "".join(read(page) for page in PAGES)
+    shown = re.findall(r"!\[[^\]]+\]\((?:docs/)?pictures/([^)]+)\)", text)
+    assert drawn == {one.name for one in (DOCS / "pictures").iterdir()} == set(shown)
 
 
 def test_docs_version_is_the_same_everywhere() -> None:
