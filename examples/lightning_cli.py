@@ -3,6 +3,7 @@
     python examples/lightning_cli.py
     python examples/lightning_cli.py fit --config=examples/lightning_cli.yaml \
         --trainer.callbacks.history_depth=5
+    python examples/lightning_cli.py fit --trainer.callbacks.help=AndersonCallback
 
 Needs jsonargparse: pip install 'lightning-stableaa[cli]'.
 """
@@ -16,6 +17,9 @@ from lightning.pytorch.cli import LightningCLI
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader, TensorDataset
+
+# LightningCLI knows a callback by its short name once its class was imported.
+from lightning_stableaa import AndersonCallback, SmoothingMonitor  # noqa: F401
 
 
 class Regression(LightningModule):
