@@ -44,6 +44,9 @@ PLAIN: dict[str, Any] = {
     "threads": int | None,
     "oversubscribe": bool,
     "resume_from": str | None,
+    "evaluate": str | None,
+    "metric": str | None,
+    "mode": Literal["min", "max"] | None,
     "pictures": bool,
     "run_name": str | int | None,
     "run_folder": str,
@@ -229,7 +232,7 @@ def check_options(config: Mapping[str, Any], path: str = "") -> None:
         UserError: an option the constructor does not have, or a value of another type.
     """
     known: dict[str, Any] = {}
-    if "_target_" in config:
+    if config.get("_target_") is not None:
         with attribute_to(f"{path}._target_={config['_target_']}", ImportError, AttributeError):
             known = parameters(config["_target_"]) or {}
     for name, value in config.items():

@@ -28,13 +28,22 @@ def checkpoint_to_resume(choice: str | None, run_folder: Path) -> Path | None:
     if choice is None:
         return None
     if choice != "auto":
-        if not Path(choice).exists():
-            raise UserError(f"resume_from={choice}: there is no such checkpoint file")
-        if not _is_complete(Path(choice)):
-            raise UserError(f"resume_from={choice}: is no checkpoint, or not a complete one")
-        return Path(choice)
+        return existing_checkpoint("resume_from", choice)
     found = [*run_folder.glob("checkpoints/*.ckpt"), *run_folder.glob("hpc_ckpt_*.ckpt")]
     return max(filter(_is_complete, found), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def existing_checkpoint(option: str, path: str) -> Path:
+    """The checkpoint at ``path``.
+
+    Raises:
+        UserError: there is none, or not a complete one.
+    """
+    if not Path(path).exists():
+        raise UserError(f"{option}={path}: there is no such checkpoint file")
+    if not _is_complete(Path(path)):
+        raise UserError(f"{option}={path}: is no checkpoint, or not a complete one")
+    return Path(path)
 
 
 def _is_complete(path: Path) -> bool:

@@ -32,7 +32,7 @@ from lightning_stableaa.recipes.launch import (
     is_first_process,
     join_submitit,
 )
-from lightning_stableaa.recipes.resuming import checkpoint_to_resume
+from lightning_stableaa.recipes.resuming import checkpoint_to_resume, existing_checkpoint
 from lightning_stableaa.recipes.signatures import Unresolved, class_attribute
 from lightning_stableaa.recipes.sweep import RESULTS, point
 
@@ -48,7 +48,8 @@ def train(config: DictConfig, *, header: str = "") -> dict[str, float]:
 
     Returns:
         The last value of everything logged, ``cost/gradients``, ``cost/loss_evaluations``, and
-        ``best/<metric>`` for the monitored metric.
+        ``best/<metric>`` for the monitored metric; with ``config.evaluate``, the metrics of that
+        checkpoint, and nothing is written.
 
     Raises:
         UserError, or an error of Hydra or OmegaConf that means a wrong configuration; whatever the
@@ -57,6 +58,13 @@ def train(config: DictConfig, *, header: str = "") -> dict[str, float]:
     """
     if not isinstance(config.run_folder, str) or not config.run_folder:
         raise UserError(f"run_folder={config.run_folder}: expected the path of a folder")
+    if OmegaConf.select(config, "module._target_", default="") is None or OmegaConf.is_missing(
+        config.module, "_target_"
+    ):
+        raise UserError(
+            "module._target_ is not given; name a LightningModule, as in "
+            "module._target_=my_package.MyModule"
+        )
     with (
         _cleanup_on_error(Path(config.run_folder)) as folder,
         disk_errors("run_folder", folder),
@@ -64,6 +72,11 @@ def train(config: DictConfig, *, header: str = "") -> dict[str, float]:
         settings: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         check_run(settings)
         check_launch(settings, os.environ)
+        if config.evaluate is not None:
+            checkpoint = existing_checkpoint("evaluate", config.evaluate)
+            from lightning_stableaa.recipes.training import evaluate
+
+            return evaluate(config, checkpoint)
         checkpoint = checkpoint_to_resume(config.resume_from, folder)
         if config.resume_from is None and any(folder.glob("checkpoints/*.ckpt")):
             raise UserError(
@@ -171,6 +184,8 @@ def _train_from_command_line(config: DictConfig) -> None:
 def _report(results: dict[str, float], config: DictConfig, overrides: list[str]) -> None:
     text = ", ".join(f"{name} {value:.4g}" for name, value in sorted(results.items()))
     print(f"{point()}{text}")
+    if config.evaluate is not None:
+        return
     kept = {"overrides": overrides, "results": results}
     write_atomically(Path(config.run_folder) / RESULTS, json.dumps(kept, indent=1))
     print(f"everything about this run: {config.run_folder}")

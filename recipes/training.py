@@ -4,6 +4,7 @@ import pickle
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_stableaa import AndersonCallback
@@ -53,13 +55,46 @@ def fit(
         module.configure_model = module.shard_weights  # a module of the user's own has its own
     if checkpoint is not None and trainer.is_global_zero:
         warn_config_diff(checkpoint, settings)
-    with _translate_fit_errors(config.resume_from), _interruptible(), _finished_wandb():
+    option = None if checkpoint is None else f"resume_from={config.resume_from}"
+    with _translate_fit_errors(option), _interruptible(), _finished_wandb():
         trainer.fit(module, data, ckpt_path=checkpoint)
     if config.pictures and isinstance(module, RecipeModule) and trainer.is_global_zero:
         with disk_errors("run_folder", folder):
             draw_run(folder, module.monitor)
             module.draw(folder / "pictures")
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def evaluate(config: DictConfig, checkpoint: Path) -> dict[str, float]:
+    """Metrics of a checkpoint on the validation data, and on those for tests where there are any.
+
+    Args:
+        config: composed from ``train.yaml``, as for the run that wrote the checkpoint.
+        checkpoint: the one to load.
+
+    Raises:
+        UserError: a constructor refuses an option, or the checkpoint is that of another model.
+    """
+    _seed(config)
+    data, module = _data_and_module(config)
+    names = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    trainer = _make_trainer(config, **dict.fromkeys(names, False))
+    results: dict[str, float] = {}
+    with (
+        _translate_fit_errors(f"evaluate={checkpoint}"),
+        _interruptible(),
+        warnings.catch_warnings(),
+    ):
+        # an evaluation needs no callbacks of the run
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`")
+        for run, has_steps in (
+            (trainer.validate, is_overridden("validation_step", module)),
+            (trainer.test, is_overridden("test_step", module)),
+        ):
+            if has_steps:
+                run(module, data, ckpt_path=checkpoint, verbose=False)
+                results |= {name: one.item() for name, one in trainer.callback_metrics.items()}
+    return results
 
 
 class _SaveConfiguration(Callback):
@@ -137,8 +172,16 @@ def _seed(config: DictConfig) -> None:
 
 
 def _data_and_module(config: DictConfig) -> tuple[Any, Any]:
-    data = _instantiate(config.data, "LightningDataModule", "data")
-    return data, _instantiate(config.module, "LightningModule", "module")
+    has_data = OmegaConf.select(config, "data._target_") is not None  # else the module has it
+    data = _instantiate(config.data, "LightningDataModule", "data") if has_data else None
+    module = _instantiate(config.module, "LightningModule", "module")
+    if not isinstance(module, lightning.LightningModule):
+        raise UserError(
+            f"module._target_={config.module._target_}: is a module of pytorch_lightning; derive "
+            "it from lightning.LightningModule, or use AndersonCallback in a Trainer of "
+            "pytorch_lightning"
+        )
+    return data, module
 
 
 def _make_trainer(config: DictConfig, **options: Any) -> lightning.Trainer:
@@ -149,10 +192,9 @@ def _make_trainer(config: DictConfig, **options: Any) -> lightning.Trainer:
     return trainer
 
 
-def _instantiate(config: DictConfig | None, kind: str, option: str) -> Any:
+def _instantiate(config: DictConfig, kind: str, option: str) -> Any:
     built = instantiate(config, _convert_="all")
-    if built is not None:  # a module may bring its own data
-        check_type(built, kind, option)
+    check_type(built, kind, option)
     return built
 
 
@@ -186,27 +228,36 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def _translate_fit_errors(resume_from: str | None) -> Iterator[None]:
-    """Turns what callbacks, environments and checkpoints reject at the start into a UserError."""
+def _translate_fit_errors(option: str | None) -> Iterator[None]:
+    """Turns what callbacks, environments and checkpoints reject at the start into a UserError.
+
+    ``option`` is the one that names the checkpoint.
+    """
     try:
         yield
     except MisconfigurationException as error:
         raise UserError(" ".join(str(error).split())) from error
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"resume_from={resume_from}: holds more than tensors and plain containers, "
+            f"{option}: holds more than tensors and plain containers, "
             "which may run any code when read; give a checkpoint that this command has written"
         ) from error
     except (KeyError, RuntimeError) as error:
-        if resume_from is None or not _while_loading(error):
+        if option is None or not _while_loading(error):
             raise
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(
-            f"resume_from={resume_from}: was written by another model or optimizer than those "
-            f"configured, or not by a Trainer ({reason}); resume with the same model, data and "
+            f"{option}: was written by another model or optimizer than those "
+            f"configured, or not by a Trainer ({reason}); use the same model, data and "
             "optimizer options"
         ) from error
-    except ValueError as error:
+    except Exception as error:
+        maker, _, part = type(error).__module__.partition(".")
+        if maker in ("wandb", "mlflow") and part.startswith(("errors", "exceptions")):
+            reason = " ".join(str(error).split())
+            raise UserError(f"logger.{maker}: {reason}") from error
+        if not isinstance(error, ValueError):
+            raise
         *_, (frame, _) = traceback.walk_tb(error.__traceback__)
         for origin, option in (
             ("lightning_stableaa.callbacks", "callbacks"),

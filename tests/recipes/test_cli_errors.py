@@ -71,7 +71,8 @@ RUN = [
     ("trainer.num_nodes=-1", r"trainer.num_nodes=-1: expected at least 1"),
     ("+trainer.limit_train_batches=0", r"trainer.limit_train_batches=0: expected more than 0"),
     ("strategy=ddpp", r"strategy=ddpp: there is no such choice; did you mean ddp\?"),
-    ("logger=wandb", r"logger=wandb: there is no such choice; choose one of csv, .*"),
+    ("logger=neptune", r"logger=neptune: there is no such choice; choose one of csv, .*"),
+    ("logger=wandb", r"logger.wandb: No API key configured. .*"),
     ("+logger.mine._target_=torch.nn.Identity", r"logger.mine._target_: expected Logger .*"),
     ("--nosuchflag", r"error: unrecognized arguments: --nosuchflag"),
     ("--config-dir=nowhere", r"Additional config directory '.*nowhere' not found"),
@@ -154,8 +155,9 @@ FILES = [
 
 
 @pytest.fixture(autouse=True)
-def notes(empty_folder: Path) -> None:
+def notes(empty_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (empty_folder / "notes.txt").write_text("not a checkpoint")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
 
 
 @pytest.mark.parametrize(

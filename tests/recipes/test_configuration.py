@@ -22,7 +22,7 @@ def choices(group: str) -> list[str]:
     return sorted(name[: -len(".yaml")] for name in names if name[0] != "_")
 
 
-RECIPES = choices("recipe")
+RECIPES = [one for one in choices("recipe") if one != "own"]
 TEXTBOOK: dict[str, Any] = {"lag_compensation": 0.0, "max_horizon": 0.0, "regularization": 1e-8}
 AADL: dict[str, Any] = {"history_depth": 9, "accelerate_every_n_steps": 10, "relaxation": 0.5}
 AADL |= TEXTBOOK | {"regularization": 0.0, "max_extrapolation": math.inf, "stochastic": False}
