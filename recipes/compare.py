@@ -66,7 +66,14 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Outcome:
     try:
         plan = make_plan(config, overrides, title)
         with _exclusive_folder(plan.folder):
-            return _compare(plan, config, overrides)
+            runs: list[Run] = []
+            try:
+                _make_runs(plan, config.compare.jobs, runs)
+            finally:  # an interrupted comparison reports what is there
+                plain = [run for run in runs if run.variant == BASELINE and run.error is None]
+                outcome = _report(plan, runs, config, overrides) if plain else None
+            assert outcome is not None  # where plain failed, _make_runs raised
+            return outcome
     except UserError as error:
         if config.compare.module is None:
             raise
@@ -77,25 +84,12 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Outcome:
         raise UserError(message) from error
 
 
-def _compare(plan: Plan, config: DictConfig, overrides: list[str]) -> Outcome:
-    runs: list[Run] = []
-    outcome = None
-    try:
-        _make_runs(plan, config.compare.jobs, runs)
-    finally:  # an interrupted comparison reports what is there
-        if any(run.error is None and run.variant == BASELINE for run in runs):
-            outcome = _report(plan, runs, config, overrides)
-    if outcome is None:
-        raise UserError(f"no run was finished, and there is nothing to report; {_logs(plan)}")
-    return outcome
-
-
 def _make_runs(plan: Plan, processes: int, runs: list[Run]) -> None:
     """Appends every run to ``runs``; shows the runs to make, and the time left."""
     console = Console(stderr=True, soft_wrap=True, highlight=False)
     missing = [job for job in plan.jobs if finished_run(job) is None]
-    made, total, began = len(plan.jobs) - len(missing), len(plan.jobs), time.monotonic()
-    there, note = made, ""
+    total, began, note = len(plan.jobs), time.monotonic(), ""
+    there = total - len(missing)
     for line in _to_do(plan, missing):
         console.print(line)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())

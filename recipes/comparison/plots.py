@@ -139,28 +139,24 @@ def _draw_seeds(plan: Plan, curves: pd.DataFrame, summary: Summary) -> None:
 
 def _draw_ratios(plan: Plan, summary: Summary) -> None:
     """The primary figures: every seed, geometric mean and interval."""
-    figures = [one for one, effect in summary.effects[BASELINE].items() if effect.seeds]
-    names = [name for name in summary.outcomes if summary.variants[name]["seeds"]][::-1]
+    effects = {name: one["effects"] for name, one in summary.variants.items() if one["seeds"]}
+    figures = [one for one, effect in effects[BASELINE].items() if effect.seeds]
+    names = [name for name in effects if name != BASELINE][::-1]
     if not figures or not names:
         return
-    titles = {
-        "time_to_target": f"time to target of {summary.tuned_baseline}",
-        "best_over_plain": f"best, over that of {BASELINE}",
-        "best_over_tuned": f"best, over that of {summary.tuned_baseline}",
-    }
     heading = "seeds (circles), geometric mean (diamond), 95 % interval (bar)"
     width, height = 2.5 + 3.5 * len(figures), 1.7 + 0.34 * len(names)
     with _figure(plan, "ratios", width, height, heading) as figure:
         grid = figure.subplots(1, len(figures), sharey=True, squeeze=False)[0]
         for key, axes in zip(figures, grid, strict=True):
             for row, name in enumerate(names):
-                color, effect = style(name)["color"], summary.effects[name][key]
+                color, effect = style(name)["color"], effects[name][key]
                 seeds = summary.runs.loc[name, key]
                 axes.plot([effect.lower, effect.upper], [row, row], color=color, lw=5, alpha=0.3)
                 axes.plot(seeds, [row] * len(seeds), "o", color=color, ms=4, mfc="none")
                 axes.plot(effect.ratio, row, "D", color=color, ms=6)
             axes.axvline(1, color=GREY, linestyle="--", linewidth=1)
-            axes.set_title(titles[key], fontsize=9)
+            axes.set_title(summary.figures[key], fontsize=9)
             axes.set(xscale="log", yticks=range(len(names)), yticklabels=names)
             axes.margins(x=0.1)
             axes.grid(axis="x", which="both", alpha=0.25)
@@ -169,17 +165,12 @@ def _draw_ratios(plan: Plan, summary: Summary) -> None:
 
 def _main_variants(summary: Summary) -> list[str]:
     """Both baselines, the accelerated variants, and the best of the others."""
-    variants = summary.variants
+    variants = {name: one for name, one in summary.variants.items() if one["seeds"]}
     tried = [name for name in variants if variants[name]["attempted"]]
-    sign = 1 if summary.mode == "min" else -1
-
-    def best(names: list[str]) -> list[str]:
-        finite = [name for name in names if math.isfinite(variants[name]["best"]["median"])]
-        return sorted(finite, key=lambda name: sign * variants[name]["best"]["median"])[:1]
-
-    names = [BASELINE, summary.tuned_baseline, *(name for name in tried if "@" not in name)]
-    names += best([name for name in tried if "@" in name])
-    names += best([name for name in variants if name not in tried and "@" not in name])
+    rest = [one for one in variants if one not in tried and one.split("@")[0] != BASELINE]
+    groups = ([name for name in tried if "@" in name], rest)
+    best = [min(names, key=lambda name: variants[name]["rank"]) for names in groups if names]
+    names = [BASELINE, summary.tuned_baseline, *(name for name in tried if "@" not in name), *best]
     return list(dict.fromkeys(names))
 
 

@@ -81,19 +81,14 @@ def write_report(
 
 def verdict(summary: Summary) -> list[dict[str, str]]:
     """One row for each variant but plain: the primary figures, and the outcome in a word."""
-    tuned = summary.tuned_baseline
-    headings = {
-        "time_to_target": f"time to target of {tuned}",
-        "best_over_plain": f"best, over that of {BASELINE}",
-        "best_over_tuned": f"best, over that of {tuned}",
-    }
     return [
         {
             "variant": name,
-            **{headings[figure]: _effect(one) for figure, one in summary.effects[name].items()},
-            "outcome": word,
+            **{title: _effect(one["effects"][key]) for key, title in summary.figures.items()},
+            "outcome": one["outcome"],
         }
-        for name, word in summary.outcomes.items()
+        for name, one in summary.variants.items()
+        if name != BASELINE
     ]
 
 

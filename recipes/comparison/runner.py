@@ -115,7 +115,7 @@ def finished_runs(plan: Plan) -> list[Run]:
     return [run for run in runs if run.labels["configuration"] == latest[run.variant]]
 
 
-def run_job(job: Job) -> Run:
+def run_job(job: Job, *, in_own_process: bool = True) -> Run:
     """Trains, and writes ``result.json``, of a failure too."""
     run = Run(job.variant, job.seed, job.labels)
     training = job.folder / "training"
@@ -128,7 +128,9 @@ def run_job(job: Job) -> Run:
                 "trainer.max_steps or trainer.max_epochs is 0"
             )
         recorded = json.loads((training / CURVE).read_text()) | {"processor": processor()}
-        recorded |= {"peak_memory": _peak_memory()} | _smoothing_log(training / "metrics.csv")
+        recorded |= _smoothing_log(training / "metrics.csv")
+        if in_own_process:  # the peak is otherwise that of everything this process has done
+            recorded["peak_memory"] = _peak_memory()
         run = dataclasses.replace(run, **recorded)
     except USER_ERRORS as error:
         run = dataclasses.replace(run, error=format_error(error), is_user_error=True)
@@ -144,8 +146,7 @@ def _in_this_process(waiting: deque[Job]) -> Iterator[tuple[Job, Run]]:
     while waiting:
         job = waiting.popleft()
         shutil.rmtree(job.folder, ignore_errors=True)
-        # the peak would be that of everything this process has done so far
-        yield job, dataclasses.replace(run_job(job), peak_memory=None)
+        yield job, run_job(job, in_own_process=False)
 
 
 def _in_workers(waiting: deque[Job], processes: int) -> Iterator[tuple[Job, Run]]:

@@ -22,8 +22,6 @@ DIVERGED = {"min": 9.0, "max": 0.5}  # times the first validation, beyond it
 NEVER = 2.0  # times its whole cost: what a run that never reached a target counts as (PAR2)
 TIE = 0.002  # values closer than this, relative, are ties
 ENOUGH_SEEDS = 5
-# the figures that decide, fixed for every problem
-PRIMARY = ("time_to_target", "best_over_plain", "best_over_tuned")
 SPREADS = ("final", "equal_cost", "best", "worst_after_best")
 APPENDIX = ("cost_to_end_of_plain", "cost_to_stay")  # over the cost of plain, less is better
 
@@ -83,12 +81,10 @@ class Effect:
 class Summary:
     """A whole comparison."""
 
-    mode: Mode
     tuned_baseline: str  # the best of plain's learning rates and schedules; plain if it is best
     runs: pd.DataFrame  # one row a finished run, by (variant, seed)
-    effects: dict[str, dict[str, Effect]]  # by variant and primary figure
-    outcomes: dict[str, str]  # one word for each variant but plain
-    variants: dict[str, dict[str, Any]]  # all that is reported of each
+    figures: dict[str, str]  # headings of the primary figures
+    variants: dict[str, dict[str, Any]]  # all that is reported of each, as in results.json
 
 
 def summarise(runs: Sequence[Run], names: Sequence[str], mode: Mode) -> Summary:
@@ -111,26 +107,24 @@ def summarise(runs: Sequence[Run], names: Sequence[str], mode: Mode) -> Summary:
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.index = pd.MultiIndex.from_tuples(list(rows), names=["variant", "seed"])
     table["rank"] = (sign * table["equal_cost"]).groupby("seed").rank()
-    figures = [one for one in PRIMARY if tuned != BASELINE or one != "best_over_tuned"]
-    effects: dict[str, dict[str, Effect]] = {}
-    outcomes: dict[str, str] = {}
+    figures = {"time_to_target": f"time to target of {tuned}"}
+    figures |= {"best_over_plain": f"best, over that of {BASELINE}"}
+    figures |= {"best_over_tuned": f"best, over that of {tuned}"} if tuned != BASELINE else {}
     variants: dict[str, dict[str, Any]] = {}
     for name in names:
         of_variant = [run for run in runs if run.variant == name]
-        errors = {run.seed: run.error for run in of_variant if run.error is not None}
+        labels = of_variant[0].labels if of_variant else {}
         own: Any = table[table.index.get_level_values("variant") == name]
-        effects[name] = {one: effect(own[one], sign) for one in figures}
-        effects[name]["time_to_target"] = dataclasses.replace(
+        effects = {one: effect(own[one], sign) for one in figures}
+        effects["time_to_target"] = dataclasses.replace(
             effect(own["time_to_target"], 1), never=int((~own["reached_target"]).sum())
         )
-        if name != BASELINE:
-            outcomes[name] = outcome(own, effects[name], "anderson" in _callbacks(of_variant))
         variants[name] = {
-            "about": of_variant[0].labels.get("about") if of_variant else None,
+            "about": labels.get("about"),
             "seeds": len(own),
-            "errors": errors,
-            "outcome": outcomes.get(name),
-            **effects[name],
+            "errors": {run.seed: run.error for run in of_variant if run.error is not None},
+            "effects": effects,
+            "outcome": outcome(own, effects, "anderson" in labels.get("callbacks", {})),
             **{one: spread(own[one], sign) for one in SPREADS},
             **{one: spread(own[one], 1) for one in APPENDIX},
             **{one: int(own[one].sum()) for one in ("diverged", "attempted", "accepted")},
@@ -140,7 +134,7 @@ def summarise(runs: Sequence[Run], names: Sequence[str], mode: Mode) -> Summary:
             },
             "disabled": own["disabled"].dropna().droplevel("variant").to_dict(),
         }
-    return Summary(mode, tuned, table, effects, outcomes, variants)
+    return Summary(tuned, table, figures, variants)
 
 
 def effect(ratios: pd.Series, sign: int) -> Effect:
@@ -189,10 +183,6 @@ def spread(values: pd.Series, sign: int) -> dict[str, float | int]:
     names = ("median", "lower", "upper", "worst")
     counts = {"never": int(np.sum(signed > 1e290)), "count": len(signed)}
     return dict(zip(names, (sign * shares).tolist(), strict=True)) | counts
-
-
-def _callbacks(runs: Sequence[Run]) -> dict[str, Any]:
-    return runs[0].labels.get("callbacks", {}) if runs else {}
 
 
 def _curve(run: Run, sign: int) -> Curve:

@@ -197,7 +197,8 @@ def test_own_module_writes_report(
     assert all(cell in printed.out for row in report["verdict"] for cell in row.values())
     assert " ".join(report["variants"]) == "plain anderson plain@3x"
     plain = report["variants"]["plain"]
-    assert plain["cost_to_end_of_plain"]["worst"] == plain["best_over_plain"]["ratio"] == 1
+    assert plain["cost_to_end_of_plain"]["worst"] == 1
+    assert plain["effects"]["best_over_plain"]["ratio"] == 1
     assert plain["diverged"] == 0
     assert report["config"]["module"] == {"_target_": f"{OWN}.Module", "width": 4}
     assert report["callbacks"]["plain@3x"]["learning_rate_multiple"]["multiple"] == 3
