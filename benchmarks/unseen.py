@@ -1,6 +1,6 @@
 """Small problems of other kinds than the recipes': what the first comparison of a user says.
 
-    pip install scikit-learn
+    pip install scikit-learn 'lightning-stableaa[recipes,compare]'
     python -m benchmarks.unseen FOLDER                        # all of them, five seeds
     python -m benchmarks.unseen FOLDER --only Waves --seeds [5,6]
 
@@ -19,9 +19,7 @@ import argparse
 import functools
 import importlib
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,12 +32,6 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_stableaa.recipes.comparison.cost import (
-    Curve,
-    best_within,
-    cost_to_reach,
-    value_within,
-)
 from lightning_stableaa.recipes.files import write_atomically
 
 
@@ -306,68 +298,29 @@ def compare(problem: Problem, folder: Path, *, seeds: str, jobs: int, epochs: in
 
 
 def figures(report: Any) -> dict[str, Any]:
-    """Medians over the seeds, and the worst seed; of ratios with plain, less is better."""
-    curves: dict[str, dict[int, Curve]] = {"plain": {}, "anderson": {}}
-    for run in report["runs"]:
-        known = {name: run["curve"][name] for name in Curve.__dataclass_fields__}
-        curves[run["variant"]][run["seed"]] = Curve(**known)
-    ratios: dict[str, list[float]] = {"cost to reach plain's end": [], "at equal cost": []}
-    ratios["best at equal cost"] = []
-    for seed, plain in curves["plain"].items():
-        ours, budget, end = curves["anderson"][seed], plain.costs[-1], plain.values[-1]
-        first = cost_to_reach(plain, end, "min")
-        ratios["cost to reach plain's end"].append(cost_to_reach(ours, end, "min") / first)
-        ratios["at equal cost"].append(value_within(ours, budget, "min") / end)
-        ratios["best at equal cost"].append(
-            best_within(ours, budget, "min") / best_within(plain, budget, "min")
-        )
-    ends = [plain.values[-1] for plain in curves["plain"].values()]
-    of_anderson = report["variants"]["anderson"]
+    """Steps of a run, plain's median at its end, and the verdict on ``anderson``."""
+    plain, anderson = (report["variants"][name] for name in ("plain", "anderson"))
+    (verdict,) = report["verdict"]
     return {
-        "steps": curves["plain"][report["seeds"][0]].gradients[-1],
-        "plain": statistics.median(ends),
-        **{name: _median_and_worst(ratio) for name, ratio in ratios.items()},
-        "accepted": f"{of_anderson['accepted']} of {of_anderson['attempted']}",
-        "verdict": report["verdict"][0],
+        "steps": report["runs"][0]["curve"]["gradients"][-1],
+        "plain": plain["final"]["median"],
+        "accepted": f"{anderson['accepted']} of {anderson['attempted']}",
+        **{heading: cell for heading, cell in verdict.items() if heading != "variant"},
     }
-
-
-def _median_and_worst(ratios: list[float]) -> tuple[float | None, ...]:
-    """``None`` is never."""
-    found = (statistics.median(ratios), max(ratios))
-    return tuple(one if math.isfinite(one) else None for one in found)
 
 
 def markdown(found: dict[str, dict[str, Any]]) -> str:
     """One row a problem."""
-    rows = [["problem", *(name for name in next(iter(found.values())) if name != "verdict")]]
+    rows = [["problem", *next(iter(found.values()))]]
     rows.append(["---"] * len(rows[0]))
     for name, row in found.items():
-        cells = [_cell(value) for key, value in row.items() if key != "verdict"]
-        rows.append([name, *cells])
-    lines = [f"| {' | '.join(cells)} |" for cells in rows]
-    verdicts = [f"- {name}: {row['verdict']}" for name, row in found.items()]
-    return "\n".join(
-        [
-            "# Problems of other kinds than the recipes'",
-            "",
-            "Validation loss; ratios with plain of the same seed, median (worst seed).",
-            "",
-            *lines,
-            "",
-            *verdicts,
-            "",
-        ]
+        rows.append([name, *(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())])
+    heading = (
+        "Validation loss. Ratios with plain, less is better: geometric mean over seeds [95 % "
+        "bootstrap interval]; seeds better; p of a sign test."
     )
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, tuple):
-        median, worst = ("never" if one is None else f"{one:.2f}" for one in value)
-        return f"{median} ({worst})"
-    return str(value)
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join(["# Problems of other kinds than the recipes'", "", heading, "", *lines, ""])
 
 
 def main(words: Sequence[str] | None = None) -> None:
