@@ -35,7 +35,10 @@ class Sweep(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Prints one line for each point."""
         folder = Path(config.hydra.sweep.dir)
-        found = sorted(folder.glob(f"*/{RESULTS}"), key=lambda path: int(path.parent.name))
+        parent, recipe, name = folder.parent.parent, folder.parent.name, folder.name
+        # where recipes are swept, each point knows its own
+        pattern = f"*/{name}/*/{RESULTS}" if recipe == "RECIPE" else f"{recipe}/{name}/*/{RESULTS}"
+        found = sorted(parent.glob(pattern), key=lambda path: int(path.parent.name))
         points = {path.parent.name: json.loads(path.read_text()) for path in found}
         if points:
             Console(width=None if Console().is_terminal else 200).print(table(points))

@@ -71,6 +71,25 @@ def test_command_without_hydra_names_extra(command: str, tmp_path: Path) -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("line", "completions"),
+    [
+        ("recipe=burgers100d_", "recipe=burgers100d_product"),
+        ("recipe=burgers2d optimizer.l", "optimizer.lr="),
+        ("strategy=ddp_", "strategy=ddp_fork strategy=ddp_static"),
+    ],
+)
+def test_command_completes_groups_and_options(
+    line: str, completions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = f"stableaa-train {line}"
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+    monkeypatch.setenv("COMP_LINE", typed)
+    monkeypatch.setenv("COMP_POINT", str(len(typed)))
+    done = run(tmp_path, "-m", "lightning_stableaa.recipes.train", "-sc", "query=bash")
+    assert done.stdout.split() == completions.split()
+
+
 def test_command_version_is_of_the_package(tmp_path: Path) -> None:
     program = "from lightning_stableaa.recipes.commands import train; train()"
     done = run(tmp_path, "-c", program, "--version")

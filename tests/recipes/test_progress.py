@@ -79,3 +79,17 @@ def test_sweep_names_points_and_ends_in_a_table(
         row = rf"│ {point} +│ optimizer.lr={rate} +│ {result['best/val/relative_l2']:.4g} +│ 5 +│"
         assert re.search(row, printed)
     assert printed.endswith(f"everything about these runs: {runs}\n")
+
+
+def test_sweep_of_recipes_ends_in_one_table(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = ["trainer.max_steps=1", "trainer.val_check_interval=1"]
+    options += ["recipe=burgers2d,burgers100d", "callbacks=none", "pictures=false", "run_name=two"]
+    monkeypatch.setattr(sys, "argv", ["stableaa-train", "-m", *options])
+    main()
+    printed = capfd.readouterr().out
+    assert printed.startswith("sweep: the runs are in runs/RECIPE/two/0, runs/RECIPE/two/1, ...\n")
+    for point, recipe in enumerate(("burgers2d", "burgers100d")):
+        assert Path(f"runs/{recipe}/two/{point}/results.json").is_file()
+        assert re.search(rf"│ {point} +│ recipe={recipe} +│", printed)
