@@ -107,4 +107,8 @@ def _hash(path: Path) -> str:
 @functools.cache
 def _hash_of_content(path: Path, *_: int) -> str:
     """Computed once for all runs, as long as time and size stay."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    content = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            content.update(block)
+    return content.hexdigest()

@@ -52,7 +52,7 @@ def write_report(
         notes: sentences that stand above the verdict.
         extra: further entries of ``results.json``.
     """
-    shared = ("callbacks", "logger", "run_folder", "seed")
+    own = ("callbacks", "logger", "run_folder", "seed")  # of a variant, or of a single run
     settings = next(job.settings for job in plan.jobs if job.variant == BASELINE)
     contents = {
         "title": plan.title,
@@ -67,10 +67,11 @@ def write_report(
         "hardware": hardware(),
         "versions": versions(),
         **extra,
-        "config": {name: value for name, value in settings.items() if name not in shared},
+        "config": {name: value for name, value in settings.items() if name not in own},
         "callbacks": {run.variant: run.labels["callbacks"] for run in runs},
         "runs": [
-            {"fingerprint": run.labels["fingerprint"], **dataclasses.asdict(run), "labels": None}
+            {key: value for key, value in vars(run).items() if key != "labels"}
+            | {"fingerprint": run.labels["fingerprint"]}
             for run in runs
         ],
     }
@@ -143,6 +144,7 @@ def _plain(value: Any) -> Any:
 
 def _table(plan: Plan, summary: Summary, notes: Sequence[str], seeds: Sequence[int]) -> str:
     less = "less" if plan.mode == "min" else "more"
+    count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     medians, appendix, failures = [], [], []
     for name, one in summary.variants.items():
         on, memory = one["smoothing_on"], one["peak_memory"] / 2**20
@@ -166,7 +168,7 @@ def _table(plan: Plan, summary: Summary, notes: Sequence[str], seeds: Sequence[i
         appendix.append({"variant": name, "cost to plain's own end": cost, "to stay there": stay})
         failures += [f"- {name}, seed {seed}: {error}" for seed, error in one["errors"].items()]
     parts = [
-        f"# {plan.title}: {plan.metric} ({less} is better), {len(seeds)} seeds",
+        f"# {plan.title}: {plan.metric} ({less} is better), {count}",
         *notes,
         _markdown(verdict(summary)),
         "## Medians",
