@@ -86,7 +86,7 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Outcome:
 
 def _make_runs(plan: Plan, processes: int, runs: list[Run]) -> None:
     """Appends every run to ``runs``; shows the runs to make, and the time left."""
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     missing = [job for job in plan.jobs if finished_run(job) is None]
     total, began, note = len(plan.jobs), time.monotonic(), ""
     there = total - len(missing)
@@ -198,12 +198,13 @@ def _print(outcome: Outcome) -> None:
     console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     for note in outcome.notes:
         console.print(note, markup=False)
-    if outcome.verdict:
-        table = Table(
-            *outcome.verdict[0], caption="ratio [95 % interval]; seeds better; p of a sign test"
-        )
-        for row in outcome.verdict:
-            table.add_row(*(cell.replace("[", r"\[") for cell in row.values()))
+    rows = [[cell.replace("[", r"\[") for cell in row.values()] for row in outcome.verdict]
+    if rows:
+        caption = "ratio [95 % interval]; seeds better; p of a sign test"
+        table = Table(*outcome.verdict[0], caption=caption)
+        width = sum(max(map(len, column)) + 3 for column in zip(*rows, strict=True))
+        for row in rows:  # what does not fit into a line breaks between its parts
+            table.add_row(*(c.replace("; ", "\n") if width > console.width else c for c in row))
         console.print(table)
     print(f"report: {outcome.report}")
 
