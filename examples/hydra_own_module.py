@@ -8,7 +8,7 @@ which does what this command does in the folder of this file, and writes compari
         compare.datamodule=hydra_own_module.Data compare.metric=val/loss \
         'compare.variants=[plain,anderson]' compare.seeds=2 trainer.max_epochs=200
 
-Needs Hydra: pip install 'lightning-stableaa[recipes]'.
+Needs: pip install 'lightning-stableaa[recipes,compare]'.
 """
 
 import sys

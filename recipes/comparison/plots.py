@@ -92,6 +92,7 @@ def _draw_curves(plan: Plan, curves: pd.DataFrame, runs: Sequence[Run], summary:
             for name in table["variant"].unique():
                 _band(axes["rsd"], table, name, y="rsd", quartiles=False)
             axes["rsd"].set(ylabel="RSD (median)", yscale="log")
+            label_within_decades(axes["rsd"], "y")
         if tried:
             axes["accepted"].set(ylabel="accepted\nshare", ylim=(-0.05, 1.05))
         for key, label in (("cost", COST), ("time", "training time, s")):

@@ -19,7 +19,7 @@ DEFINITIONS = """\
 - Tuned baseline: the variant of plain (learning rates, schedules) with the best median at the end.
 - Time to target: cost at which a run first is as good as the tuned baseline of its seed at its end,
   over the cost at which the tuned baseline first was. A run that never is counts as one that needs
-  twice its whole cost.
+  twice its whole cost, or twice the tuned baseline's where that is more.
 - Best: the best validation up to the cost of the whole plain run of the same seed, as a checkpoint
   of the best keeps it; interpolated to that cost. Values of zero or less have no ratio.
 - Ratios: geometric mean over seeds [95 % percentile bootstrap interval]; seeds better; p of a

@@ -19,7 +19,7 @@ from lightning_stableaa.recipes.comparison.variants import BASELINE, Mode
 
 LOSS_COST = 1 / 3  # of a gradient
 DIVERGED = {"min": 9.0, "max": 0.5}  # times the first validation, beyond it
-NEVER = 2.0  # times its whole cost: what a run that never reached a target counts as (PAR2)
+NEVER = 2.0  # times the whole cost: what a run that never reached a target counts as (PAR2)
 TIE = 0.002  # values closer than this, relative, are ties
 ENOUGH_SEEDS = 5
 SPREADS = ("final", "equal_cost", "best", "worst_after_best")
