@@ -56,7 +56,7 @@ class RunProgress(ProgressBar):
         if self._enabled and (console.is_terminal or console.is_jupyter):
             self._bar = Progress(
                 TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
                 TextColumn("left, {task.fields[values]}"),
@@ -128,22 +128,21 @@ class RunProgress(ProgressBar):
 
 
 def _values(trainer: lightning.Trainer, outputs: Any) -> Iterator[str]:
-    """Epoch, loss, what is logged to the progress bar, and candidates accepted of those tried."""
+    """What a narrow terminal may cut off last comes first."""
     yield f"epoch {trainer.current_epoch}"
     logged = dict(trainer.progress_bar_metrics)
-    rsd = logged.pop("rsd", None)
-    logged.pop("anderson_accepted", None)
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    if isinstance(loss, torch.Tensor) and not any("loss" in name for name in logged):
+    if "train/loss" in logged:
+        yield f"loss {number(float(logged.pop('train/loss')))}"
+    elif isinstance(loss, torch.Tensor):
         yield f"loss {number(loss.item() * trainer.accumulate_grad_batches)}"
-    for name, value in logged.items():
-        yield f"{'loss' if name == 'train/loss' else name} {number(float(value))}"
-    if rsd is not None:
-        yield f"RSD {number(float(rsd))}"
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for one in callbacks:
         if isinstance(one, AndersonCallback) and one.accelerator is not None:
             yield f"AA {one.accelerator.accepted}/{one.accelerator.attempted}"
+    logged.pop("anderson_accepted", None)
+    for name, value in logged.items():
+        yield f"{'RSD' if name == 'rsd' else name} {number(float(value))}"
 
 
 def number(value: float) -> str:

@@ -15,6 +15,8 @@ import pytest
 from hydra import initialize_config_module
 from omegaconf import DictConfig
 
+from lightning_stableaa.recipes.train import is_worth_reading
+
 Compose = Callable[..., DictConfig]
 Refuses = Callable[[Callable[[], None], list[str], str], None]
 
@@ -76,11 +78,11 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(sys, "path", list(sys.path))
-    logs = [logging.getLogger(n) for n in ("lightning.pytorch.utilities.rank_zero", "hydra.utils")]
-    levels = [log.level for log in logs]
+    log = logging.getLogger("hydra.utils")
+    level = log.level
     yield tmp_path
-    for log, level in zip(logs, levels, strict=True):
-        log.setLevel(level)
+    log.setLevel(level)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").removeFilter(is_worth_reading)
 
 
 @pytest.fixture

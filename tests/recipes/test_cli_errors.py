@@ -197,14 +197,18 @@ def test_command_read_only_folder_is_one_sentence(
 
 
 def test_command_success_names_run_folder(
-    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    empty_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    # a progress bar may leave its last lines for later
-    options = ["callbacks=none", "callbacks.progress=null"]
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *BURGERS, *options])
+    monkeypatch.setattr(sys, "argv", ["stableaa-train", *BURGERS, "trainer.max_steps=30"])
     main()
     (folder,) = (empty_folder / "runs/burgers2d").iterdir()
-    assert capfd.readouterr().out.splitlines()[-1] == f"everything about this run: {folder}"
+    header, *_, last = capfd.readouterr().out.splitlines()
+    assert header == f"recipe burgers2d, callbacks stable_aa, seed 0, run folder {folder}"
+    assert last == f"everything about this run: {folder}"
+    assert [text.partition(":")[0] for text in caplog.messages] == ["Anderson acceleration"]
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
