@@ -33,8 +33,8 @@ def main() -> None:
     plain = _train("none", budget, folder / "plain")
 
     curves = {
-        "plain": read_metrics(folder / "plain" / "metrics.csv"),
-        "accelerated": with_cost(read_metrics(folder / "accelerated" / "metrics.csv"), accelerated),
+        name: with_cost(read_metrics(folder / name / "metrics.csv"))
+        for name in ("plain", "accelerated")
     }
     _draw_comparison(folder / "comparison.png", curves)
     print(table({"plain Adam": plain, "Adam + stable AA": accelerated}))
@@ -49,16 +49,15 @@ def cost(results: dict[str, float]) -> float:
     return results["cost/gradients"] + LOSS_COST * results.get("cost/loss_evaluations", 0)
 
 
-def with_cost(metrics: dict[str, Series], results: dict[str, float]) -> dict[str, Series]:
-    """The metrics against the mean cost so far in place of the step."""
-    steps, attempts = metrics["anderson/attempted"]
-    cost_of_attempt = LOSS_COST * results["cost/loss_evaluations"] / max(attempts[-1], 1)
-
-    def cost_at(step: np.ndarray) -> np.ndarray:
-        made = np.concatenate([[0], attempts])[np.searchsorted(steps, step, side="right")]
-        return step + made * cost_of_attempt
-
-    return {name: Series(cost_at(series.steps), series.values) for name, series in metrics.items()}
+def with_cost(metrics: dict[str, Series]) -> dict[str, Series]:
+    """The metrics against the cost so far in place of the step."""
+    steps, gradients = metrics["cost/gradients"]
+    losses = metrics["cost/loss_evaluations"].values if "cost/loss_evaluations" in metrics else 0
+    known = np.concatenate([[0], steps]), np.concatenate([[0], gradients + LOSS_COST * losses])
+    return {
+        name: Series(np.interp(series.steps, *known), series.values)
+        for name, series in metrics.items()
+    }
 
 
 def table(runs: dict[str, dict[str, float]]) -> str:
