@@ -93,3 +93,21 @@ def test_sweep_of_recipes_ends_in_one_table(
     for point, recipe in enumerate(("burgers2d", "burgers100d")):
         assert Path(f"runs/{recipe}/two/{point}/results.json").is_file()
         assert re.search(rf"│ {point} +│ recipe={recipe} +│", printed)
+
+
+@pytest.mark.slow
+def test_submitit_says_where_runs_and_logs_are(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = [*SMALL["burgers2d"], "trainer.max_steps=5", "pictures=false", "run_name=job"]
+    monkeypatch.setattr(sys, "argv", ["stableaa-train", *options, "cluster=submitit_local"])
+    main()
+    printed = capfd.readouterr().out
+    runs = "runs/burgers2d/job"
+    assert (
+        f"the runs are in {runs}/0, {runs}/1, ...; what they print is in {runs}/.submitit/JOB\n"
+        in (printed)
+    )
+    (log,) = Path(runs).glob(".submitit/*/*_0_log.out")
+    assert "step 5 of 5" in log.read_text()
+    assert json.loads(Path(runs, "0/results.json").read_text())["results"]["cost/gradients"] == 5
