@@ -24,7 +24,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_stableaa.recipes.cli_errors import USER_ERRORS, check_run, exit_on_user_error
-from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.errors import UserError, attribute_to
 from lightning_stableaa.recipes.files import disk_errors, write_atomically
 from lightning_stableaa.recipes.launch import (
     check_launch,
@@ -83,11 +83,30 @@ def train(config: DictConfig, *, header: str = "") -> dict[str, float]:
                 f"run_folder={folder}: holds checkpoints of an earlier run, which this one would "
                 "overwrite; add resume_from=auto to go on with it, or choose another run_name"
             )
+        _check_with_torch(config)
         if header and is_first_process():
             print(header, flush=True)
         from lightning_stableaa.recipes.training import fit
 
         return fit(config, settings, folder, checkpoint)
+
+
+def _check_with_torch(config: DictConfig) -> None:
+    """Builds what needs torch alone, before Lightning takes its seconds to import.
+
+    Raises:
+        UserError, or Hydra's InstantiationException: a constructor refuses a value.
+    """
+    target = str(OmegaConf.select(config, "model._target_"))
+    if target.startswith("lightning_stableaa.recipes.networks."):
+        hydra.utils.instantiate(config.model)
+    target = str(OmegaConf.select(config, "optimizer._target_"))
+    if target.startswith("torch.optim."):
+        from torch import nn
+
+        make = hydra.utils.instantiate(config.optimizer, _convert_="all", _partial_=True)
+        with attribute_to("optimizer"):
+            make([nn.Linear(1, 1, bias=False).weight])
 
 
 @contextmanager

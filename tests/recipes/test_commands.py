@@ -28,6 +28,11 @@ ANSWERED = [
     "recipe=burgers2d cluster=slurm_sbatch",
     "recipe=burgers2d resume_from=last.ckpt",
 ]
+# refused by constructors of torch, or by networks
+ANSWERED_WITH_TORCH = [
+    "recipe=burgers2d optimizer.betas=[0.9,2]",
+    "recipe=burgers2d model.widths=[2,5.5,1]",
+]
 ANSWER = """
 import sys
 from lightning_stableaa.recipes.commands import train
@@ -38,7 +43,7 @@ for line in {lines}:
         train()
     except SystemExit as error:
         assert error.code == (0 if line == "--help" else 2), line
-    heavy = [name for name in ("torch", "lightning", "matplotlib") if name in sys.modules]
+    heavy = [name for name in {unwanted} if name in sys.modules]
     assert not heavy, (line, heavy)
 """
 WITHOUT_HYDRA = """
@@ -55,10 +60,17 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_command_help_and_refusals_import_no_torch(tmp_path: Path) -> None:
-    done = run(tmp_path, "-c", ANSWER.format(lines=ANSWERED))
+    unwanted = ["torch", "lightning", "matplotlib"]
+    done = run(tmp_path, "-c", ANSWER.format(lines=ANSWERED, unwanted=unwanted))
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == len(ANSWERED) - 1
     assert not list(tmp_path.iterdir())
+
+
+def test_command_refusals_of_torch_import_no_lightning(tmp_path: Path) -> None:
+    done = run(tmp_path, "-c", ANSWER.format(lines=ANSWERED_WITH_TORCH, unwanted=["lightning"]))
+    assert done.returncode == 0, done.stderr
+    assert len(done.stderr.splitlines()) == len(ANSWERED_WITH_TORCH)
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
