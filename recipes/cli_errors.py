@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any, Literal, NoReturn
 
 import yaml
@@ -170,6 +170,7 @@ def check_run(settings: Mapping[str, Any]) -> None:
     check_options(settings)
     _check_ranges(settings)
     _check_acceleration(settings.get("callbacks") or {})
+    _check_paths(settings.get("data") or {})
 
 
 # Counts of the Trainer that it divides by, or trains nothing with: what each of them may be.
@@ -209,6 +210,16 @@ def _check_acceleration(callbacks: Mapping[str, Any]) -> None:
                 if isinstance(values.get("warmup_steps"), str):  # epochs
                     values.pop("warmup_steps")
                 Options(**values)
+
+
+def _check_paths(data: Mapping[str, Any]) -> None:
+    """Files of the recipes, whose readers would have to import Lightning."""
+    if not str(data.get("_target_")).startswith("lightning_stableaa.recipes."):
+        return
+    for name in ("csv", "folder"):
+        path = data.get(name)
+        if isinstance(path, str) and not Path(path).exists():
+            raise UserError(f"data.{name}={path}: No such file or folder; give the path of one")
 
 
 def _check_target(value: Any, option: str) -> None:

@@ -195,6 +195,8 @@ def _train_from_command_line(config: DictConfig) -> None:
             if is_first_process():
                 _report(results, config, list(hydra_config.overrides.task))
         except KeyboardInterrupt:
+            if config.evaluate is not None:
+                raise
             _end_interrupted(config.run_folder, list(hydra_config.overrides.task))
         finally:
             _remove_empty(Path(hydra_config.runtime.output_dir))
@@ -273,7 +275,7 @@ def main() -> None:
         try:
             _train_from_command_line()
         except KeyboardInterrupt:
-            print(f"{COMMAND}: interrupted before training began", file=sys.stderr)
+            print(f"{COMMAND}: interrupted; nothing was written", file=sys.stderr)
             sys.exit(130)
 
 

@@ -27,6 +27,8 @@ ANSWERED = [
     "recipe=burgers2d callbacks=paper callbacks.smoothing.average_window=1",
     "recipe=burgers2d cluster=slurm_sbatch",
     "recipe=burgers2d resume_from=last.ckpt",
+    "recipe=admissions_mlp data.csv=table.csv",
+    "recipe=resnet50_cifar10 data.folder=images",
 ]
 # refused by constructors of torch, or by networks
 ANSWERED_WITH_TORCH = [

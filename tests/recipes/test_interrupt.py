@@ -50,7 +50,7 @@ def test_interrupt_before_training_is_one_sentence(
     with pytest.raises(SystemExit) as exit_:
         main()
     assert exit_.value.code == 130
-    assert capfd.readouterr().err == "stableaa-train: interrupted before training began\n"
+    assert capfd.readouterr().err == "stableaa-train: interrupted; nothing was written\n"
 
 
 def _interrupted() -> None:
