@@ -66,7 +66,7 @@ def test_evaluation_command_prints_metrics_and_writes_nothing(
         (MODULE, r"module._target_=.*Module has no monitor; .*metric=val/loss"),
         ([*MODULE, "metric=val/acc", *LENGTH], r".*monitor='val/acc'.*"),
         ([*MODULE, "metric=val/loss", "mode=least"], r".*mode.*least.*"),
-        ([*MODULE, "metric=val/loss", "+module.widht=4"], r"module.widht: .* did you mean width\?"),
+        ([*MODULE, "metric=val/loss", "+module.wdth=4"], r"module.wdth: .* did you mean width\?"),
         (
             [*MODULE, "metric=val/loss", "evaluate=no.ckpt"],
             r"evaluate=no.ckpt: there is no such .*",
