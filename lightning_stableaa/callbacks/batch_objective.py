@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -108,14 +109,10 @@ class BatchObjective(Objective):
     def __enter__(self) -> BatchObjective:
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         self._evaluated = False
-        try:
-            # what the training step has put out of reach counts as well
-            reached = [] if self._before is None else self._before.objects
-            self._leave.callback(self._capture(self._batch, *reached).restore)
-        except UnsupportedStateError:  # with a loss of its own, which has no such effects
-            self._before = None
-        if self._before is None:
+        if self._before is None:  # with a loss of its own, which has no such effects
             super().__enter__()
+        else:
+            self._leave.callback(self._before.again().restore)
         for parameter in trainable_parameters(self._optimizers):
             # toggle_optimizer would leave it changed, were there an error before untoggle_optimizer
             self._leave.callback(parameter.requires_grad_, parameter.requires_grad)
@@ -149,14 +146,11 @@ class BatchObjective(Objective):
         return self._loss_of_batch()
 
     def _save(self, batch: Any) -> None:
+        trained = trainable_parameters(self._optimizers)
         try:
-            self._before = self._capture(batch)
+            self._before = _TrainingState(self._trainer, self._module, batch, trained, self._device)
         except UnsupportedStateError as error:
             self._unsupported = str(error)
-
-    def _capture(self, *reached: Any) -> _TrainingState:
-        trained = trainable_parameters(self._optimizers)
-        return _TrainingState(self._trainer, self._module, reached, trained, self._device)
 
     def _loss_of_batch(self) -> Any:
         with self._trainer.precision_plugin.train_step_context():
@@ -187,30 +181,36 @@ class _TrainingState:
         self,
         trainer: Any,
         module: Any,
-        reached: Iterable[Any],
+        batch: Any,
         trained: Sequence[Tensor],
         device: torch.device,
     ) -> None:
         self._sharded = is_sharded(trained)
         self._reshard()
-        self._rng = RNGSnapshot(device)
+        self._trainer, self._device = trainer, device
         metrics = vars(trainer._logger_connector)
-        self._state = StateSnapshot([module, metrics, *reached], trained)
-        self._trainer = trainer
-        self._should_stop = trainer.should_stop
+        self._state = StateSnapshot([module, batch, metrics], trained)
         loop = trainer.fit_loop.epoch_loop
-        self._counters = [
-            (one, one.state_dict())
-            for one in (
-                loop.automatic_optimization.optim_progress,
-                loop.manual_optimization.optim_step_progress,
-            )
-        ]
+        steps = (
+            loop.automatic_optimization.optim_progress.optimizer.step
+            if module.automatic_optimization
+            else loop.manual_optimization.optim_step_progress
+        )
+        self._counters = [vars(one) for one in (steps.total, steps.current)]
+        self._read_rest()
 
-    @property
-    def objects(self) -> list[Any]:
-        """All that was reached."""
-        return self._state.objects
+    def _read_rest(self) -> None:
+        self._rng = RNGSnapshot(self._device)
+        self._should_stop = self._trainer.should_stop
+        self._counts = [dict(one) for one in self._counters]
+
+    def again(self) -> _TrainingState:
+        """The same, as it is now."""
+        other = copy.copy(self)
+        other._reshard()
+        other._state = self._state.again()
+        other._read_rest()
+        return other
 
     def restore(self) -> bool:
         """Put everything back; whether a generator, global or within the state, had moved."""
@@ -219,8 +219,8 @@ class _TrainingState:
         self._state.restore()
         moved = self._rng.restore() or moved
         self._trainer.should_stop = self._should_stop
-        for counter, state in self._counters:
-            counter.load_state_dict(state)
+        for counter, counts in zip(self._counters, self._counts, strict=True):
+            counter.update(counts)
         return moved
 
     def lost(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import operator
@@ -13,12 +14,11 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_stableaa.distributed.dtensor import to_local
@@ -62,6 +62,9 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CONTAINERS = (dict, list, set, deque, Tensor)
 
 _UNSET = object()  # a slot without a value
+
+_Write = Callable[[Any, Any], object]
+_Kind = tuple[Any, Callable[[Any], Any], _Write]  # an object, how to read its contents and to write
 
 _TORCH_MODULES = ("torch.nn.", "torch._dynamo.", "torch.fx.")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -125,34 +128,65 @@ class StateSnapshot:
     def __init__(self, roots: Iterable[Any], trained: Iterable[Tensor] = ()) -> None:
         trained = list(trained)
         self._trained = {_address(to_local(one)) for one in trained} - {0}
-        self._budget = max(_COPIED_BYTES, 2 * sum(one.nbytes for one in trained))
-        self._restorers: list[Callable[[], object]] = []
-        self._contents: list[tuple[int, Callable[[bool], object]]] = []  # bytes, how to keep them
-        self._uncopied: list[tuple[Tensor, int]] = []  # with their versions
-        self._generators: list[tuple[Callable[[], Any], bytes]] = []  # with their states
+        budget = max(_COPIED_BYTES, 2 * sum(one.nbytes for one in trained))
+        self._kinds: list[_Kind] = []  # of what was reached, and the contents of each
+        self._contents: list[Any] = []
+        self._large: list[Any] = []  # tensors and arrays
+        self._generators: list[int] = []  # positions among the kinds
         self._seen: set[int] = set()
         self.objects: list[Any] = []  # kept alive, so that no id is used again
         pending = list(roots)
         while pending:
             pending.extend(self._capture(pending.pop()))
-        for size, keep in sorted(self._contents, key=lambda one: one[0]):
-            self._budget -= size
-            keep(self._budget >= 0)
-        self._contents.clear()  # a cycle, which would keep everything alive for a while
+        self._tensors: list[tuple[Tensor, bool]] = []  # and whether they are copied
+        for one in sorted(self._large, key=_written_bytes):
+            budget -= _written_bytes(one)
+            if isinstance(one, Tensor):
+                self._tensors.append((one, budget >= 0))
+                if one.is_leaf and one.grad is not None:
+                    self._tensors.append((one.grad, budget >= 0))
+            elif budget >= 0:
+                self._keep(one, _copy_array, _write_array)
+        self._states = [_TensorState.of(one, copied=copied) for one, copied in self._tensors]
+        self._versions = [one._version for one, copied in self._tensors if not copied]
+
+    def again(self) -> StateSnapshot:
+        """Of the same objects, with the contents that they have now."""
+        other = copy.copy(self)
+        other._contents = [read(value) for value, read, _ in self._kinds]
+        other._states = [
+            _TensorState.of(one, copied=copied, like=state)
+            for (one, copied), state in zip(self._tensors, self._states, strict=True)
+        ]
+        return other
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put all contents back."""
-        for restorer in self._restorers:
-            restorer()
+        for (value, _, write), content in zip(self._kinds, self._contents, strict=True):
+            write(value, content)
+        for (tensor, _), state in zip(self._tensors, self._states, strict=True):
+            state.restore(tensor)
 
     def lost(self) -> bool:
         """Whether a tensor too large to be copied was written since, through itself."""
-        return any(tensor._version != version for tensor, version in self._uncopied)
+        uncopied = [one for one, copied in self._tensors if not copied]
+        return [one._version for one in uncopied] != self._versions
 
     def drew_random_numbers(self) -> bool:
         """Whether a generator within the state has moved since."""
-        return any(pickle.dumps(read()) != state for read, state in self._generators)
+        for position in self._generators:
+            value, read, _ = self._kinds[position]
+            if pickle.dumps(read(value)) != pickle.dumps(self._contents[position]):
+                return True
+        return False
+
+    def _keep(self, value: Any, read: Callable[[Any], Any], write: _Write) -> Any:
+        """The contents of an object, which ``restore`` is going to put back."""
+        content = read(value)
+        self._kinds.append((value, read, write))
+        self._contents.append(content)
+        return content
 
     def _capture(self, value: Any) -> Iterable[Any]:
         """Keep the contents of one object, and return the objects inside."""
@@ -175,8 +209,6 @@ class StateSnapshot:
             return self._capture_module(value)
         if self._capture_generator(value) or _is_foreign(value):
             return ()
-        if isinstance(value, Optimizer):  # its state changes in its step alone
-            return (value.param_groups,)
         if isinstance(value, types.MethodType):
             return (value.__self__,)
         if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
@@ -185,57 +217,19 @@ class StateSnapshot:
 
     def _capture_container(self, value: Any) -> Iterable[Any]:
         if isinstance(value, dict):
-            return self._capture_dict(value)
+            return _not_atoms(self._keep(value, dict, _write_dict).values())
         if isinstance(value, list):
-            return self._capture_list(value)
+            return _not_atoms(self._keep(value, list, _write_list))
         if isinstance(value, set | deque):
-            return self._capture_collection(value)
+            return _not_atoms(self._keep(value, list, _write_collection))
         return _not_atoms(value)
 
-    def _capture_dict(self, value: dict[Any, Any]) -> Iterable[Any]:
-        kept = dict(value)
-
-        def restore() -> None:
-            same = len(value) == len(kept) and all(
-                one is two for one, two in zip(value.values(), kept.values(), strict=True)
-            )
-            if same and list(value) == list(kept):
-                return
-            kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
-            kind.clear(value)  # a subclass may do more than that
-            for name, one in kept.items():
-                kind.__setitem__(value, name, one)
-
-        self._restorers.append(restore)
-        return _not_atoms(kept.values())
-
-    def _capture_list(self, value: list[Any]) -> Iterable[Any]:
-        kept = list(value)
-
-        def restore() -> None:
-            if len(value) != len(kept) or any(
-                one is not two for one, two in zip(value, kept, strict=True)
-            ):
-                list.__setitem__(value, slice(None), kept)
-
-        self._restorers.append(restore)
-        return _not_atoms(kept)
-
-    def _capture_collection(self, value: set[Any] | deque[Any]) -> Iterable[Any]:
-        kept = list(value)
-
-        def restore() -> None:
-            value.clear()
-            value.update(kept) if isinstance(value, set) else value.extend(kept)
-
-        self._restorers.append(restore)
-        return _not_atoms(kept)
-
     def _capture_module(self, module: nn.Module) -> Iterable[Any]:
-        attributes = vars(module)
-        inside = list(self._capture_dict(attributes))
+        attributes = self._keep(vars(module), dict, _write_dict)
         if type(module).__module__.startswith(_TORCH_MODULES):  # other attributes are settings
             inside = [attributes["_parameters"], attributes["_buffers"], attributes["_modules"]]
+        else:
+            inside = _not_atoms(attributes.values())
         for name in _HOOKS:
             for hook in attributes[name].values():
                 inside += _collected_by(hook)
@@ -255,25 +249,9 @@ class StateSnapshot:
     def _capture_object(self, value: Any) -> Iterable[Any]:
         inside: list[Any] = []
         if isinstance(getattr(value, "__dict__", None), dict):
-            inside += self._capture_dict(vars(value))
-        slots = [
-            (name, getattr(value, name, _UNSET))
-            for kind in type(value).__mro__
-            for name in _slots_of(kind)
-        ]
-        if slots:
-
-            def restore() -> None:
-                for name, one in slots:
-                    if getattr(value, name, _UNSET) is one:
-                        continue
-                    if one is _UNSET:
-                        object.__delattr__(value, name)
-                    else:
-                        object.__setattr__(value, name, one)
-
-            self._restorers.append(restore)
-            inside += [one for _, one in slots if one is not _UNSET]
+            inside += _not_atoms(self._keep(vars(value), dict, _write_dict).values())
+        if _slots_of(type(value)):
+            inside += self._keep(value, _read_slots, _write_slots).values()
         return inside
 
     def _capture_generator(self, value: Any) -> bool:
@@ -281,38 +259,36 @@ class StateSnapshot:
         numpy = sys.modules.get("numpy")
         if isinstance(value, torch.Generator):
             self._keep_generator(
-                lambda: value.get_state().numpy(),  # a tensor never pickles to the same bytes
-                lambda state: value.set_state(torch.from_numpy(state)),
+                value,
+                lambda one: one.get_state().numpy(),  # a tensor never pickles to the same bytes
+                lambda one, state: one.set_state(torch.from_numpy(state)),
             )
         elif isinstance(value, random.Random):
-            self._keep_generator(value.getstate, value.setstate)
+            self._keep_generator(value, type(value).getstate, type(value).setstate)
         elif numpy is not None and isinstance(value, numpy.random.Generator):
-            bits = value.bit_generator
-            self._keep_generator(lambda: bits.state, lambda state: setattr(bits, "state", state))
+            self._keep_generator(
+                value,
+                lambda one: one.bit_generator.state,
+                lambda one, state: setattr(one.bit_generator, "state", state),
+            )
         elif numpy is not None and isinstance(value, numpy.random.RandomState):
-            read = functools.partial(value.get_state, legacy=False)
-            self._keep_generator(read, value.set_state)
+            read = functools.partial(type(value).get_state, legacy=False)
+            self._keep_generator(value, read, type(value).set_state)
         elif numpy is not None and isinstance(value, numpy.ndarray):
             if value.flags.writeable:
-                self._contents.append((value.nbytes, functools.partial(self._keep_array, value)))
+                self._large.append(value)
         else:
             return False
         return True
 
-    def _keep_generator(self, read: Callable[[], Any], write: Callable[[Any], object]) -> None:
-        state = read()
-        self._restorers.append(lambda: write(state))
-        self._generators.append((read, pickle.dumps(state)))
-
-    def _keep_array(self, array: Any, copied: bool) -> None:
-        if copied:
-            copy = array.copy()
-            self._restorers.append(lambda: array.__setitem__(Ellipsis, copy))
+    def _keep_generator(self, value: Any, read: Callable[[Any], Any], write: _Write) -> None:
+        self._generators.append(len(self._kinds))
+        self._keep(value, read, write)
 
     def _inside_tensor(self, tensor: Tensor) -> Iterable[Any]:
         inside: list[Any] = []
         if isinstance(getattr(tensor, "__dict__", None), dict):
-            inside += self._capture_dict(vars(tensor))
+            inside += _not_atoms(self._keep(vars(tensor), dict, _write_dict).values())
         if is_traceable_wrapper_subclass(tensor):  # DTensors, jagged and quantized ones
             names, _ = tensor.__tensor_flatten__()
             inside += [getattr(tensor, name) for name in names]
@@ -320,36 +296,93 @@ class StateSnapshot:
 
     def _capture_tensor(self, tensor: Tensor) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            if not _is_plain(tensor) or tensor.is_inference() or _address(tensor) in self._trained:
-                return
-            size = _written_memory(tensor.detach()).nbytes
-            self._contents.append((size, functools.partial(self._keep_tensor, tensor)))
+            is_state = _is_plain(tensor) and not tensor.is_inference()
+            if is_state and _address(tensor) not in self._trained:
+                self._large.append(tensor)
 
-    def _keep_tensor(self, tensor: Tensor, copied: bool) -> None:
+
+class _TensorState(NamedTuple):
+    """What a tensor refers to, and a copy of its elements where they are few enough."""
+
+    alias: Tensor
+    memory: Tensor
+    copy: Tensor | None
+    requires_grad: bool
+    grad: Tensor | None
+
+    @classmethod
+    def of(cls, tensor: Tensor, *, copied: bool, like: _TensorState | None = None) -> _TensorState:
+        """The state of now; shares the copy of an earlier one where the elements are the same."""
         with torch._C.DisableTorchFunctionSubclass():
-            kept = tensor.detach()
-            memory = _written_memory(kept)
-            copy = memory.clone() if copied else None
-            requires_grad = tensor.requires_grad
+            alias = tensor.detach()
+            memory = _written_memory(alias)
+            copy = None
+            if copied and like is not None and like.copy is not None:
+                copy = like.copy if _same_content(memory, like.copy) else None
+            if copied and copy is None:
+                copy = memory.clone()
             grad = tensor.grad if tensor.is_leaf else None
-        if copy is None:
-            self._uncopied.append((tensor, tensor._version))
+            return cls(alias, memory, copy, tensor.requires_grad, grad)
 
-        def restore() -> None:
-            with torch._C.DisableTorchFunctionSubclass():
-                if _geometry(tensor) != _geometry(kept):
-                    tensor.data = kept
-                if tensor.is_leaf:
-                    if tensor.requires_grad != requires_grad:
-                        tensor.requires_grad_(requires_grad)
-                    if tensor.grad is not grad:
-                        tensor.grad = grad
-                if copy is not None and not _same_content(memory, copy):
-                    memory.copy_(copy)
+    def restore(self, tensor: Tensor) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            if _geometry(tensor) != _geometry(self.alias):
+                tensor.data = self.alias
+            if tensor.is_leaf:
+                if tensor.requires_grad != self.requires_grad:
+                    tensor.requires_grad_(self.requires_grad)
+                if tensor.grad is not self.grad:
+                    tensor.grad = self.grad
+            if self.copy is not None and not _same_content(self.memory, self.copy):
+                self.memory.copy_(self.copy)
 
-        self._restorers.append(restore)
-        if grad is not None:
-            self._keep_tensor(grad, copied)
+
+def _write_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
+    same = len(value) == len(kept) and all(map(operator.is_, value.values(), kept.values()))
+    if same and list(value) == list(kept):
+        return
+    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    kind.clear(value)  # a subclass may do more than that
+    for name, one in kept.items():
+        kind.__setitem__(value, name, one)
+
+
+def _write_list(value: list[Any], kept: list[Any]) -> None:
+    if len(value) != len(kept) or not all(map(operator.is_, value, kept)):
+        list.__setitem__(value, slice(None), kept)
+
+
+def _write_collection(value: set[Any] | deque[Any], kept: list[Any]) -> None:
+    value.clear()
+    value.update(kept) if isinstance(value, set) else value.extend(kept)
+
+
+def _read_slots(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in _slots_of(type(value)) if hasattr(value, name)}
+
+
+def _write_slots(value: Any, kept: dict[str, Any]) -> None:
+    for name in _slots_of(type(value)):
+        if name not in kept:
+            if hasattr(value, name):
+                object.__delattr__(value, name)
+        elif getattr(value, name, _UNSET) is not kept[name]:
+            object.__setattr__(value, name, kept[name])
+
+
+def _copy_array(array: Any) -> Any:
+    return array.copy()
+
+
+def _write_array(array: Any, copy: Any) -> None:
+    array[...] = copy
+
+
+def _written_bytes(one: Any) -> int:
+    if not isinstance(one, Tensor):
+        return one.nbytes
+    with torch._C.DisableTorchFunctionSubclass():
+        return _written_memory(one.detach()).nbytes
 
 
 def _not_atoms(values: Iterable[Any]) -> list[Any]:
@@ -371,15 +404,18 @@ def _collected_by(hook: Any) -> list[Any]:
     return inside
 
 
+@functools.lru_cache(maxsize=1024)
 def _slots_of(kind: type) -> tuple[str, ...]:
+    """Names of the slots of a class and of its bases."""
+    return tuple(name for base in kind.__mro__ for name in _own_slots(base))
+
+
+def _own_slots(kind: type) -> Iterator[str]:
     slots = vars(kind).get("__slots__", ())
-    names = (slots,) if isinstance(slots, str) else tuple(slots)
     private = f"_{kind.__name__.lstrip('_')}"
-    return tuple(
-        f"{private}{one}" if one.startswith("__") and not one.endswith("__") else one
-        for one in names
-        if one not in ("__dict__", "__weakref__")
-    )
+    for one in (slots,) if isinstance(slots, str) else tuple(slots):
+        if one not in ("__dict__", "__weakref__"):
+            yield f"{private}{one}" if one.startswith("__") and not one.endswith("__") else one
 
 
 def _is_foreign(value: Any) -> bool:
