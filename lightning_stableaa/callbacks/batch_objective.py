@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import io
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +21,7 @@ from lightning_stableaa.callbacks.manual_optimization import (
     single_objective,
 )
 from lightning_stableaa.distributed.dtensor import is_sharded, reshard_fsdp_modules
-from lightning_stableaa.model.objective import Objective
+from lightning_stableaa.model.objective import Objective, scalar
 from lightning_stableaa.model.parameters import trainable_parameters
 from lightning_stableaa.model.snapshot import RNGSnapshot, StateSnapshot, UnsupportedStateError
 from lightning_stableaa.model.step_monitor import maximizes, unwrap_optimizers
@@ -119,10 +122,8 @@ class BatchObjective(Objective):
             # a backward pass in the training step adds to it
             self._leave.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
-        logger_module = importlib.import_module(f"{self._tree}.loggers.logger")
-        self._leave.callback(setattr, trainer, "loggers", trainer.loggers)
-        trainer.loggers = [logger_module.DummyLogger() for _ in trainer.loggers]
         self._leave.callback(setattr, loop, "_results", loop._results)
+        self._silence(trainer)
         return self
 
     def __exit__(
@@ -143,7 +144,31 @@ class BatchObjective(Objective):
         self.stochastic = self.stochastic or (self._evaluated and moved)
         self._evaluated = True
         self._module._current_fx_name = "training_step"
-        return self._loss_of_batch()
+        loss = self._loss_of_batch()
+        return None if loss is None else scalar(loss)
+
+    def _silence(self, trainer: Any) -> None:
+        """Until the context is left, nothing is logged, printed or saved."""
+        for logger in dict.fromkeys(trainer.loggers):
+            self._leave.callback(setattr, logger, "__class__", type(logger))
+            logger.__class__ = _silent_class(type(logger))
+        self._leave.callback(replace_attribute(trainer, "save_checkpoint", _nothing))
+        self._leave.enter_context(redirect_stdout(io.StringIO()))
+        if trainer.world_size > 1:
+            for name in ("all_gather", "barrier", "broadcast", "reduce"):
+                communicate = getattr(trainer.strategy, name)
+                self._leave.callback(
+                    replace_attribute(trainer.strategy, name, self._notices(communicate))
+                )
+
+    def _notices(self, communicate: Callable[..., Any]) -> Callable[..., Any]:
+        """A collective call of the training step, within which other ranks would wait for it."""
+
+        def noticed(*arguments: Any, **options: Any) -> Any:
+            self.collective = True
+            return communicate(*arguments, **options)
+
+        return noticed
 
     def _save(self, batch: Any) -> None:
         trained = trainable_parameters(self._optimizers)
@@ -151,6 +176,8 @@ class BatchObjective(Objective):
             self._before = _TrainingState(self._trainer, self._module, batch, trained, self._device)
         except UnsupportedStateError as error:
             self._unsupported = str(error)
+        except Exception as error:  # of an object that cannot be looked into
+            self._unsupported = f"an object that raises {type(error).__name__}: {error}"
 
     def _loss_of_batch(self) -> Any:
         with self._trainer.precision_plugin.train_step_context():
@@ -163,6 +190,8 @@ class BatchObjective(Objective):
                     output = self._run_training_step()
                 if losses:
                     return single_objective(losses, len(self._optimizers))
+                if output is None:
+                    raise ValueError("training_step neither calls manual_backward nor returns one")
         return output.get("loss") if isinstance(output, Mapping) else output
 
     def _run_training_step(self) -> Any:
@@ -189,7 +218,11 @@ class _TrainingState:
         self._reshard()
         self._trainer, self._device = trainer, device
         metrics = vars(trainer._logger_connector)
-        self._state = StateSnapshot([module, batch, metrics], trained)
+        settings = [one.param_groups for one in unwrap_optimizers(trainer.optimizers)]
+        schedules = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
+        self._state = StateSnapshot(
+            [module, batch, metrics, settings, schedules], trained, _attributes_of_data(trainer)
+        )
         loop = trainer.fit_loop.epoch_loop
         steps = (
             loop.automatic_optimization.optim_progress.optimizer.step
@@ -231,6 +264,32 @@ class _TrainingState:
         """Let modules of FSDP2 hold their shards, not what they have gathered."""
         if self._sharded:
             reshard_fsdp_modules()
+
+
+def _attributes_of_data(trainer: Any) -> Iterator[dict[str, Any]]:
+    """Of the datamodule, the datasets and the samplers, which may be too large to be followed."""
+    loaders = getattr(trainer.fit_loop._combined_loader, "flattened", [])
+    parts = ("dataset", "sampler", "batch_sampler")
+    for one in (trainer.datamodule, *(getattr(x, part, None) for x in loaders for part in parts)):
+        if isinstance(getattr(one, "__dict__", None), dict):
+            yield vars(one)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+@functools.cache
+def _silent_class(kind: type) -> type:
+    """A logger that still is one of its class, with its folder and version, and logs nothing."""
+    methods = [name for name in dir(kind) if name.startswith("log_") and name != "log_dir"]
+    silent: dict[str, Any] = dict.fromkeys([*methods, "save", "after_save_checkpoint"], _nothing)
+    dummy = next(
+        sys.modules[base.__module__].DummyExperiment
+        for base in kind.__mro__
+        if base.__name__ == "Logger" and hasattr(sys.modules[base.__module__], "DummyExperiment")
+    )
+    return type(kind.__name__, (kind,), silent | {"experiment": property(lambda _: dummy())})
 
 
 def has_own_loss(module: nn.Module) -> bool:

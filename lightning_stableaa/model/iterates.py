@@ -158,6 +158,13 @@ class IterateStore:
             else:
                 self.weights.swap(self.candidate, reverse=True)
 
+    def undo_writes(self) -> None:
+        """Put back what an evaluation wrote to the weights, where the newest iterate holds them."""
+        if self._newest_is_current and not (
+            self.weights.device.type == "cpu" and self.weights.equals(self.history.newest)
+        ):
+            self.weights.write(self.history.newest)
+
     def restart(self) -> None:
         """Something other than the optimizer moved the weights."""
         self.history.restart()

@@ -53,24 +53,25 @@ def holds_copy_of_weights(optimizers: Iterable[Optimizer]) -> bool:
 
     What is written to the weights is lost at its next step, which writes the copies over them.
     """
+    copies: dict[tuple[int, object], bool] = {}  # whether all values of a name are copies
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
             if not (isinstance(parameter, Tensor) and isinstance(state, dict)):
                 continue
-            for value in state.values():
+            for name, value in state.items():
                 if (
                     isinstance(value, Tensor)
                     and value is not parameter
                     and value.shape == parameter.shape
                     and value.is_floating_point()
                     and bool(value.any())
-                    and torch.equal(
+                ):
+                    key = id(optimizer), name
+                    copies[key] = copies.get(key, True) and torch.equal(
                         to_local(value.detach()).to(parameter.device, parameter.dtype),
                         to_local(parameter.detach()),
                     )
-                ):
-                    return True
-    return False
+    return any(copies.values())
 
 
 def _all_parameters(optimizers: Iterable[Optimizer]) -> Iterator[Tensor]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import array
+import bisect
 import copy
 import functools
+import gc
 import io
+import math
 import operator
 import pickle
 import random
 import sys
+import sysconfig
 import types
 import weakref
 from collections import OrderedDict, deque
@@ -19,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_stableaa.distributed.dtensor import to_local
@@ -28,12 +34,17 @@ from lightning_stableaa.model.parameters import is_dense
 # it keeps the version alone.
 _COPIED_BYTES = 64 << 20
 
+_NUMBERS = frozenset([int, float, complex, str, bytes, bool, tuple, type(None)])
+
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, range, slice)
 _ATOM_TYPES = (
     frozenset(_ATOMS)
     | {torch.dtype, torch.device, torch.Size, type(Ellipsis)}
     | set(weakref.ProxyTypes)  # which pass for what they refer to
 )
+
+# Objects that a snapshot follows at most: beyond it takes longer than many training steps.
+_MAX_OBJECTS = 100_000
 
 # What belongs to the program around a training step, and not to its state.
 _FOREIGN_PACKAGES = frozenset(
@@ -60,6 +71,11 @@ _FOREIGN_PACKAGES = frozenset(
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 _CONTAINERS = (dict, list, set, deque, Tensor)
+
+# What another thread or process may take from, or that has its state outside of this one.
+_SHARED_PACKAGES = frozenset(
+    ["queue", "_queue", "multiprocessing.queues", "socket", "_socket", "sqlite3"]
+)
 
 _UNSET = object()  # a slot without a value
 
@@ -114,6 +130,7 @@ class StateSnapshot:
 
     Args:
         roots: such as a module and its batch.
+        attributes: dicts of which only the references are kept, not the objects inside.
         trained: parameters whose contents are somebody else's to restore. Copies take at most
             twice their memory, or 64 MiB; larger tensors are watched instead, see ``lost``, and
             larger arrays are taken for constants.
@@ -125,9 +142,14 @@ class StateSnapshot:
         UnsupportedStateError: something cannot be copied: an iterator, or a generator function.
     """
 
-    def __init__(self, roots: Iterable[Any], trained: Iterable[Tensor] = ()) -> None:
+    def __init__(
+        self,
+        roots: Iterable[Any],
+        trained: Iterable[Tensor] = (),
+        attributes: Iterable[dict[str, Any]] = (),
+    ) -> None:
         trained = list(trained)
-        self._trained = {_address(to_local(one)) for one in trained} - {0}
+        self._trained = sorted(_range(to_local(one)) for one in trained)
         budget = max(_COPIED_BYTES, 2 * sum(one.nbytes for one in trained))
         self._kinds: list[_Kind] = []  # of what was reached, and the contents of each
         self._contents: list[Any] = []
@@ -135,18 +157,27 @@ class StateSnapshot:
         self._generators: list[int] = []  # positions among the kinds
         self._seen: set[int] = set()
         self.objects: list[Any] = []  # kept alive, so that no id is used again
-        pending = list(roots)
-        while pending:
-            pending.extend(self._capture(pending.pop()))
+        for one in attributes:
+            self._keep(one, _read_dict, _write_dict)
+        collects = gc.isenabled()
+        gc.disable()  # it would look through all that is kept again and again
+        try:
+            pending = list(roots)
+            while pending:
+                pending.extend(self._capture(pending.pop()))
+        finally:
+            if collects:
+                gc.enable()
         self._tensors: list[tuple[Tensor, bool]] = []  # and whether they are copied
         for one in sorted(self._large, key=_written_bytes):
             budget -= _written_bytes(one)
             if isinstance(one, Tensor):
                 self._tensors.append((one, budget >= 0))
-                if one.is_leaf and one.grad is not None:
+                if one.is_leaf and one.grad is not None and is_dense(one.grad):
                     self._tensors.append((one.grad, budget >= 0))
             elif budget >= 0:
-                self._keep(one, _copy_array, _write_array)
+                write = _write_array if _is_array(one) else _write_frame
+                self._keep(one, lambda value: value.copy(), write)
         self._states = [_TensorState.of(one, copied=copied) for one, copied in self._tensors]
         self._versions = [one._version for one, copied in self._tensors if not copied]
 
@@ -193,12 +224,11 @@ class StateSnapshot:
         kind = type(value)
         if kind in _ATOM_TYPES or id(value) in self._seen:
             return ()
-        self._seen.add(id(value))
-        self.objects.append(value)
+        self._see(value)
         if isinstance(value, Tensor):
             self._capture_tensor(value)
             return self._inside_tensor(value)
-        if isinstance(value, dict | list | tuple | set | frozenset | deque):
+        if issubclass(kind, dict | list | tuple | set | frozenset | deque):
             inside = self._capture_container(value)
             if kind.__module__ in ("builtins", "collections"):
                 return inside
@@ -207,55 +237,133 @@ class StateSnapshot:
             return _not_atoms([value.func, *value.args, *value.keywords.values()])
         if isinstance(value, nn.Module):
             return self._capture_module(value)
-        if self._capture_generator(value) or _is_foreign(value):
+        if isinstance(value, types.FunctionType):
+            return self._capture_function(value)
+        if isinstance(value, types.MethodType | types.BuiltinMethodType):
+            return _not_atoms([value.__self__, getattr(value, "__func__", None)])
+        if isinstance(value, weakref.ReferenceType):
+            return _not_atoms([value()])
+        if self._capture_generator(value) or self._capture_buffer(value):
             return ()
-        if isinstance(value, types.MethodType):
-            return (value.__self__,)
+        if _is_array(value):
+            return self._capture_array(value)
+        if _is_frame(value):
+            self._large.append(value)
+            return ()
         if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
             raise UnsupportedStateError(f"an iterator ({kind.__module__}.{kind.__qualname__})")
-        return self._capture_object(value)
+        if _is_of(kind, _SHARED_PACKAGES):
+            raise UnsupportedStateError(
+                f"a {kind.__module__}.{kind.__qualname__}, which others may read or write"
+            )
+        if isinstance(value, Optimizer):
+            return self._capture_optimizer(value)
+        if _is_foreign(value):
+            return ()
+        return [*self._capture_object(value), *self._inside_classes(kind)]
+
+    def _see(self, value: Any) -> None:
+        self._seen.add(id(value))
+        self.objects.append(value)
+        if len(self.objects) > _MAX_OBJECTS:
+            raise UnsupportedStateError(f"more than {_MAX_OBJECTS:,} objects")
 
     def _capture_container(self, value: Any) -> Iterable[Any]:
+        """By the methods of the builtin: a subclass may show something else."""
         if isinstance(value, dict):
-            return _not_atoms(self._keep(value, dict, _write_dict).values())
+            return _not_atoms(self._keep(value, _read_dict, _write_dict).values())
         if isinstance(value, list):
-            return _not_atoms(self._keep(value, list, _write_list))
+            return _not_atoms(self._keep(value, _read_list, _write_list))
         if isinstance(value, set | deque):
-            return _not_atoms(self._keep(value, list, _write_collection))
-        return _not_atoms(value)
+            return _not_atoms(self._keep(value, _read_collection, _write_collection))
+        kind: Any = tuple if isinstance(value, tuple) else frozenset
+        return _not_atoms(kind.__iter__(value))
 
     def _capture_module(self, module: nn.Module) -> Iterable[Any]:
-        attributes = self._keep(vars(module), dict, _write_dict)
+        attributes = self._keep(vars(module), _read_dict, _write_dict)
         if type(module).__module__.startswith(_TORCH_MODULES):  # other attributes are settings
             inside = [attributes["_parameters"], attributes["_buffers"], attributes["_modules"]]
         else:
-            inside = _not_atoms(attributes.values())
+            inside = [*_not_atoms(attributes.values()), *self._inside_slots(module)]
         for name in _HOOKS:
-            for hook in attributes[name].values():
-                inside += _collected_by(hook)
+            inside += attributes[name].values()
         return [*inside, *self._inside_classes(type(module))]
 
     def _inside_classes(self, kind: type) -> Iterable[Any]:
-        """Containers that all modules of a class share."""
+        """What all objects of a class share: containers, and of the user's own classes numbers."""
         for base in kind.__mro__[:-1]:
+            is_own = _is_own(base.__module__)
             if id(base) in self._seen or _is_of(base, _FOREIGN_PACKAGES | {"torch"}):
                 continue
-            self._seen.add(id(base))
-            self.objects.append(base)
+            if not is_own and not issubclass(base, nn.Module):
+                continue
+            self._see(base)
+            if is_own:
+                self._keep(base, _read_class, _write_class)
             for name, value in vars(base).items():
-                if isinstance(value, _CONTAINERS) and not name.startswith("__"):
+                if not name.startswith("__") and (
+                    isinstance(value, _CONTAINERS)
+                    or (isinstance(value, types.FunctionType) and _is_own(value.__module__))
+                ):
                     yield value
 
     def _capture_object(self, value: Any) -> Iterable[Any]:
-        inside: list[Any] = []
-        if isinstance(getattr(value, "__dict__", None), dict):
-            inside += _not_atoms(self._keep(vars(value), dict, _write_dict).values())
-        if _slots_of(type(value)):
-            inside += self._keep(value, _read_slots, _write_slots).values()
-        return inside
+        return [*self._inside_attributes(value), *self._inside_slots(value)]
+
+    def _inside_attributes(self, value: Any) -> Iterable[Any]:
+        try:
+            attributes = object.__getattribute__(value, "__dict__")  # not by one of its own
+        except AttributeError:
+            return ()
+        if not isinstance(attributes, dict):  # of a class
+            return ()
+        return _not_atoms(self._keep(attributes, _read_dict, _write_dict).values())
+
+    def _inside_slots(self, value: Any) -> Iterable[Any]:
+        if not _slots_of(type(value)):
+            return ()
+        return _not_atoms(self._keep(value, _read_slots, _write_slots).values())
+
+    def _capture_function(self, function: Any) -> Iterable[Any]:
+        """What a function remembers: attributes, defaults, cells, and the user's own globals."""
+        if (function.__module__ or "").split(".")[0] in _FOREIGN_PACKAGES | {"torch"}:
+            return ()
+        inside = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        inside += self._keep(vars(function), _read_dict, _write_dict).values()
+        for cell in function.__closure__ or ():
+            if id(cell) not in self._seen:
+                self._see(cell)
+                inside += self._keep(cell, _read_cell, _write_cell)
+        if _is_own(function.__module__):
+            read = functools.partial(_read_globals, _names_of(function.__code__))
+            inside += self._keep(function.__globals__, read, dict.update).values()
+        return _not_atoms(inside)
+
+    def _capture_optimizer(self, optimizer: Optimizer) -> Iterable[Any]:
+        """Settings; the state too where the training step itself makes the steps."""
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        if all(self._is_trained(one) for one in parameters):
+            return (optimizer.param_groups,)
+        return (optimizer.param_groups, optimizer.state)
+
+    def _capture_array(self, value: Any) -> Iterable[Any]:
+        if value.flags.writeable:
+            self._large.append(value)
+        inside = _not_atoms(value.ravel()) if value.dtype == object else []
+        return [*inside, *self._inside_attributes(value)]
+
+    def _capture_buffer(self, value: Any) -> bool:
+        """Whether it is a sequence of bytes or numbers, or a file in memory, that was kept."""
+        if isinstance(value, bytearray | array.array):
+            self._keep(value, lambda one: one[:], _write_sequence)
+        elif type(value) in (io.StringIO, io.BytesIO):
+            self._keep(value, lambda one: (one.getvalue(), one.tell()), _write_file)
+        else:
+            return False
+        return True
 
     def _capture_generator(self, value: Any) -> bool:
-        """Whether it is one of random numbers, or an array, whose state was kept."""
+        """Whether it is one of random numbers, whose state was kept."""
         numpy = sys.modules.get("numpy")
         if isinstance(value, torch.Generator):
             self._keep_generator(
@@ -263,6 +371,8 @@ class StateSnapshot:
                 lambda one: one.get_state().numpy(),  # a tensor never pickles to the same bytes
                 lambda one, state: one.set_state(torch.from_numpy(state)),
             )
+        elif isinstance(value, random.SystemRandom):
+            pass  # of the operating system
         elif isinstance(value, random.Random):
             self._keep_generator(value, type(value).getstate, type(value).setstate)
         elif numpy is not None and isinstance(value, numpy.random.Generator):
@@ -274,9 +384,10 @@ class StateSnapshot:
         elif numpy is not None and isinstance(value, numpy.random.RandomState):
             read = functools.partial(type(value).get_state, legacy=False)
             self._keep_generator(value, read, type(value).set_state)
-        elif numpy is not None and isinstance(value, numpy.ndarray):
-            if value.flags.writeable:
-                self._large.append(value)
+        elif numpy is not None and isinstance(value, numpy.random.BitGenerator):
+            self._keep_generator(
+                value, lambda one: one.state, lambda one, state: setattr(one, "state", state)
+            )
         else:
             return False
         return True
@@ -286,19 +397,24 @@ class StateSnapshot:
         self._keep(value, read, write)
 
     def _inside_tensor(self, tensor: Tensor) -> Iterable[Any]:
-        inside: list[Any] = []
-        if isinstance(getattr(tensor, "__dict__", None), dict):
-            inside += _not_atoms(self._keep(vars(tensor), dict, _write_dict).values())
+        inside = self._inside_attributes(tensor)
         if is_traceable_wrapper_subclass(tensor):  # DTensors, jagged and quantized ones
             names, _ = tensor.__tensor_flatten__()
-            inside += [getattr(tensor, name) for name in names]
+            inside = [*inside, *(getattr(tensor, name) for name in names)]
         return inside
 
     def _capture_tensor(self, tensor: Tensor) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            is_state = _is_plain(tensor) and not tensor.is_inference()
-            if is_state and _address(tensor) not in self._trained:
+            if tensor.is_inference() or self._is_trained(tensor):
+                return
+            is_whole = is_dense(tensor) or is_lazy(tensor) or is_traceable_wrapper_subclass(tensor)
+            if _is_plain(tensor) or not is_whole:
                 self._large.append(tensor)
+
+    def _is_trained(self, tensor: Tensor) -> bool:
+        start, _ = _range(tensor)
+        position = bisect.bisect_right(self._trained, (start, math.inf)) - 1
+        return position >= 0 and start < self._trained[position][1]
 
 
 class _TensorState(NamedTuple):
@@ -307,6 +423,7 @@ class _TensorState(NamedTuple):
     alias: Tensor
     memory: Tensor
     copy: Tensor | None
+    version: int
     requires_grad: bool
     grad: Tensor | None
 
@@ -315,120 +432,214 @@ class _TensorState(NamedTuple):
         """The state of now; shares the copy of an earlier one where the elements are the same."""
         with torch._C.DisableTorchFunctionSubclass():
             alias = tensor.detach()
-            memory = _written_memory(alias)
+            memory = _written_memory(alias) if is_dense(alias) else alias
             copy = None
             if copied and like is not None and like.copy is not None:
-                copy = like.copy if _same_content(memory, like.copy) else None
+                copy = like.copy if like.holds(tensor, memory) else None
             if copied and copy is None:
                 copy = memory.clone()
             grad = tensor.grad if tensor.is_leaf else None
-            return cls(alias, memory, copy, tensor.requires_grad, grad)
+            return cls(alias, memory, copy, tensor._version, tensor.requires_grad, grad)
+
+    def holds(self, tensor: Tensor, memory: Tensor) -> bool:
+        """Whether the elements in memory are those of the copy."""
+        assert self.copy is not None
+        if not is_dense(tensor):  # sparse, nested or quantized
+            return tensor._version == self.version
+        return _same_content(memory, self.copy)
 
     def restore(self, tensor: Tensor) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            if _geometry(tensor) != _geometry(self.alias):
+            if is_dense(tensor) and _geometry(tensor) != _geometry(self.alias):
                 tensor.data = self.alias
             if tensor.is_leaf:
                 if tensor.requires_grad != self.requires_grad:
                     tensor.requires_grad_(self.requires_grad)
                 if tensor.grad is not self.grad:
                     tensor.grad = self.grad
-            if self.copy is not None and not _same_content(self.memory, self.copy):
-                self.memory.copy_(self.copy)
+            if self.copy is not None and not self.holds(tensor, self.memory):
+                (self.memory if is_dense(tensor) else tensor).copy_(self.copy)
+
+
+def _read_dict(value: dict[Any, Any]) -> dict[Any, Any]:
+    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    return {name: one for name, one in kind.items(value)}  # noqa: C416  # by its own method
 
 
 def _write_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
-    same = len(value) == len(kept) and all(map(operator.is_, value.values(), kept.values()))
-    if same and list(value) == list(kept):
-        return
     kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    if (
+        kind.__len__(value) == len(kept)
+        and all(map(operator.is_, kind.values(value), kept.values()))
+        and all(map(operator.is_, kind.__iter__(value), kept))
+    ):
+        return
     kind.clear(value)  # a subclass may do more than that
     for name, one in kept.items():
         kind.__setitem__(value, name, one)
 
 
+def _read_list(value: list[Any]) -> list[Any]:
+    return list(list.__iter__(value))
+
+
 def _write_list(value: list[Any], kept: list[Any]) -> None:
-    if len(value) != len(kept) or not all(map(operator.is_, value, kept)):
+    same = list.__len__(value) == len(kept) and all(map(operator.is_, list.__iter__(value), kept))
+    if not same:
         list.__setitem__(value, slice(None), kept)
 
 
-def _write_collection(value: set[Any] | deque[Any], kept: list[Any]) -> None:
-    value.clear()
-    value.update(kept) if isinstance(value, set) else value.extend(kept)
+def _read_collection(value: set[Any] | deque[Any]) -> list[Any]:
+    kind: Any = set if isinstance(value, set) else deque
+    return list(kind.__iter__(value))
 
 
-def _read_slots(value: Any) -> dict[str, Any]:
-    return {name: getattr(value, name) for name in _slots_of(type(value)) if hasattr(value, name)}
+def _write_collection(value: Any, kept: list[Any]) -> None:
+    now = _read_collection(value)
+    if len(now) == len(kept) and all(map(operator.is_, now, kept)):
+        return
+    kind: Any = set if isinstance(value, set) else deque
+    kind.clear(value)
+    (kind.update if kind is set else kind.extend)(value, kept)
 
 
-def _write_slots(value: Any, kept: dict[str, Any]) -> None:
-    for name in _slots_of(type(value)):
-        if name not in kept:
-            if hasattr(value, name):
-                object.__delattr__(value, name)
-        elif getattr(value, name, _UNSET) is not kept[name]:
-            object.__setattr__(value, name, kept[name])
+def _read_slots(value: Any) -> dict[Any, Any]:
+    """By member, without what ``getattr`` of the class may do beside."""
+    found = {}
+    for member in _slots_of(type(value)):
+        try:
+            found[member] = member.__get__(value)
+        except AttributeError:
+            continue
+    return found
 
 
-def _copy_array(array: Any) -> Any:
-    return array.copy()
+def _write_slots(value: Any, kept: dict[Any, Any]) -> None:
+    now = _read_slots(value)
+    for member in _slots_of(type(value)):
+        if member not in kept:
+            if member in now:
+                member.__delete__(value)
+        elif now.get(member, _UNSET) is not kept[member]:
+            member.__set__(value, kept[member])
+
+
+def _read_cell(cell: Any) -> tuple[Any, ...]:
+    try:
+        return (cell.cell_contents,)
+    except ValueError:  # not assigned yet
+        return ()
+
+
+def _write_cell(cell: Any, kept: tuple[Any, ...]) -> None:
+    if kept and (now := _read_cell(cell)) and now[0] is not kept[0]:
+        cell.cell_contents = kept[0]
+
+
+def _read_globals(names: tuple[str, ...], scope: dict[str, Any]) -> dict[str, Any]:
+    """Numbers, strings and containers; functions and classes are the program."""
+    found = {name: scope[name] for name in names if name in scope}
+    return {name: one for name, one in found.items() if _is_data(one)}
+
+
+def _read_class(kind: type) -> dict[str, Any]:
+    return {
+        name: one for name, one in vars(kind).items() if not name.startswith("__") and _is_data(one)
+    }
+
+
+def _write_class(kind: type, kept: dict[str, Any]) -> None:
+    for name, one in kept.items():
+        if vars(kind).get(name, _UNSET) is not one:
+            setattr(kind, name, one)
+
+
+def _is_data(value: Any) -> bool:
+    return isinstance(value, _CONTAINERS) or type(value) in _NUMBERS
+
+
+def _write_sequence(value: Any, kept: Any) -> None:
+    if value != kept:
+        value[:] = kept
+
+
+def _write_file(value: Any, kept: tuple[Any, int]) -> None:
+    if (value.getvalue(), value.tell()) != kept:
+        value.seek(0)
+        value.truncate()
+        value.write(kept[0])
+        value.seek(kept[1])
 
 
 def _write_array(array: Any, copy: Any) -> None:
     array[...] = copy
 
 
+def _write_frame(frame: Any, kept: Any) -> None:
+    if not frame.equals(kept):
+        frame._update_inplace(kept.copy())
+
+
 def _written_bytes(one: Any) -> int:
     if not isinstance(one, Tensor):
-        return one.nbytes
+        return one.nbytes if _is_array(one) else one.to_numpy().nbytes
     with torch._C.DisableTorchFunctionSubclass():
-        return _written_memory(one.detach()).nbytes
+        one = one.detach()
+        if is_dense(one):
+            return _written_memory(one).nbytes
+        if one.is_sparse:
+            return one._values().nbytes
+        return one.values().nbytes if one.layout is not torch.strided else one.nbytes
 
 
 def _not_atoms(values: Iterable[Any]) -> list[Any]:
     return [one for one in values if type(one) not in _ATOM_TYPES]
 
 
-def _collected_by(hook: Any) -> list[Any]:
-    """What a hook can collect in: its arguments, its cells, or the object that it belongs to."""
-    if isinstance(hook, functools.partial):
-        return [*hook.args, *hook.keywords.values(), *_collected_by(hook.func)]
-    if not isinstance(hook, types.FunctionType):
-        return [getattr(hook, "__self__", hook)]
-    inside = [*(hook.__defaults__ or ()), *(hook.__kwdefaults__ or {}).values()]
-    for cell in hook.__closure__ or ():
-        try:
-            inside.append(cell.cell_contents)
-        except ValueError:  # not assigned yet
-            continue
-    return inside
-
-
 @functools.lru_cache(maxsize=1024)
-def _slots_of(kind: type) -> tuple[str, ...]:
-    """Names of the slots of a class and of its bases."""
-    return tuple(name for base in kind.__mro__ for name in _own_slots(base))
+def _slots_of(kind: type) -> tuple[Any, ...]:
+    """The members of a class and of its bases that are slots."""
+    return tuple(
+        one
+        for base in kind.__mro__
+        if "__slots__" in vars(base)
+        for one in vars(base).values()
+        if isinstance(one, types.MemberDescriptorType)
+    )
 
 
-def _own_slots(kind: type) -> Iterator[str]:
-    slots = vars(kind).get("__slots__", ())
-    private = f"_{kind.__name__.lstrip('_')}"
-    for one in (slots,) if isinstance(slots, str) else tuple(slots):
-        if one not in ("__dict__", "__weakref__"):
-            yield f"{private}{one}" if one.startswith("__") and not one.endswith("__") else one
+@functools.cache
+def _names_of(code: types.CodeType) -> tuple[str, ...]:
+    """Names of globals and attributes in the code of a function and of those within it."""
+    inner = [one for one in code.co_consts if isinstance(one, types.CodeType)]
+    return tuple({*code.co_names, *(name for one in inner for name in _names_of(one))})
+
+
+@functools.cache
+def _is_own(module: str | None) -> bool:
+    """Whether a module is of the user's project: neither installed nor of Python."""
+    path = getattr(sys.modules.get(module or ""), "__file__", None)
+    if module is None or path is None or module.split(".")[0] == __name__.split(".")[0]:
+        return module == "__main__"
+    paths = sysconfig.get_paths()
+    places = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return not path.startswith(tuple(places))
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def _is_frame(value: Any) -> bool:
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(value, pandas.DataFrame | pandas.Series)
 
 
 def _is_foreign(value: Any) -> bool:
     if isinstance(
         value,
-        types.FunctionType
-        | types.BuiltinFunctionType
-        | types.ModuleType
-        | Enum
-        | weakref.ReferenceType
-        | torch.optim.Optimizer
-        | torch.utils.data.Dataset
-        | torch.utils.data.DataLoader,
+        types.ModuleType | Enum | torch.utils.data.Dataset | torch.utils.data.DataLoader,
     ):
         return True
     return any(_is_of(kind, _FOREIGN_PACKAGES) for kind in type(value).__mro__[:-1])
@@ -472,9 +683,11 @@ def _is_plain(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or tensor.untyped_storage().nbytes() > 0  # not freed, as FSDP2 does
 
 
-def _address(tensor: Tensor) -> int:
-    """Where the memory of a tensor begins; 0 where there is none."""
-    return tensor.untyped_storage().data_ptr() if _is_plain(tensor) else 0
+def _range(tensor: Tensor) -> tuple[int, int]:
+    """Where the memory of a tensor begins and ends; (0, 0) where there is none."""
+    if not _is_plain(tensor) or tensor.device.type == "meta":
+        return 0, 0
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
 
 
 def _put_back(

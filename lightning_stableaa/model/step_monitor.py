@@ -77,9 +77,10 @@ class OptimizerStepMonitor:
 
     Every in-place operation of torch raises a tensor's version. Those that rose between the end of
     one step and the beginning of the next were written by somebody else. So were those that a
-    subclass of a torch optimizer writes after the step of its base class (a projection), and those
-    of other hooks on the step. Writes through ``.data`` raise no version: while ``backup`` is set,
-    the weights are copied as a step ends, and compared with the copy in ``external_write``.
+    subclass of a torch optimizer writes after the step of its base class (a projection), those of
+    other hooks on the step, and those of the closure, which under Lightning is the training step.
+    Writes through ``.data`` raise no version: while ``backup`` is set, the weights are copied as a
+    step ends, and compared with the copy in ``external_write``.
 
     Args:
         optimizers: unwrapped optimizers.
@@ -119,14 +120,14 @@ class OptimizerStepMonitor:
 
     def rebaseline(self) -> None:
         """Take the weights as they are now for the optimizer's own."""
-        self._versions = self._current()
+        self._versions = list(map(_version_of, self._parameters))
         self._written = self._backed_up = False
 
     def external_write(self) -> bool:
         """Whether anything but the optimizers wrote to the weights since the last rebaseline."""
         if self._backed_up and self.backup is not None and not self.backup.is_unchanged():
             self._written = True
-        return self._written or self._current() != self._versions
+        return self._written or list(map(_version_of, self._parameters)) != self._versions
 
     def detach(self) -> None:
         """Remove the hooks."""
@@ -134,16 +135,29 @@ class OptimizerStepMonitor:
             hook.remove()
         self._hooks.clear()
 
-    def _before(self, *_: object) -> None:
-        if self._depth == 0 and self._current() != self._versions:
+    def _before(self, _: Optimizer, arguments: Any, options: Any) -> Any:
+        if self._depth == 0 and list(map(_version_of, self._parameters)) != self._versions:
             self._written = True
         self._depth += 1
+        closure = options.get("closure", arguments[1] if len(arguments) > 1 else None)
+        if self._depth > 1 or closure is None:
+            return None
+
+        def watched() -> Any:
+            before = list(map(_version_of, self._parameters))
+            result = closure()
+            self._written = self._written or list(map(_version_of, self._parameters)) != before
+            return result
+
+        if "closure" in options:
+            return arguments, options | {"closure": watched}
+        return (arguments[0], watched, *arguments[2:]), options
 
     def _after(self, optimizer: Optimizer, *_: object) -> None:
         self._depth = max(0, self._depth - 1)
         if _has_stepped(optimizer):
             self._stepped = True
-        versions = self._current()
+        versions = list(map(_version_of, self._parameters))
         if self._base_ended and versions != self._versions:
             self._written = True
         self._base_ended = self._depth > 0
@@ -151,9 +165,6 @@ class OptimizerStepMonitor:
         self._backed_up = self.backup is not None
         if self.backup is not None:
             self.backup.copy_weights()
-
-    def _current(self) -> list[int]:
-        return list(map(_version_of, self._parameters))
 
 
 def _hook_base_classes(optimizer: Optimizer) -> None:

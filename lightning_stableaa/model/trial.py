@@ -33,8 +33,10 @@ def evaluate_candidate(
         return Evaluation(math.nan, math.nan, False, overflows=overflow > 0)
     with objective:
         before = objective()
+        iterates.undo_writes()
         error = objective.error
         again = objective() if check else before
+        iterates.undo_writes()
         raises = check and error is not None and objective.error is not None
         with iterates.trial():
             after = objective()

@@ -1,6 +1,7 @@
 """Weights keep their memory, precision and compiled graphs; two processes stay equal."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,13 +71,16 @@ def test_channels_last_weights_keep_memory_and_get_the_same_candidates() -> None
         ("64-true", torch.float64),
     ],
 )
-def test_precision_of_history_is_that_of_weights(precision: str, dtype: torch.dtype) -> None:
-    seen: list[torch.dtype] = []
+def test_precision_of_history_is_that_of_weights(
+    precision: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # in the environment: what a step writes elsewhere is undone
+    monkeypatch.setenv("STABLEAA_SEEN", "")
 
     class Watched(Steered):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             out = self.network(batch[0])
-            seen.append(out.dtype)
+            os.environ["STABLEAA_SEEN"] = f"{os.environ.get('STABLEAA_SEEN', '')} {out.dtype}"
             loss = mse_loss(out.float(), batch[1].float())
             return loss + self.steering.offset if self.steering.at_candidate(self) else loss
 
@@ -88,7 +92,8 @@ def test_precision_of_history_is_that_of_weights(precision: str, dtype: torch.dt
     assert next(module.parameters()).dtype == dtype
     assert outcomes(callback) == {"accepted": 3}
     # training and evaluation under the same precision
-    assert set(seen) == {torch.bfloat16 if "bf16" in precision else torch.float64}
+    seen = os.environ["STABLEAA_SEEN"].split()
+    assert set(seen) == {"torch.bfloat16" if "bf16" in precision else "torch.float64"}
     assert len(seen) == 12 + 3 + 3 + 2
 
 

@@ -3,11 +3,15 @@
 import collections
 import dataclasses
 import functools
+import os
 import random
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
+import lightning.pytorch
+import lightning.pytorch.loggers
 import numpy as np
 import pytest
 import torch
@@ -451,6 +455,184 @@ def test_iterator_disables_with_a_reason_and_keeps_epochs(
     assert "holds an iterator" in callbacks[0].state_dict()["disabled"]
     assert caplog.text.count("Anderson acceleration is off for the rest of this run") == 1
     assert "define anderson_loss(batch) on the LightningModule" in caplog.text
+
+
+# What reaches outside of the module: weights, optimizers, loggers, files, the terminal.
+
+
+class Reaches(Regression):
+    """Does one more thing in its training step.
+
+    Args:
+        kind: a key of ``REACHES``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.own = torch.nn.Parameter(torch.ones(2))
+        self.optimizer_of_own = torch.optim.Adam([self.own], lr=0.1)
+        self.files: list[str] = []
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self.network.parameters())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        return REACHES[self.kind](self, loss)
+
+    def step_own(self, loss: Tensor) -> Tensor:
+        scale = self.own.square().mean()
+        self.optimizer_of_own.zero_grad()
+        scale.backward()
+        self.optimizer_of_own.step()
+        return loss * (1 + scale.detach())
+
+    def decay_rate(self, loss: Tensor) -> Tensor:
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] *= 0.95
+        return loss
+
+    def shrink_weights(self, loss: Tensor) -> Tensor:
+        """Through ``.data``, which no version tells of; the loss was computed before."""
+        for one in self.network.parameters():
+            one.data.mul_(0.99)
+        return loss
+
+    def name_file(self, loss: Tensor) -> Tensor:
+        assert isinstance(self.logger, self.trainer.loggers[0].__class__)
+        self.files.append(os.path.join(self.trainer.log_dir or "", f"{len(self.files)}"))
+        return loss
+
+    def save(self, loss: Tensor) -> Tensor:
+        path = Path(self.trainer.default_root_dir) / f"{self.trainer.global_step}.ckpt"
+        self.trainer.save_checkpoint(path, weights_only=True)
+        return loss
+
+    def say(self, loss: Tensor) -> Tensor:
+        print("step", self.trainer.global_step)
+        return loss
+
+    def keep_rate(self, loss: Tensor) -> Tensor:
+        self.trainer.datamodule.seen += 1
+        return loss
+
+
+REACHES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "an optimizer of its own": Reaches.step_own,
+    "the learning rate": Reaches.decay_rate,
+    "the trained weights": Reaches.shrink_weights,
+    "the folder of the logger": Reaches.name_file,
+    "a checkpoint": Reaches.save,
+    "the terminal": Reaches.say,
+    "the datamodule": Reaches.keep_rate,
+}
+
+
+class Counting(lightning.pytorch.LightningDataModule):
+    seen = 0
+
+    def train_dataloader(self) -> Any:
+        return batches(12)
+
+
+@pytest.mark.parametrize("kind", REACHES)
+def test_reach_of_a_rejected_candidate_is_undone(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(name: str, *callbacks: Any) -> list[Any]:
+        module, data, folder = Reaches(kind), Counting(), tmp_path / name
+        folder.mkdir()
+        logger = lightning.pytorch.loggers.CSVLogger(folder, flush_logs_every_n_steps=1)
+        trainer = fit(
+            module, data, *callbacks, max_epochs=1, logger=logger, default_root_dir=folder
+        )
+        saved = [torch.load(one) for one in sorted(folder.glob("*.ckpt"))]
+        return [
+            module.state_dict(),
+            module.optimizer_of_own.state_dict()["state"],
+            trainer.optimizers[0].state_dict(),
+            [Path(one).name for one in module.files],
+            [one["state_dict"] for one in saved],
+            capsys.readouterr().out,
+            data.seen,
+        ]
+
+    callback = anderson(max_extrapolation=1e-30)
+    plain, own = run("plain"), run("own", callback)
+    assert_bitwise_equal(own, plain)
+    assert callback.state_dict()["disabled"] is None
+    assert counters(callback)["attempted"] >= 4
+
+
+def test_write_to_weights_within_training_step_restarts_sequence() -> None:
+    """As prototypes that are normalised where a step begins."""
+
+    class Normalises(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                weight = self.network[0].weight
+                weight.copy_(torch.nn.functional.normalize(weight, dim=1))
+            return super().training_step(batch, batch_idx)
+
+    callback = anderson()
+    fit(Normalises(), batches(12), callback, max_epochs=1)
+    assert counters(callback)["attempted"] == 0
+    assert outcomes(callback) == {"external_update": 12}
+
+
+def step_by_hand(self: Any, batch: Any, _: int) -> None:
+    optimizer = self.optimizers()
+    optimizer.zero_grad()
+    Regression.training_step(self, batch, 0).backward()
+    optimizer.step()
+
+
+UNUSABLE: dict[str, tuple[Any, str]] = {
+    "loss of every sample": (
+        lambda self, batch, _: (self.network(batch[0]) - batch[1]).square(),
+        "raised ValueError: the loss must be a single number, got shape (8, 1)",
+    ),
+    "manual, without a loss": (
+        step_by_hand,
+        "raised ValueError: training_step neither calls manual_backward nor returns one",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_training_step_without_a_loss_trains_on_without_acceleration(kind: str) -> None:
+    step, reason = UNUSABLE[kind]
+
+    class Unusual(Regression):
+        training_step = step
+
+        def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
+            loss.mean().backward()
+
+    ends = []
+    for callbacks in ([], [anderson()]):
+        module = Unusual()
+        module.automatic_optimization = kind == "loss of every sample"
+        fit(module, batches(8), *callbacks, max_epochs=1)
+        ends.append(weights(module))
+    assert torch.equal(*ends)
+    assert reason in callbacks[0].state_dict()["disabled"]
+
+
+def test_object_that_cannot_be_looked_into_disables_with_a_reason() -> None:
+    class Odd:
+        @property
+        def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+            raise LookupError("nothing here")
+
+    module = Regression()
+    module.odd = [Odd()]
+    callback = anderson()
+    fit(module, batches(8), callback, max_epochs=1)
+    assert (
+        "holds an object that raises LookupError: nothing here" in callback.state_dict()["disabled"]
+    )
 
 
 # Signatures of training_step.

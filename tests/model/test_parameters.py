@@ -49,6 +49,12 @@ def test_holds_copy_of_weights_recognizes_master_weights() -> None:
     assert not holds_copy_of_weights([optimizer])
     optimizer.state[weight] = {"step": torch.zeros(()), "master": weight.detach().float()}
     assert holds_copy_of_weights([optimizer])
+    # the initial weights, of a layer that never moves among others
+    other = nn.Parameter(torch.ones(3))
+    pulled = SGD([weight, other], lr=1.0)
+    pulled.state[weight]["initial"] = weight.detach().clone()
+    pulled.state[other]["initial"] = torch.zeros(3) + 2
+    assert not holds_copy_of_weights([pulled])
 
 
 def mixed_tensors() -> list[Tensor]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import io
+import multiprocessing
+import queue
 import random
 import types
+import weakref
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +17,7 @@ from enum import Enum
 from typing import Any, ClassVar
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch import Tensor, nn
@@ -276,6 +281,207 @@ def test_snapshot_restores_content_into_same_objects(name: str, nested: bool) ->
     check_restored([root], change)
 
 
+# What has its state elsewhere than in attributes and elements
+
+CALLS = 0  # global, for a function of this module
+
+
+class Counts:
+    """Counts its calls in its class."""
+
+    calls = 0
+
+    def __call__(self) -> None:
+        type(self).calls += 1
+
+
+class Hides(dict[str, Any]):
+    """Shows no private keys."""
+
+    def __iter__(self) -> Any:
+        return (one for one in super().__iter__() if not one.startswith("_"))
+
+    def keys(self) -> Any:
+        return list(self)
+
+    def items(self) -> Any:
+        return [(one, self[one]) for one in self]
+
+
+def closure() -> Callable[[], int]:
+    calls = 0
+
+    def count() -> int:
+        nonlocal calls
+        calls += 1
+        return calls
+
+    return count
+
+
+def count_globally() -> int:
+    global CALLS  # what is tested
+    CALLS += 1
+    return CALLS
+
+
+def cell_of(function: Any) -> Any:
+    return function.__closure__[0].cell_contents
+
+
+# A value, how it is changed, and what shows it.
+STATES: dict[str, tuple[Callable[[], Any], Callable[[Any], object], Callable[[Any], Any]]] = {
+    "bytearray": (lambda: bytearray(b"ab"), lambda v: v.append(1), bytes),
+    "array of the standard library": (
+        lambda: array.array("d", [1.0]),
+        lambda v: v.append(2.0),
+        lambda v: v.tolist(),
+    ),
+    "StringIO": (lambda: io.StringIO("ab"), lambda v: v.write("xyz"), lambda v: v.getvalue()),
+    "BytesIO": (lambda: io.BytesIO(b"abc"), lambda v: v.read(1), lambda v: v.tell()),
+    "cell of a function": (closure, lambda v: v(), cell_of),
+    "attribute of a function": (
+        closure,
+        lambda v: setattr(v, "calls", 1),
+        lambda v: hasattr(v, "calls"),
+    ),
+    "bound method of a list": (lambda: [].append, lambda v: v(1), lambda v: list(v.__self__)),
+    "global": (lambda: count_globally, lambda v: v(), lambda _: CALLS),
+    "number of a class": (Counts, lambda v: v(), lambda _: Counts.calls),
+    "elements of an array": (
+        lambda: np.array([[1], "a"], dtype=object),
+        lambda v: v[0].append(2),
+        lambda v: list(v[0]),
+    ),
+    "bit generator": (lambda: np.random.PCG64(0), lambda v: v.random_raw(), lambda v: str(v.state)),
+    "target of a weak reference": (
+        lambda: weakref.ref(TARGET),
+        lambda v: v().seen.append(1),
+        lambda v: list(v().seen),
+    ),
+    "keys that a dict hides": (
+        lambda: Hides(_private=1, shown=2),
+        lambda v: v.__delitem__("shown"),
+        lambda v: dict.__len__(v),
+    ),
+    "keys without a truth value": (
+        lambda: {torch.ones(2): 1},
+        lambda v: v.update(new=1),
+        lambda v: len(v),
+    ),
+    "data frame": (
+        lambda: pandas.DataFrame({"a": [1, 2]}),
+        lambda v: v.insert(0, "b", [3, 4]),
+        lambda v: v.to_csv(),
+    ),
+    "series": (
+        lambda: pandas.Series([1.0, 2.0]),
+        lambda v: v.__setitem__(0, 5.0),
+        lambda v: v.to_csv(),
+    ),
+    "sparse": (lambda: torch.eye(2).to_sparse(), lambda v: v.mul_(2), lambda v: v.to_dense()),
+    "compressed": (
+        lambda: torch.eye(2).to_sparse_csr(),
+        lambda v: v.values().mul_(2),
+        lambda v: v.values().clone(),
+    ),
+    "quantized": (
+        lambda: torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.quint8),
+        lambda v: v.copy_(torch.zeros(2)),
+        lambda v: v.dequantize(),
+    ),
+}
+TARGET = Attributes(seen=[])
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:.*quantize")
+@pytest.mark.parametrize("name", STATES)
+def test_snapshot_restores_state_of_other_kinds(name: str) -> None:
+    make, change, show = STATES[name]
+    value = make()
+    before = show(value)
+    snapshot = StateSnapshot([Attributes(value=value)])
+    for _ in range(2):
+        change(value)
+        assert repr(show(value)) != repr(before), "the change has to show"
+        later = snapshot.again()
+        snapshot.restore()
+        assert repr(show(value)) == repr(before)
+        changed = StateSnapshot([Attributes(value=value)])
+        later.restore()
+        assert repr(show(value)) != repr(before)
+        changed.restore()
+        assert repr(show(value)) == repr(before)
+
+
+def test_snapshot_restores_optimizer_of_untrained_parameters() -> None:
+    """Its state changes where the training step makes its steps; that of others is somebody's."""
+    own, trained = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizers = [torch.optim.Adam([own]), torch.optim.Adam([trained])]
+    snapshot = StateSnapshot([Attributes(own=own, optimizers=optimizers)], [trained])
+    for one in (own, trained):
+        one.grad = torch.ones(2)
+    for one in optimizers:
+        one.step()
+        one.param_groups[0]["lr"] = 0.5
+    snapshot.restore()
+    assert own.tolist() == [1.0, 1.0]
+    assert trained[0].item() < 1
+    assert [len(one.state) for one in optimizers] == [0, 1]
+    assert [one.param_groups[0]["lr"] for one in optimizers] == [1e-3, 1e-3]
+
+
+def test_snapshot_passes_over_sparse_gradient_of_untrained_parameter() -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    table(torch.tensor([1])).sum().backward()
+    gradient = table.weight.grad
+    snapshot = StateSnapshot([table])
+    table.weight.grad = None
+    snapshot.restore()
+    assert table.weight.grad is gradient
+
+
+def test_snapshot_leaves_untouched_set_in_order() -> None:
+    value = {8, 0}
+    value.discard(8)
+    value.add(8)
+    before = list(value)
+    StateSnapshot([value]).restore()
+    assert list(value) == before
+
+
+def test_snapshot_reads_slots_without_getattr() -> None:
+    class Guarded:
+        __slots__ = ("empty",)
+
+        def __getattr__(self, name: str) -> Any:
+            raise KeyError(name)
+
+    StateSnapshot([Guarded()]).restore()
+
+
+def test_snapshot_again_keeps_what_a_step_left() -> None:
+    module: Any = Plain()
+    before = StateSnapshot([module], module.layer.parameters())
+    module.ema += 1
+    module.calls = 1
+    after = before.again()
+    before.restore()
+    assert (module.calls, module.ema.tolist()) == (0, [0.0, 0.0])
+    module.ema -= 5
+    after.restore()
+    assert (module.calls, module.ema.tolist()) == (1, [1.0, 1.0])
+
+
+def test_snapshot_of_attributes_does_not_look_inside() -> None:
+    dataset: Any = Attributes(index=0, rows=[1])
+    snapshot = StateSnapshot([], attributes=[vars(dataset)])
+    dataset.index += 1
+    dataset.rows.append(2)
+    snapshot.restore()
+    assert (dataset.index, dataset.rows) == (0, [1, 2])
+
+
 # Modules
 
 
@@ -394,18 +600,28 @@ def test_snapshot_iterator_raises(iterator: Any, name: str) -> None:
         StateSnapshot([Attributes(batches={"train": [iterator]})])
 
 
+@pytest.mark.parametrize("kind", [queue.Queue, queue.SimpleQueue, multiprocessing.SimpleQueue])
+def test_snapshot_of_what_others_read_raises(kind: Any) -> None:
+    with pytest.raises(UnsupportedStateError, match=r"Queue, which others may read or write$"):
+        StateSnapshot([Attributes(source=kind())])
+
+
+def test_snapshot_of_too_many_objects_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot_module, "_MAX_OBJECTS", 1000)
+    with pytest.raises(UnsupportedStateError, match=r"^more than 1,000 objects$"):
+        StateSnapshot([[[] for _ in range(1000)]])
+    StateSnapshot([list(range(100_000))])  # numbers are no objects
+
+
 def test_snapshot_passes_over_what_a_step_does_not_change() -> None:
     dataset = torch.utils.data.TensorDataset(torch.zeros(2))
     loader = torch.utils.data.DataLoader(dataset)
-    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1)
     mode = Enum("Mode", ["TRAIN"])
-    value = [mode, np.float32(1), torch, print, open, io.BytesIO(b"abc"), loader, optimizer]
+    value = [mode, np.float32(1), torch, print, open, random.SystemRandom(), loader]
     snapshot = StateSnapshot([value, torch.float32, slice(3), ...])
     dataset.tensors[0].add_(1)
-    optimizer.param_groups[0]["lr"] = 0.5
     snapshot.restore()
     assert dataset.tensors[0].tolist() == [1.0, 1.0]
-    assert optimizer.param_groups[0]["lr"] == 0.5
 
 
 def test_restore_writes_only_what_changed() -> None:
