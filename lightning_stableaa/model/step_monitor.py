@@ -140,7 +140,7 @@ class OptimizerStepMonitor:
             self._written = True
         self._depth += 1
         closure = options.get("closure", arguments[1] if len(arguments) > 1 else None)
-        if self._depth > 1 or closure is None:
+        if self._depth > 1 or not callable(closure):
             return None
 
         def watched() -> Any:
