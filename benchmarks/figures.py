@@ -100,7 +100,7 @@ def burgers2d(path: Path) -> None:
                 values[name].append(float(value or "nan"))
     figure = _figure(8, 4)
     loss, error = figure.subplots(1, 2, sharex=True)
-    names = {"plain": "Adam", "anderson": "Adam with AndersonCallback()"}
+    names = {"plain": "Adam", "anderson": "Adam with AndersonCallback(stochastic=False)"}
     for variant, label in names.items():
         one = {name: np.array(values) for name, values in columns[variant].items()}
         style: dict[str, Any] = {"color": COLORS[variant], "label": label}

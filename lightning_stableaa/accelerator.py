@@ -69,9 +69,8 @@ class AndersonAccelerator:
         optimizer: one optimizer, or several whose parameters move together. A step counts when
             the optimizer really stepped: skipped steps (GradScaler) and steps without any
             gradient do not.
-        history_depth: residuals kept, m >= 2. Raise it for smooth full-batch problems, lower it
-            where memory is short.
-        store_every_n_steps: optimizer steps in one cycle, s >= 1. Raise it where steps are noisy.
+        history_depth: residuals kept, m >= 2. Lower it where memory is short.
+        store_every_n_steps: optimizer steps in one cycle, s >= 1. Lower it for very short runs.
         accelerate_every_n_steps: optimizer steps between two extrapolations; a multiple of s.
             Raise it where a loss evaluation is expensive.
         warmup_steps: plain optimizer steps before the first extrapolation, for objectives that
@@ -176,8 +175,8 @@ class AndersonAccelerator:
 
         Args:
             loss_fn: returns the scalar loss of the current batch, a tensor, at the current
-                weights. Called two to four times when an extrapolation is due, with the same random
-                numbers each time, and never differentiated. State that it changes, such as the
+                weights. Called two or three times when an extrapolation is due, with the same
+                random numbers each time, and never differentiated. State that it changes, such as the
                 running statistics of batch normalisation, is its own to restore: see
                 :func:`~lightning_stableaa.model.objective.preserve_state`. Not needed without a
                 safeguard.

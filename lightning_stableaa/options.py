@@ -87,8 +87,8 @@ class Smoothing:
 class Options:
     """All options of ``AndersonAccelerator`` but the optimizer and the process group.
 
-    The defaults are the recommended setting; ``docs/method.md`` has the evidence for each.
-    Meanings: the docstring of :class:`~lightning_stableaa.AndersonAccelerator`.
+    The defaults are the recommended setting; the evidence is in ``docs/method.md`` and in
+    ``benchmarks/NOTES.md``. Meanings: the docstring of :class:`~lightning_stableaa.AndersonAccelerator`.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or is out of range.

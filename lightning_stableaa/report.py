@@ -45,7 +45,7 @@ _HINTS = {
     ),
     Status.SKIPPED_NOISE_DOMINATED: (
         "gradient noise dominated the residuals, and training was left unchanged; larger batches "
-        "or a larger store_every_n_steps let the trend stand out"
+        "reduce the noise"
     ),
     Status.REJECTED_ERROR: (
         "the loss raised an error at the candidate, which may be outside of the domain of the "

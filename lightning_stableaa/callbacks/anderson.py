@@ -38,9 +38,8 @@ class AndersonCallback(EngineCallback):
     compared, in place of ``training_step``.
 
     Args:
-        history_depth: residuals kept, m >= 2. Raise it for smooth full-batch problems, lower it
-            where memory is short.
-        store_every_n_steps: optimizer steps in one cycle, s >= 1. Raise it where steps are noisy.
+        history_depth: residuals kept, m >= 2. Lower it where memory is short.
+        store_every_n_steps: optimizer steps in one cycle, s >= 1. Lower it for very short runs.
         accelerate_every_n_steps: optimizer steps between two extrapolations; a multiple of s.
             Raise it where a loss evaluation is expensive.
         warmup_steps: plain optimizer steps before the first extrapolation, for objectives that

@@ -12,7 +12,7 @@ _ENOUGH = 5
 
 
 def summarize(engine: AndersonAccelerator) -> tuple[int, str]:
-    """Log level and text: a warning only where something is wrong that a user can turn."""
+    """Log level and text: a warning only where something is wrong that a user can fix."""
     attempted, accepted = engine.attempted, engine.accepted
     head = (
         f"Anderson acceleration: {accepted} of {attempted} extrapolations accepted in "
@@ -29,7 +29,9 @@ def summarize(engine: AndersonAccelerator) -> tuple[int, str]:
     changes = (Status.PARAMETERS_CHANGED, Status.EXTERNAL_UPDATE)
     change = max(changes, key=lambda status: engine.outcomes[status])
     if attempted == 0 and engine.outcomes[change]:
-        return logging.WARNING, f"{head}: {engine.outcomes[change]} times {change.hint}."
+        return logging.WARNING, (
+            f"{head}, since {engine.outcomes[change]} cycles were interrupted: {change.hint}."
+        )
     if attempted == 0:
         return logging.WARNING, (
             f"{head}: none was due with two residuals in the history; train longer, or lower "
@@ -37,7 +39,7 @@ def summarize(engine: AndersonAccelerator) -> tuple[int, str]:
             f"({engine.options.warmup_steps})."
         )
     rejected = {status: count for status, count in engine.outcomes.items() if status.rejected}
-    if 4 * accepted >= attempted or not rejected:
+    if 4 * accepted >= attempted or not rejected or attempted < _ENOUGH:
         return logging.INFO, f"{head}."
     cause = max(rejected, key=lambda status: rejected[status])
     harmless = cause in (
@@ -45,5 +47,5 @@ def summarize(engine: AndersonAccelerator) -> tuple[int, str]:
         Status.REJECTED_LOSS_INCREASE,
         Status.REJECTED_INSUFFICIENT_DECREASE,
     )
-    level = logging.INFO if harmless or attempted < _ENOUGH else logging.WARNING
-    return level, f"{head}. Most often ({rejected[cause]} times) {cause.hint}."
+    level = logging.INFO if harmless else logging.WARNING
+    return level, f"{head}. Most frequent cause, {rejected[cause]} of {attempted}: {cause.hint}."
