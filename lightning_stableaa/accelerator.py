@@ -176,8 +176,8 @@ class AndersonAccelerator:
         Args:
             loss_fn: returns the scalar loss of the current batch, a tensor, at the current
                 weights. Called two or three times when an extrapolation is due, with the same
-                random numbers each time, and never differentiated. State that it changes, such as the
-                running statistics of batch normalisation, is its own to restore: see
+                random numbers each time, and never differentiated. State that it changes, such as
+                the running statistics of batch normalisation, is its own to restore: see
                 :func:`~lightning_stableaa.model.objective.preserve_state`. Not needed without a
                 safeguard.
             stochastic: the loss is that of a sample, such as a mini-batch. ``False`` says that it

@@ -88,7 +88,8 @@ class Options:
     """All options of ``AndersonAccelerator`` but the optimizer and the process group.
 
     The defaults are the recommended setting; the evidence is in ``docs/method.md`` and in
-    ``benchmarks/NOTES.md``. Meanings: the docstring of :class:`~lightning_stableaa.AndersonAccelerator`.
+    ``benchmarks/NOTES.md``.
+    Meanings: the docstring of :class:`~lightning_stableaa.AndersonAccelerator`.
 
     Raises:
         TypeError, ValueError: an option has the wrong type or is out of range.
