@@ -1,6 +1,6 @@
 """Ablation of the method: the engine without each of its rules, and with it alone.
 
-    pip install scikit-learn
+    pip install scikit-learn scipy
     python -m benchmarks.ablation FOLDER                     # all problems and variants
     python -m benchmarks.ablation FOLDER --problems admissions@10x --seeds 20,21 --jobs 2
 
@@ -32,10 +32,12 @@ from typing import Any
 from unittest.mock import patch
 
 import lightning
+import numpy as np
 import torch
 from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
+from scipy.stats import bootstrap
 
 from benchmarks.unseen import PROBLEMS as UNSEEN
 from lightning_stableaa import AndersonCallback, SmoothingMonitor
@@ -233,6 +235,11 @@ def best_within(run: dict[str, Any], budget: float) -> float:
     return best
 
 
+def value_at(run: dict[str, Any], budget: float) -> float:
+    """The value of a validation at that cost, linear between two of them."""
+    return float(np.interp(budget, run["cost"], run["value"]))
+
+
 def table(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> str:
     """Ratios with plain of the same seed, in Markdown."""
     found = {(one["problem"], one["variant"], one["seed"]): one for one in runs}
@@ -242,7 +249,13 @@ def table(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> str:
         "| training loss at the end | problems better / worse by 1 % | accepted |",
         "|---|---|---|---|---|---|---|",
     ]
-    details = ["", f"| problem | {' | '.join(variants)} |", "|---" * (1 + len(variants)) + "|"]
+    heads = ["|---" * (1 + len(variants)) + "|"]
+    details = [
+        *("", f"| best validation at equal cost | {' | '.join(variants)} |", *heads),
+        *(_row(found, problem, variants, best_within) for problem in problems),
+        *("", f"| validation at equal cost | {' | '.join(variants)} |", *heads),
+        *(_row(found, problem, variants, value_at) for problem in problems),
+    ]
     medians: dict[tuple[str, str], float] = {}
     for variant in variants:
         logs, losses, worst, accepted = [], [], (0.0, ""), 0
@@ -273,10 +286,30 @@ def table(runs: Sequence[dict[str, Any]], variants: Sequence[str]) -> str:
             f"| {math.exp(statistics.fmean(losses)):.3f} | {better} / {worse} of {len(own)} "
             f"| {accepted} |"
         )
-    for problem in problems:
-        cells = [f"{medians[problem, v]:.2f}" if (problem, v) in medians else "" for v in variants]
-        details.append(f"| {problem} | {' | '.join(cells)} |")
     return "\n".join([*lines, *details, ""])
+
+
+def _row(
+    found: dict[tuple[str, str, int], dict[str, Any]],
+    problem: str,
+    variants: Sequence[str],
+    measure: Callable[[dict[str, Any], float], float],
+) -> str:
+    """Geometric means over plain's of the same seed; of five seeds and more with 95 % intervals."""
+    cells = []
+    for variant in variants:
+        logs = []
+        for seed in sorted({s for p, v, s in found if (p, v) == (problem, variant)}):
+            plain = found.get((problem, "plain", seed))
+            if plain is not None:
+                budget = plain["cost"][-1]
+                ours = measure(found[problem, variant, seed], budget)
+                logs.append(math.log(ours / measure(plain, budget)))
+        cells.append(f"{math.exp(statistics.fmean(logs)):.2f}" if logs else "")
+        if len(logs) >= 5 and variant != "plain":
+            interval = bootstrap((logs,), np.mean, method="percentile", rng=0).confidence_interval
+            cells[-1] += f" ({math.exp(interval.low):.2f} to {math.exp(interval.high):.2f})"
+    return f"| {problem} | {' | '.join(cells)} |"
 
 
 SMALL = [one.module.__name__ for one in UNSEEN]
