@@ -299,6 +299,7 @@ class AndersonAccelerator:
         self.outcomes = Counter({Status(name): n for name, n in state["outcomes"].items()})
         self.disabled = state["disabled"]
         self._pending_state = state if self.disabled is None else None
+        self._monitor.closure_wrote = bool(state["closure_wrote"])
         self._cycle_steps = int(state["cycle_steps"])  # now: an attempt may be next
         self._steps_since_attempt = int(state["steps_since_attempt"])
         self._iterates = self._average = None
@@ -324,6 +325,7 @@ class AndersonAccelerator:
             "cycle_steps": self._cycle_steps,
             "checks_left": self._checks_left,
             "draws_samples": self._draws_samples,
+            "closure_wrote": self._monitor.closure_wrote,
             "events": self._any_event(iterates) if full else self._events,
             "trust_region": self._trust_region.state_dict(),
         }

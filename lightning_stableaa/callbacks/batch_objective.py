@@ -5,10 +5,11 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
-import io
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -54,7 +55,10 @@ class BatchObjective(Objective):
             maximize=maximizes(self._optimizers),
             device=trained[0].device if trained else None,
             collective=several
-            and any(isinstance(one, nn.SyncBatchNorm) for one in module.modules()),
+            and (
+                is_sharded(trained)
+                or any(isinstance(one, nn.SyncBatchNorm) for one in module.modules())
+            ),
         )
         self._trainer = trainer
         self._module = module
@@ -110,6 +114,15 @@ class BatchObjective(Objective):
         )
 
     def __enter__(self) -> BatchObjective:
+        try:
+            self._prepare()
+        except BaseException:
+            self._leave.close()
+            raise
+        return self
+
+    def _prepare(self) -> None:
+        """What is put back on leaving."""
         trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
         self._evaluated = False
         if self._before is None:  # with a loss of its own, which has no such effects
@@ -124,7 +137,6 @@ class BatchObjective(Objective):
             parameter.grad = None
         self._leave.callback(setattr, loop, "_results", loop._results)
         self._silence(trainer)
-        return self
 
     def __exit__(
         self,
@@ -153,7 +165,7 @@ class BatchObjective(Objective):
             self._leave.callback(setattr, logger, "__class__", type(logger))
             logger.__class__ = _silent_class(type(logger))
         self._leave.callback(replace_attribute(trainer, "save_checkpoint", _nothing))
-        self._leave.enter_context(redirect_stdout(io.StringIO()))
+        self._leave.enter_context(_without_output())
         if trainer.world_size > 1:
             for name in ("all_gather", "barrier", "broadcast", "reduce"):
                 communicate = getattr(trainer.strategy, name)
@@ -275,6 +287,12 @@ def _attributes_of_data(trainer: Any) -> Iterator[dict[str, Any]]:
             yield vars(one)
 
 
+@contextmanager
+def _without_output() -> Iterator[None]:
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     pass
 
@@ -282,14 +300,15 @@ def _nothing(*_: Any, **__: Any) -> None:
 @functools.cache
 def _silent_class(kind: type) -> type:
     """A logger that still is one of its class, with its folder and version, and logs nothing."""
-    methods = [name for name in dir(kind) if name.startswith("log_") and name != "log_dir"]
+    methods = [
+        name for name in dir(kind) if name.startswith("log_") and callable(getattr(kind, name))
+    ]
     silent: dict[str, Any] = dict.fromkeys([*methods, "save", "after_save_checkpoint"], _nothing)
-    dummy = next(
-        sys.modules[base.__module__].DummyExperiment
-        for base in kind.__mro__
-        if base.__name__ == "Logger" and hasattr(sys.modules[base.__module__], "DummyExperiment")
-    )
-    return type(kind.__name__, (kind,), silent | {"experiment": property(lambda _: dummy())})
+    for base in kind.__mro__:
+        dummy = getattr(sys.modules[base.__module__], "DummyExperiment", None)
+        if dummy is not None:  # Lightning's, beside its Logger
+            silent["experiment"] = property(lambda _, dummy=dummy: dummy())
+    return type(kind.__name__, (kind,), silent)
 
 
 def has_own_loss(module: nn.Module) -> bool:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import array
 import bisect
 import copy
+import dis
 import functools
 import gc
 import io
 import math
 import operator
+import os
 import pickle
 import random
 import sys
@@ -19,6 +21,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from enum import Enum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +79,9 @@ _CONTAINERS = (dict, list, set, deque, Tensor)
 _SHARED_PACKAGES = frozenset(
     ["queue", "_queue", "multiprocessing.queues", "socket", "_socket", "sqlite3"]
 )
+
+# of the byte code, on names of a module
+_GLOBAL_OPERATIONS = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"])
 
 _UNSET = object()  # a slot without a value
 
@@ -150,7 +156,7 @@ class StateSnapshot:
     ) -> None:
         trained = list(trained)
         self._trained = sorted(_range(to_local(one)) for one in trained)
-        budget = max(_COPIED_BYTES, 2 * sum(one.nbytes for one in trained))
+        budget = max(_COPIED_BYTES, 2 * sum(to_local(one).nbytes for one in trained))
         self._kinds: list[_Kind] = []  # of what was reached, and the contents of each
         self._contents: list[Any] = []
         self._large: list[Any] = []  # tensors and arrays
@@ -250,7 +256,7 @@ class StateSnapshot:
         if _is_frame(value):
             self._large.append(value)
             return ()
-        if isinstance(value, Iterator) and not isinstance(value, io.IOBase):
+        if isinstance(value, Iterator) and not _is_counted(value):
             raise UnsupportedStateError(f"an iterator ({kind.__module__}.{kind.__qualname__})")
         if _is_of(kind, _SHARED_PACKAGES):
             raise UnsupportedStateError(
@@ -286,7 +292,7 @@ class StateSnapshot:
         else:
             inside = [*_not_atoms(attributes.values()), *self._inside_slots(module)]
         for name in _HOOKS:
-            inside += attributes[name].values()
+            inside += attributes.get(name, {}).values()
         return [*inside, *self._inside_classes(type(module))]
 
     def _inside_classes(self, kind: type) -> Iterable[Any]:
@@ -336,14 +342,14 @@ class StateSnapshot:
                 inside += self._keep(cell, _read_cell, _write_cell)
         if _is_own(function.__module__):
             read = functools.partial(_read_globals, _names_of(function.__code__))
-            inside += self._keep(function.__globals__, read, dict.update).values()
+            inside += self._keep(function.__globals__, read, _write_globals).values()
         return _not_atoms(inside)
 
     def _capture_optimizer(self, optimizer: Optimizer) -> Iterable[Any]:
         """Settings; the state too where the training step itself makes the steps."""
         parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        if all(self._is_trained(one) for one in parameters):
-            return (optimizer.param_groups,)
+        if any(self._is_trained(to_local(one)) for one in parameters):
+            return (optimizer.param_groups,)  # its steps are those of the training loop
         return (optimizer.param_groups, optimizer.state)
 
     def _capture_array(self, value: Any) -> Iterable[Any]:
@@ -542,6 +548,12 @@ def _read_globals(names: tuple[str, ...], scope: dict[str, Any]) -> dict[str, An
     return {name: one for name, one in found.items() if _is_data(one)}
 
 
+def _write_globals(scope: dict[str, Any], kept: dict[str, Any]) -> None:
+    for name, one in kept.items():
+        if scope.get(name, _UNSET) is not one:
+            scope[name] = one
+
+
 def _read_class(kind: type) -> dict[str, Any]:
     return {
         name: one for name, one in vars(kind).items() if not name.startswith("__") and _is_data(one)
@@ -572,7 +584,9 @@ def _write_file(value: Any, kept: tuple[Any, int]) -> None:
 
 
 def _write_array(array: Any, copy: Any) -> None:
-    array[...] = copy
+    numbers = array.dtype.kind in "fc"  # NaN equals NaN; the others have no such values
+    if not sys.modules["numpy"].array_equal(array, copy, equal_nan=numbers):
+        array[...] = copy
 
 
 def _write_frame(frame: Any, kept: Any) -> None:
@@ -582,7 +596,9 @@ def _write_frame(frame: Any, kept: Any) -> None:
 
 def _written_bytes(one: Any) -> int:
     if not isinstance(one, Tensor):
-        return one.nbytes if _is_array(one) else one.to_numpy().nbytes
+        if _is_array(one):
+            return one.nbytes
+        return int(sum(map(int, one.memory_usage())) if one.ndim > 1 else one.memory_usage())
     with torch._C.DisableTorchFunctionSubclass():
         one = one.detach()
         if is_dense(one):
@@ -610,9 +626,12 @@ def _slots_of(kind: type) -> tuple[Any, ...]:
 
 @functools.cache
 def _names_of(code: types.CodeType) -> tuple[str, ...]:
-    """Names of globals and attributes in the code of a function and of those within it."""
-    inner = [one for one in code.co_consts if isinstance(one, types.CodeType)]
-    return tuple({*code.co_names, *(name for one in inner for name in _names_of(one))})
+    """Names of globals that the code of a function, or of one within it, reads or writes."""
+    names = {one.argval for one in dis.get_instructions(code) if one.opname in _GLOBAL_OPERATIONS}
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            names.update(_names_of(one))
+    return tuple(names)
 
 
 @functools.cache
@@ -621,9 +640,17 @@ def _is_own(module: str | None) -> bool:
     path = getattr(sys.modules.get(module or ""), "__file__", None)
     if module is None or path is None or module.split(".")[0] == __name__.split(".")[0]:
         return module == "__main__"
+    if {"site-packages", "dist-packages"} & set(Path(path).parts):
+        return False
     paths = sysconfig.get_paths()
-    places = [paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return not path.startswith(tuple(places))
+    return not path.startswith((paths["stdlib"] + os.sep, paths["platstdlib"] + os.sep))
+
+
+def _is_counted(value: Any) -> bool:
+    """Whether an iterator is the user's own in Python: its position is one of its attributes."""
+    kind = type(value)
+    is_plain = isinstance(kind.__next__, types.FunctionType) and _is_own(kind.__module__)
+    return is_plain and not isinstance(value, torch.utils.data.Dataset)
 
 
 def _is_array(value: Any) -> bool:

@@ -79,11 +79,15 @@ class OptimizerStepMonitor:
     one step and the beginning of the next were written by somebody else. So were those that a
     subclass of a torch optimizer writes after the step of its base class (a projection), those of
     other hooks on the step, and those of the closure, which under Lightning is the training step.
-    Writes through ``.data`` raise no version: while ``backup`` is set, the weights are copied as a
-    step ends, and compared with the copy in ``external_write``.
+    What every closure writes, such as a projection at the beginning of each step, is part of the
+    step. Writes through ``.data`` raise no version: while ``backup`` is set, the weights are copied
+    as a step ends, and compared with the copy in ``external_write``.
 
     Args:
         optimizers: unwrapped optimizers.
+
+    Attributes:
+        closure_wrote: whether the last closure wrote to the weights; True before the first.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -93,6 +97,7 @@ class OptimizerStepMonitor:
         self._depth = 0  # of steps within steps
         self._base_ended = False  # the step of a base class, within one that goes on
         self._written = False
+        self.closure_wrote = True  # nothing is known of an earlier one
         self._backed_up = False
         self.backup: Backup | None = None
         self._hooks = []
@@ -145,8 +150,15 @@ class OptimizerStepMonitor:
 
         def watched() -> Any:
             before = list(map(_version_of, self._parameters))
-            result = closure()
-            self._written = self._written or list(map(_version_of, self._parameters)) != before
+            try:
+                result = closure()
+            except BaseException:
+                self._depth = 0  # no step ends
+                raise
+            wrote = list(map(_version_of, self._parameters)) != before
+            # what every closure writes, as a renormalised embedding, is part of the map
+            self._written = self._written or (wrote and not self.closure_wrote)
+            self.closure_wrote = wrote
             return result
 
         if "closure" in options:

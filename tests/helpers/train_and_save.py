@@ -6,6 +6,7 @@ after that step: while the candidate is in place.
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,12 @@ def call_in_update(module: Any, step: Callable[[], int], act: Callable[[int], No
         act: called for each candidate.
     """
     loss_of = module.anderson_loss
-    trained: dict[int, torch.Tensor] = {}  # weights at the first evaluation after a step
+    memory: Any = threading.local()  # what other objects remember of an evaluation is undone
+    memory.trained = {}  # weights at the first evaluation after a step
 
     def watched(batch: Any) -> torch.Tensor:
         weights = parameters_to_vector(module.parameters()).detach().clone()
-        if not torch.equal(trained.setdefault(step(), weights), weights):
+        if not torch.equal(memory.trained.setdefault(step(), weights), weights):
             act(step() + 1)
         return loss_of(batch)
 

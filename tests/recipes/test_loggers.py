@@ -17,6 +17,7 @@ def test_wandb_offline_run_is_in_run_folder(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb.teardown()  # the settings that another test has read
     train(compose(*RUN, "logger=wandb"))
     assert wandb.run is None  # or the next run of a sweep would go on with it
     wandb.teardown()  # waits until everything is written
