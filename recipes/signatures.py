@@ -21,7 +21,16 @@ _GENERIC: dict[str, Any] = {
     for name in ("Callable", "Iterable", "Iterator", "Mapping", "Sequence")
 } | {"Dict": dict, "List": list, "Set": set, "Tuple": tuple}
 # bases of classes that a value from YAML can be converted to, or that have no instances
-_CONVERTIBLE = {"Enum", "IntEnum", "StrEnum", "PurePath", "Path", "Protocol", "NamedTuple"}
+_CONVERTIBLE = {
+    "Number",
+    "Enum",
+    "IntEnum",
+    "StrEnum",
+    "PurePath",
+    "Path",
+    "Protocol",
+    "NamedTuple",
+}
 
 
 class Unresolved(Exception):
@@ -64,8 +73,9 @@ def _statements(module: str) -> list[ast.stmt]:
     def flat(body: list[ast.stmt]) -> Iterator[ast.stmt]:
         for one in body:
             yield one
-            if isinstance(one, ast.If | ast.Try):
-                yield from flat([*one.body, *one.orelse])
+            if isinstance(one, ast.If | ast.Try | ast.With | ast.For):
+                handlers = [each for kept in getattr(one, "handlers", ()) for each in kept.body]
+                yield from flat([*one.body, *getattr(one, "orelse", ()), *handlers])
 
     return list(flat(ast.parse(Path(str(spec.origin)).read_text(encoding="utf-8")).body))
 
@@ -96,6 +106,10 @@ def _lookup(module: str, name: str) -> Definition:
             dynamic = True
         elif isinstance(one, ast.Assign) and name in [getattr(t, "id", "") for t in one.targets]:
             return Definition(one.value, module)
+        elif isinstance(one, ast.Assign | ast.Expr) and "globals()" in ast.unparse(one):
+            dynamic = True
+        elif isinstance(one, ast.Assign):  # several names at once
+            dynamic |= any(getattr(each, "id", "") == name for each in ast.walk(one))
         elif isinstance(one, ast.AnnAssign) and getattr(one.target, "id", "") == name:
             return Definition(one.value or one.annotation, module)
         elif isinstance(one, ast.Import):
@@ -216,10 +230,20 @@ def _parameters(found: Definition) -> dict[str, Any] | None:
     if isinstance(found.node, ast.FunctionDef):
         return _arguments(found.node, found.module)
     fields: dict[str, Any] = {}
-    for one in _bases(found):
+    bases: list[Definition] = []
+    unresolved: Unresolved | None = None
+    try:
+        bases += _bases(found)
+    except Unresolved as error:
+        unresolved = error
+    # of a base that is met twice the last time counts, as in the method resolution order
+    order = {id(one.node): one for one in reversed(bases)}
+    for one in reversed(list(order.values())):
         node = typing.cast(ast.ClassDef, one.node)
         for inner in node.body:
             if isinstance(inner, ast.FunctionDef) and inner.name == "__init__":
+                if fields:  # of a dataclass derived from this class
+                    return fields
                 taken = _arguments(inner, one.module)
                 return taken and {name: taken[name] for name in list(taken)[1:]}
             if isinstance(inner, ast.FunctionDef) and inner.name == "__new__":
@@ -230,6 +254,8 @@ def _parameters(found: Definition) -> dict[str, Any] | None:
                 for inner in node.body
                 if isinstance(inner, ast.AnnAssign) and isinstance(inner.target, ast.Name)
             }
+    if unresolved is not None:
+        raise unresolved
     return fields or None
 
 
@@ -247,7 +273,8 @@ def _annotation(node: ast.AST | None, module: str) -> Any:
         case ast.Constant(value=None):
             return type(None)
         case ast.Constant(value=str(text)):
-            return _annotation(ast.parse(text, mode="eval").body, module)
+            with suppress(SyntaxError):
+                return _annotation(ast.parse(text, mode="eval").body, module)
         case ast.BinOp(left=left, right=right):
             return typing.Union[_annotation(left, module), _annotation(right, module)]  # noqa: UP007
         case ast.Subscript(value=value, slice=inner):
@@ -279,7 +306,10 @@ def _named(node: ast.AST, module: str) -> Any:
 def _subscript(outer: str, inner: ast.expr, module: str) -> Any:
     members = inner.elts if isinstance(inner, ast.Tuple) else [inner]
     if outer == "Literal":
-        return Literal[tuple(ast.literal_eval(one) for one in members)]
+        try:
+            return Literal[tuple(ast.literal_eval(one) for one in members)]
+        except ValueError:  # members of an Enum
+            return Any
     if outer == "Union":
         return typing.Union[tuple(_annotation(one, module) for one in members)]  # noqa: UP007
     if outer == "Optional":

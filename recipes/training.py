@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,7 +25,7 @@ from lightning_stableaa import AndersonCallback
 from lightning_stableaa.callbacks.base import log_to_loggers
 from lightning_stableaa.recipes.base import RecipeModule
 from lightning_stableaa.recipes.errors import UserError, attribute_to, check_type
-from lightning_stableaa.recipes.files import disk_errors, write_atomically
+from lightning_stableaa.recipes.files import write_atomically
 from lightning_stableaa.recipes.plots import draw_run
 from lightning_stableaa.recipes.resuming import warn_config_diff
 
@@ -59,9 +60,11 @@ def fit(
     with _translate_fit_errors(option), _interruptible(), _finished_wandb():
         trainer.fit(module, data, ckpt_path=checkpoint)
     if config.pictures and isinstance(module, RecipeModule) and trainer.is_global_zero:
-        with disk_errors("run_folder", folder):
+        try:
             draw_run(folder, module.monitor)
             module.draw(folder / "pictures")
+        except Exception as error:  # the run is complete without them
+            rank_zero_warn(f"the pictures of this run were not drawn: {error}")
     return {name: value.item() for name, value in trainer.callback_metrics.items()}
 
 

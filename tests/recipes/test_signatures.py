@@ -1,5 +1,6 @@
 """Constructors read from source, against the constructors themselves."""
 
+import dataclasses
 import inspect
 import re
 import typing
@@ -70,3 +71,42 @@ def test_class_attribute_equals_the_imported_one(recipe: str, name: str) -> None
 def test_find_wrong_path_raises(path: str, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         find(path)
+
+
+class Base:
+    def __init__(self, batch_size: int) -> None:
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(init=True)
+class Folder(Base):
+    path: str
+
+
+class Root:
+    def __init__(self) -> None:
+        raise NotImplementedError
+
+
+class Left(Root):
+    pass
+
+
+class Right(Root):
+    def __init__(self, rate: float, decay: int) -> None:
+        raise NotImplementedError
+
+
+class Diamond(Left, Right):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"), [(Folder, ["path"]), (Diamond, ["rate", "decay"])], ids=["dataclass", "mro"]
+)
+def test_parameters_follow_dataclasses_and_method_resolution_order(
+    kind: type, names: list[str]
+) -> None:
+    found = parameters(f"{kind.__module__}.{kind.__name__}")
+    assert found is not None
+    assert list(found) == names == list(inspect.signature(kind).parameters)
