@@ -45,7 +45,7 @@ from lightning_stableaa import AndersonCallback, SmoothingMonitor
 Patches = Sequence[tuple[str, Any]]
 
 _ACCEPTANCE = "lightning_stableaa.core.acceptance"
-_NO_GATE: Patches = [(f"{_ACCEPTANCE}.NOISE_DOMINATED", 0.0)]
+_NO_GATE: Patches = [(f"{_ACCEPTANCE}.NOISE_DOMINATED", math.inf)]
 _ANY_DECREASE: Patches = [(f"{_ACCEPTANCE}.SUFFICIENT_DECREASE", 0.0)]
 _FIXED_RADIUS: Patches = [(f"{_ACCEPTANCE}.TrustRegion.update", lambda *_, **__: None)]
 TEXTBOOK = {
