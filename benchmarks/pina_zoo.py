@@ -53,6 +53,9 @@ VARIANTS: dict[str, Any] = {
 }
 
 
+SIZES = {"inside": 1000, "border": 100, "width": 32, "layers": 3}  # also options of the command
+
+
 class BestLoss(Callback):
     """The error at the lowest training loss so far, looked at every 20 steps."""
 
@@ -86,12 +89,13 @@ def run(
     task = getattr(zoo, problem)()
     domains = list(task.domains)
     inside = [one for one in domains if one == "D"] or domains[:1]
-    task.discretise_domain(1000, "random", domains=inside)
-    task.discretise_domain(100, "random", domains=[one for one in domains if one not in inside])
+    border = [one for one in domains if one not in inside]
+    task.discretise_domain(SIZES["inside"], "random", domains=inside)
+    task.discretise_domain(SIZES["border"], "random", domains=border)
     model = FeedForward(
         len(task.input_variables),
         len(task.output_variables),
-        layers=[32, 32, 32],
+        layers=[SIZES["width"]] * SIZES["layers"],
         func=torch.nn.Tanh,
     )
     solver = PhysicsInformedSingleModelSolver(
@@ -146,7 +150,10 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--problems", nargs="+", default=list(PROBLEMS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    for name, size in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=size)
     arguments = parser.parse_args(words)
+    SIZES.update({name: getattr(arguments, name) for name in SIZES})  # processes are forked
     settings = (arguments.steps, arguments.lr, arguments.batch)
     jobs = list(itertools.product(arguments.problems, arguments.variants, range(arguments.seeds)))
     runs: list[dict[str, Any]] = []
