@@ -11,7 +11,16 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from benchmarks import ablation, batch_sizes, cost, criterion, in_trainer, unseen
+from benchmarks import (
+    ablation,
+    batch_sizes,
+    cost,
+    criterion,
+    in_trainer,
+    optimizer_matrix,
+    pinns,
+    unseen,
+)
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CPU = torch.device("cpu")
@@ -164,3 +173,21 @@ def test_batch_sizes_tiny_run_writes_table_and_figure(
     assert batch_sizes.table(summary).count("\n") == 2 + len(summary)
     batch_sizes.draw(tmp_path / "batch_sizes.png", summary)
     assert (tmp_path / "batch_sizes.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("name", sorted(pinns.PROBLEMS.keys() - {"AllenCahn", "Burgers"}))
+def test_solution_of_pinn_satisfies_its_equation(name: str) -> None:
+    problem = pinns.PROBLEMS[name](0, interior=50, border=20)
+    points = problem.inside.detach().double().requires_grad_()
+    residual = problem.residual(problem.solution(points), points)
+    assert float(residual.detach().abs().max()) < 1e-10
+
+
+def test_optimizer_matrix_run_spends_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_matrix, "BUDGET", 45)
+    found = [
+        optimizer_matrix.run("Poisson", name, 1e-3, name == "Adam", 0)
+        for name in ("Adam", "Adam, then L-BFGS")
+    ]
+    assert found[0]["accepted"][1] == 2
+    assert all(45 <= one["cost"] < 70 and 0 < one["error"] < 10 for one in found)
