@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks import batch_sizes
+from lightning_stableaa.recipes.comparison.plots import COLORS
+from lightning_stableaa.recipes.comparison.statistics import LOSS_COST
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,18 +33,8 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).parent / "results"
 PICTURES = Path(__file__).parents[1] / "docs/pictures"
 
-LOSS_COST = 1 / 3  # of a gradient: a forward pass without the backward pass
 THINNING = 10  # optimizer steps from one point of the loss to the next
 COST = "cost in gradient evaluations (a further loss counts one third)"
-COLORS = {
-    "plain": "#222222",
-    "anderson": "#D55E00",
-    "anderson_smoothing": "#F5A300",
-    "paper": "#8E24AA",
-    "paper_safeguard": "#CC79A7",
-    "textbook_aa": "#B71C1C",
-    "textbook_aa_smoothing_always": "#5E35B1",
-}
 
 
 def train_burgers2d(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -217,6 +218,33 @@ def test_fsdp_run_is_ddp_run(ranks: Ranks) -> None:
     # sums over shards are in another order; float64
     for rank in (first, second):
         torch.testing.assert_close(rank[0], replicated[0], rtol=1e-12, atol=1e-13)
+
+
+def train_gathering() -> str:
+    """The second rank raises at a candidate, where the first one waits for it in all_gather."""
+
+    class Gathers(Steered):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if self.global_rank == 1 and self.steering.at_candidate(self):
+                raise ArithmeticError("outside of the domain")
+            x, y = batch
+            loss = mse_loss(self.network(x), y)
+            return loss * (1 + self.all_gather(loss.detach()).mean())
+
+    try:
+        fit(Gathers(), batches(16), anderson(), devices=2, strategy="ddp", max_epochs=2)
+    except ArithmeticError:
+        os.kill(os.getpid(), signal.SIGKILL)  # as the launcher ends a rank that failed
+    except RuntimeError:
+        return "the connection was closed"
+    return "trained"
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_error_at_a_candidate_within_a_collective_ends_the_run(ranks: Ranks) -> None:
+    """A rejection would leave the other rank waiting for ever."""
+    assert ranks.run(train_gathering, killed=1) == ["the connection was closed", -signal.SIGKILL]
 
 
 @pytest.mark.ddp
