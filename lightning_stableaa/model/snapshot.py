@@ -130,8 +130,8 @@ class StateSnapshot:
     """Contents of everything mutable that is reachable from some objects.
 
     Modules with their buffers, untrained parameters, plain attributes and what their forward hooks
-    collect in; dicts, lists, sets, deques, arrays, frames and objects within each other; tensors, of
-    any layout and subclass, with the attributes they carry; cells and globals of functions, and
+    collect in; dicts, lists, sets, deques, arrays, frames and objects within each other; tensors
+    of any layout and subclass, with the attributes they carry; cells and globals of functions, and
     attributes of classes, of the user's own modules; generators of torch, NumPy and Python.
     ``restore`` puts the contents back into the same objects, whoever else refers to them.
 
