@@ -167,7 +167,9 @@ class BatchObjective(Objective):
         self._leave.callback(replace_attribute(trainer, "save_checkpoint", _nothing))
         self._leave.enter_context(_without_output())
         if trainer.world_size > 1:
-            for name in ("all_gather", "barrier", "broadcast", "reduce"):
+            # of what is logged with sync_dist, and thrown away
+            self._leave.callback(replace_attribute(trainer.strategy, "reduce", _unreduced))
+            for name in ("all_gather", "barrier", "broadcast"):
                 communicate = getattr(trainer.strategy, name)
                 self._leave.callback(
                     replace_attribute(trainer.strategy, name, self._notices(communicate))
@@ -291,6 +293,10 @@ def _attributes_of_data(trainer: Any) -> Iterator[dict[str, Any]]:
 def _without_output() -> Iterator[None]:
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
         yield
+
+
+def _unreduced(tensor: Any, *_: Any, **__: Any) -> Any:
+    return tensor
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -220,31 +220,41 @@ def test_fsdp_run_is_ddp_run(ranks: Ranks) -> None:
         torch.testing.assert_close(rank[0], replicated[0], rtol=1e-12, atol=1e-13)
 
 
-def train_gathering() -> str:
-    """The second rank raises at a candidate, where the first one waits for it in all_gather."""
+def train_communicating(gathers: bool) -> str | dict[str, int]:
+    """The second rank raises at a candidate, where the first one may wait for it."""
 
-    class Gathers(Steered):
+    class Communicates(Steered):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             if self.global_rank == 1 and self.steering.at_candidate(self):
                 raise ArithmeticError("outside of the domain")
             x, y = batch
             loss = mse_loss(self.network(x), y)
-            return loss * (1 + self.all_gather(loss.detach()).mean())
+            self.log("train/loss", loss, sync_dist=True)
+            return loss * (1 + self.all_gather(loss.detach()).mean()) if gathers else loss
 
+    callback = anderson()
     try:
-        fit(Gathers(), batches(16), anderson(), devices=2, strategy="ddp", max_epochs=2)
+        fit(Communicates(), batches(16), callback, devices=2, strategy="ddp", max_epochs=2)
     except ArithmeticError:
         os.kill(os.getpid(), signal.SIGKILL)  # as the launcher ends a rank that failed
     except RuntimeError:
         return "the connection was closed"
-    return "trained"
+    return outcomes(callback)
 
 
 @pytest.mark.ddp
 @pytest.mark.slow
 def test_error_at_a_candidate_within_a_collective_ends_the_run(ranks: Ranks) -> None:
     """A rejection would leave the other rank waiting for ever."""
-    assert ranks.run(train_gathering, killed=1) == ["the connection was closed", -signal.SIGKILL]
+    found = ranks.run(train_communicating, True, killed=1)
+    assert found == ["the connection was closed", -signal.SIGKILL]
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+def test_error_at_a_candidate_beside_synchronized_logs_is_a_rejection(ranks: Ranks) -> None:
+    """What an evaluation logs is thrown away, and nothing is sent for it."""
+    assert ranks.run(train_communicating, False) == [{"rejected_error": 8}] * 2
 
 
 @pytest.mark.ddp
