@@ -1,5 +1,6 @@
 """What ``stableaa-train`` does once its configuration has been checked; imports Lightning."""
 
+import atexit
 import pickle
 import signal
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import lightning
 import torch
+import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -56,6 +58,7 @@ def fit(
         module.configure_model = module.shard_weights  # a module of the user's own has its own
     if checkpoint is not None and trainer.is_global_zero:
         warn_config_diff(checkpoint, settings)
+    atexit.register(_destroy_process_group)
     option = None if checkpoint is None else f"resume_from={config.resume_from}"
     with _translate_fit_errors(option), _interruptible(), _finished_wandb():
         trainer.fit(module, data, ckpt_path=checkpoint)
@@ -98,6 +101,12 @@ def evaluate(config: DictConfig, checkpoint: Path) -> dict[str, float]:
                 run(module, data, ckpt_path=checkpoint, verbose=False)
                 results |= {name: one.item() for name, one in trainer.callback_metrics.items()}
     return results
+
+
+def _destroy_process_group() -> None:
+    """Lets Gloo stop its threads, which may abort the end of a process; Lightning does it for NCCL."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class _SaveConfiguration(Callback):

@@ -1,5 +1,6 @@
 """Settings of the whole test suite."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,3 +19,13 @@ def first_rank() -> Iterator[None]:
     before = getattr(shared, "rank", 0)
     yield
     shared.rank = before
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """Variables that a test leaves behind, such as the port of Lightning's processes, go with it."""
+    before = dict(os.environ)
+    yield
+    if os.environ != before:
+        os.environ.clear()
+        os.environ.update(before)

@@ -11,6 +11,7 @@ import lightning
 import pytest
 import torch
 import torch.distributed as dist
+import wandb
 import yaml
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -126,6 +127,7 @@ def test_docs_python_blocks_of_a_page_run(
         return
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    wandb.teardown()  # the settings that another test has read
     namespace = names_of_pages(tmp_path)
     for block in blocks:
         kind, condition, source = block.groups()
