@@ -104,7 +104,7 @@ def evaluate(config: DictConfig, checkpoint: Path) -> dict[str, float]:
 
 
 def _destroy_process_group() -> None:
-    """Lets Gloo stop its threads, which may abort the end of a process; Lightning does it for NCCL."""
+    """Stops the threads of Gloo, which may abort the process at its end; Lightning stops NCCL."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

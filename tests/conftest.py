@@ -23,7 +23,7 @@ def first_rank() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """Variables that a test leaves behind, such as the port of Lightning's processes, go with it."""
+    """Variables that a test leaves behind, such as the port of its processes, go with it."""
     before = dict(os.environ)
     yield
     if os.environ != before:

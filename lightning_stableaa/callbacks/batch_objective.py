@@ -68,6 +68,7 @@ class BatchObjective(Objective):
         self._before: _TrainingState | None = None  # the training step
         self._evaluated = False  # in this context
         self._unsupported: str | None = None
+        self._results: Any = None  # of Lightning, in place of those of the epoch
         self._unhook = ExitStack()
         self._leave = ExitStack()
         self.is_due = False  # an evaluation follows the current batch
@@ -136,6 +137,9 @@ class BatchObjective(Objective):
             self._leave.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         self._leave.callback(setattr, loop, "_results", loop._results)
+        if self._results is None:
+            self._results = _silent_results(type(loop._results))(training=True)
+        loop._results = self._results
         self._silence(trainer)
 
     def __exit__(
@@ -147,9 +151,6 @@ class BatchObjective(Objective):
         self._leave.close()
 
     def _evaluate(self) -> Any:
-        loop = self._trainer.fit_loop.epoch_loop
-        loop._results = type(loop._results)(training=True)
-        loop._results.batch = self._batch
         if self._before is None:
             return super()._evaluate()
         moved = self._before.restore()
@@ -209,12 +210,16 @@ class BatchObjective(Objective):
         return output.get("loss") if isinstance(output, Mapping) else output
 
     def _run_training_step(self) -> Any:
-        step = self._module.training_step
+        if self._takes_index:
+            return self._module.training_step(self._batch, self._batch_idx)
+        return self._module.training_step(self._batch)
+
+    @functools.cached_property
+    def _takes_index(self) -> bool:
+        """Whether Lightning passes ``batch_idx``."""
         signature = importlib.import_module(f"{self._tree}.utilities.signature_utils")
-        # as Lightning itself passes them
-        if signature.is_param_in_hook_signature(step, "batch_idx", min_args=2):
-            return step(self._batch, self._batch_idx)
-        return step(self._batch)
+        step = self._module.training_step
+        return signature.is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
 
 class _TrainingState:
@@ -315,6 +320,12 @@ def _silent_class(kind: type) -> type:
         if dummy is not None:  # Lightning's, beside its Logger
             silent["experiment"] = property(lambda _, dummy=dummy: dummy())
     return type(kind.__name__, (kind,), silent)
+
+
+@functools.cache
+def _silent_results(kind: type) -> type:
+    """Results of Lightning that take no values, which takes longer than a small network."""
+    return type(kind.__name__, (kind,), {"log": _nothing})
 
 
 def has_own_loss(module: nn.Module) -> bool:
