@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 import wandb
 import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
@@ -27,6 +30,7 @@ from lightning_stableaa import (
     SmoothingMonitor,
     Status,
 )
+from lightning_stableaa.recipes.comparison.variants import OWN_MODULE
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -209,6 +213,35 @@ def test_contributing_names_every_module_once() -> None:
     modules = [one.stem for one in package.glob("[!_]*.py")]
     folders = [one.parent.name for one in package.glob("*/__init__.py")]
     assert sorted(documented) == sorted(modules + folders)
+
+
+# Commands
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Name and overrides of every command of ours that a page or a configuration shows."""
+    shown = re.compile(r"^(?:\$|#)\s+(?:[A-Z_]+=\S+ )*stableaa-(train|compare) (.+)$", re.MULTILINE)
+    for path in [*PAGES, *(ROOT / "conf").rglob("*.yaml")]:
+        text = re.sub(r"\\\n#?\s*", "", read(path))
+        for name, words in shown.findall(text):
+            overrides = [one for one in shlex.split(words) if one[0] != "-" and one != "..."]
+            if name == "compare" and not any(one.startswith("recipe=") for one in overrides):
+                overrides.insert(0, OWN_MODULE)
+            if overrides:
+                yield name, overrides
+
+
+@pytest.mark.parametrize(("name", "words"), list(commands()), ids=str)
+def test_docs_command_has_options_that_exist(name: str, words: list[str]) -> None:
+    overrides = OverridesParser.create().parse_overrides(words)
+    first = [
+        f"{one.get_key_element()}={next(one.sweep_string_iterator())}"
+        if one.is_sweep_override()
+        else one.input_line or ""
+        for one in overrides
+    ]
+    with initialize_config_module("lightning_stableaa.conf", version_base="1.3"):
+        compose(name, first)  # raises where an option or a choice does not exist
 
 
 # Links, pages, versions
