@@ -46,7 +46,6 @@ Patches = Sequence[tuple[str, Any]]
 
 _ACCEPTANCE = "lightning_stableaa.core.acceptance"
 _NO_GATE: Patches = [(f"{_ACCEPTANCE}.NOISE_DOMINATED", math.inf)]
-_ANY_DECREASE: Patches = [(f"{_ACCEPTANCE}.SUFFICIENT_DECREASE", 0.0)]
 _FIXED_RADIUS: Patches = [(f"{_ACCEPTANCE}.TrustRegion.update", lambda *_, **__: None)]
 TEXTBOOK = {
     "lag_compensation": 0.0,
@@ -63,14 +62,13 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, Patches]] = {
     "no lag compensation": ({"lag_compensation": 0.0}, []),
     "no drift": ({"max_horizon": 0.0}, []),
     "no noise gate": ({}, _NO_GATE),
-    "any decrease": ({}, _ANY_DECREASE),
     "fixed radius": ({}, _FIXED_RADIUS),
     "ridge 3e-2": ({"regularization": 3e-2}, []),
     "step at most 50": ({"max_extrapolation": 50.0}, []),
     "smoothing": (_MONITOR, []),
     "smoothing always": ({"smoothing_monitor": {"rsd_threshold": 0.0}}, []),
     "textbook": (TEXTBOOK, []),
-    "textbook, safeguard": (TEXTBOOK | {"safeguard": "loss"}, [*_NO_GATE, *_ANY_DECREASE]),
+    "textbook, safeguard": (TEXTBOOK | {"safeguard": "loss"}, _NO_GATE),
 }
 
 

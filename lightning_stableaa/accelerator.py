@@ -182,7 +182,7 @@ class AndersonAccelerator:
                 safeguard.
             stochastic: the loss is that of a sample, such as a mini-batch. ``False`` says that it
                 is the same function of the weights at every step (the full batch, a PINN on fixed
-                points): then any decrease is progress.
+                points): then no candidate is skipped for noise.
 
         Raises:
             ValueError: the safeguard is ``"loss"`` and there is no ``loss_fn``.
@@ -577,7 +577,7 @@ class AndersonAccelerator:
         self._monitor.rebaseline()  # the candidate came and went
         self._draws_samples = self._draws_samples or result.stochastic
         self._checks_left = max(0, self._checks_left - 1)
-        status = decide(step, result)
+        status = decide(result)
         reason = self._reason_to_disable(iterates, result, status)
         if reason is not None:
             self.disable(reason)

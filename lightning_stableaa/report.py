@@ -20,7 +20,6 @@ class Status(Enum):
     ACCEPTED = "accepted"
     SKIPPED_NOISE_DOMINATED = "skipped_noise_dominated"
     REJECTED_LOSS_INCREASE = "rejected_loss_increase"
-    REJECTED_INSUFFICIENT_DECREASE = "rejected_insufficient_decrease"
     REJECTED_ERROR = "rejected_error"
     REJECTED_NON_FINITE_LOSS = "rejected_non_finite_loss"
     REJECTED_NON_FINITE_HISTORY = "rejected_non_finite_history"
@@ -40,9 +39,6 @@ class Status(Enum):
 
 _HINTS = {
     Status.REJECTED_LOSS_INCREASE: "the candidate did not lower the loss of the current batch",
-    Status.REJECTED_INSUFFICIENT_DECREASE: (
-        "the candidate lowered the loss of the batch by less than the noise of its samples"
-    ),
     Status.SKIPPED_NOISE_DOMINATED: (
         "gradient noise dominated the residuals, and training was left unchanged; larger batches "
         "reduce the noise"
@@ -100,7 +96,7 @@ class StepReport:
         mixing: beta_k, the mixing parameter of the candidate.
         horizon: Delta, cycles that the candidate may extrapolate along a drift.
         condition: condition number of the Gram matrix of the residuals.
-        stochastic: the loss is that of a sample: it has to decrease sufficiently.
+        stochastic: the loss is that of a sample: candidates are skipped where residuals are noise.
         loss_before: loss of the current batch at the optimizer's weights.
         loss_after: loss of the same batch at the candidate.
         loss_evaluations: calls of the loss in this step.

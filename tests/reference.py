@@ -12,9 +12,8 @@ Symbols: x_j iterates, oldest first; x_q the newest; m residuals in the window; 
     (6)  mixing  beta_k = beta + min(1, c rho) tau + clip(rho - 1, 0, 1) Delta / max(1, |alpha|)
     (7)  candidate  x+ = sum_j alpha_j (x_j + beta_k r_j)
     (8)  cap     |x+ - x_q| <= kappa s, by shortening the step
-    (9)  accept where f(x+) < f(x) - max(eta, tolerance) |f(x)|
-         eta = ``SUFFICIENT_DECREASE`` w, w = nu clip(2 - rho, 0, 1), where f is stochastic,
-         else 0; there candidates are skipped where w >= ``NOISE_DOMINATED``
+    (9)  accept where f(x+) < f(x) - tolerance |f(x)|; where f is stochastic, candidates are skipped
+         for w >= ``NOISE_DOMINATED``, w = nu clip(2 - rho, 0, 1)
     (10) trust region: Delta grows and shrinks with acceptance, at most the cycles trained
     (11) restart: no residual spans an external write; the newest iterate, where no cycle ended
          there, is dropped with it; so is an oldest iterate without a residual
@@ -31,7 +30,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_stableaa.core.acceptance import EXPAND, SHRINK, SUFFICIENT_DECREASE
+from lightning_stableaa.core.acceptance import EXPAND, SHRINK
 from lightning_stableaa.core.anderson import NOISY, REGULARIZATION
 
 Vector = NDArray[np.float64]
@@ -132,12 +131,9 @@ def noise_weight(nu: float, rho: float) -> float:
     return nu * min(max(2.0 - rho, 0.0), 1.0)
 
 
-def accepts(
-    before: float, after: float, weight: float, *, stochastic: bool, tolerance: float = 0.0
-) -> bool:
+def accepts(before: float, after: float, *, tolerance: float = 0.0) -> bool:
     """Equation (9); NaN is never accepted."""
-    eta = SUFFICIENT_DECREASE * weight if stochastic else 0.0
-    return math.isfinite(before) and after < before - max(eta, tolerance) * abs(before)
+    return math.isfinite(before) and after < before - tolerance * abs(before)
 
 
 def next_radius(radius: float, *, accepted: bool, max_horizon: float) -> float:

@@ -42,10 +42,6 @@ def summarize(engine: AndersonAccelerator) -> tuple[int, str]:
     if 4 * accepted >= attempted or not rejected or attempted < _ENOUGH:
         return logging.INFO, f"{head}."
     cause = max(rejected, key=lambda status: rejected[status])
-    harmless = cause in (
-        Status.SKIPPED_NOISE_DOMINATED,
-        Status.REJECTED_LOSS_INCREASE,
-        Status.REJECTED_INSUFFICIENT_DECREASE,
-    )
+    harmless = cause in (Status.SKIPPED_NOISE_DOMINATED, Status.REJECTED_LOSS_INCREASE)
     level = logging.INFO if harmless else logging.WARNING
     return level, f"{head}. Most frequent cause, {rejected[cause]} of {attempted}: {cause.hint}."

@@ -10,11 +10,8 @@ import numpy as np
 from lightning_stableaa.core.anderson import AndersonStep
 from lightning_stableaa.report import Status
 
-# Required relative decrease of a stochastic loss where residuals are noise (eta). It keeps plain
-# averages out: they lower the loss of a batch at once, and momentum undoes them.
-SUFFICIENT_DECREASE = 0.1
-
-# Noise weight from which on candidates on a stochastic objective are averages, and skipped.
+# Noise weight from which on candidates on a stochastic objective are averages, and skipped: they
+# lower the loss of a batch at once, and momentum undoes them.
 NOISE_DOMINATED = 0.5
 
 # Factors of the trust region after an accepted and after a rejected candidate: its radius stays
@@ -58,11 +55,10 @@ def veto_candidate(step: AndersonStep, *, stochastic: bool) -> Status | None:
     return None
 
 
-def decide(step: AndersonStep, result: Evaluation) -> Status:
-    """Accept a candidate that decreases the loss sufficiently: f(x+) < f(x) - eta |f(x)|.
+def decide(result: Evaluation) -> Status:
+    """Accept a candidate that decreases the loss: f(x+) < f(x) - tolerance |f(x)|.
 
     Args:
-        step: the one to the candidate.
         result: its evaluation; without losses a candidate is accepted if it is finite.
     """
     if result.overflows:
@@ -75,26 +71,12 @@ def decide(step: AndersonStep, result: Evaluation) -> Status:
         return Status.REJECTED_NON_FINITE_LOSS
     if not result.after < result.before - result.tolerance * abs(result.before):
         return Status.REJECTED_LOSS_INCREASE
-    share = required_decrease(step, stochastic=result.stochastic)
-    if not result.after < result.before - share * abs(result.before):
-        return Status.REJECTED_INSUFFICIENT_DECREASE
     return Status.ACCEPTED
 
 
 def noise_weight(step: AndersonStep) -> float:
     """nu clip(2 - rho, 0, 1): 1 where residuals are noise, 0 where a drift or eliminated."""
     return step.noise * min(max(2.0 - step.gain, 0.0), 1.0)
-
-
-def required_decrease(step: AndersonStep, *, stochastic: bool) -> float:
-    """eta, the share of the loss that a candidate has to remove; dimensionless.
-
-    Args:
-        step: the one to the candidate; where residuals are not noise, any decrease will do.
-        stochastic: the loss is that of a sample. Of a function that is the same at every step a
-            decrease is progress by itself.
-    """
-    return SUFFICIENT_DECREASE * noise_weight(step) if stochastic else 0.0
 
 
 class TrustRegion:

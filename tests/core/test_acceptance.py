@@ -62,44 +62,40 @@ def test_veto_noise_only_of_stochastic_loss(noise: float, gain: float) -> None:
     assert veto_candidate(step, stochastic=False) is None
 
 
-@pytest.mark.parametrize("gain", GAINS)
-@pytest.mark.parametrize("noise", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("tolerance", [0.0, 1e-5])
 @pytest.mark.parametrize("before", [1.0, -1.0, 0.0, 1e-30])
-@pytest.mark.parametrize("share", [-0.5, -0.11, -0.06, -1e-9, 0.0, 1e-9, 0.5])
+@pytest.mark.parametrize("share", [-0.5, -1e-4, -1e-9, 0.0, 1e-9, 0.5])
 def test_decide_equals_reference(
-    gain: float, noise: float, stochastic: bool, before: float, share: float
+    stochastic: bool, tolerance: float, before: float, share: float
 ) -> None:
     after = before + share * (abs(before) or 1.0)
-    weight = reference.noise_weight(noise, gain)
-    expected = reference.accepts(before, after, weight, stochastic=stochastic)
-    result = evaluation_of(before, after, stochastic=stochastic)
-    status = decide(step_of(noise=noise, gain=gain), result)
-    assert (status is Status.ACCEPTED) is expected
-    increases = Status.REJECTED_LOSS_INCREASE, Status.REJECTED_INSUFFICIENT_DECREASE
-    assert expected or status is increases[after < before]
+    accepted = reference.accepts(before, after, tolerance=tolerance)
+    result = evaluation_of(before, after, stochastic=stochastic, tolerance=tolerance)
+    expected = Status.ACCEPTED if accepted else Status.REJECTED_LOSS_INCREASE
+    assert decide(result) is expected
 
 
 @pytest.mark.parametrize("before", [1.0, -1.0])
 def test_decide_decrease_within_rounding_is_increase(before: float) -> None:
     result = evaluation_of(before, before - 0.9e-5, tolerance=1e-5)
-    assert decide(step_of(), result) is Status.REJECTED_LOSS_INCREASE
+    assert decide(result) is Status.REJECTED_LOSS_INCREASE
     result = evaluation_of(before, before - 1.1e-5, tolerance=1e-5)
-    assert decide(step_of(), result) is Status.ACCEPTED
+    assert decide(result) is Status.ACCEPTED
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_decide_non_finite_loss_rejected(value: float, where: str) -> None:
     losses = {"before": 1.0, "after": 0.5} | {where: value}
-    status = decide(step_of(), evaluation_of(losses["before"], losses["after"]))
+    status = decide(evaluation_of(losses["before"], losses["after"]))
     assert status is Status.REJECTED_NON_FINITE_LOSS
 
 
 def test_decide_graver_cause_comes_first() -> None:
     unusable = evaluation_of(math.nan, math.nan, overflows=True, failed=True)
-    assert decide(step_of(), unusable) is Status.REJECTED_NON_FINITE_CANDIDATE
-    assert decide(step_of(), unusable._replace(overflows=False)) is Status.REJECTED_ERROR
+    assert decide(unusable) is Status.REJECTED_NON_FINITE_CANDIDATE
+    assert decide(unusable._replace(overflows=False)) is Status.REJECTED_ERROR
 
 
 def trained(max_horizon: float, cycles: int = 1000) -> TrustRegion:
