@@ -23,7 +23,7 @@ demo: $(INSTALLED)  ## train burgers2d with and without acceleration, and compar
 	$(BIN)/python -m lightning_stableaa.recipes.demo
 
 test: $(INSTALLED)  ## run all tests; PYTEST_ARGS='-m "not slow"' for the quick ones
-	$(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 nightly: $(INSTALLED)  ## 100,000 new examples of every property; STABLEAA_EXAMPLES=... for others
 	STABLEAA_EXAMPLES=$${STABLEAA_EXAMPLES:-100000} \

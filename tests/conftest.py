@@ -12,6 +12,12 @@ from lightning_utilities.core.rank_zero import rank_zero_only
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, or one process runs them while the others have finished."""
+    slow = {one.path for one in items if one.get_closest_marker("slow")}
+    items.sort(key=lambda one: one.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def first_rank() -> Iterator[None]:
     """A test that stands for another rank does so for itself alone: later ones log as the first."""

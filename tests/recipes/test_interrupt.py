@@ -4,6 +4,7 @@ import re
 import shlex
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ from tests.recipes.conftest import SMALL
 from tests.recipes.test_preemption import notice
 
 OPTIONS = [*SMALL["burgers2d"], "trainer.max_steps=12", "pictures=false", "logger=csv"]
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """As in a terminal; a job in the background ignores the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize(
