@@ -114,6 +114,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="criteria for the moving average")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--problems", nargs="+", default=PROBLEMS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     arguments = parser.parse_args(words)
@@ -126,6 +127,7 @@ def main(words: Sequence[str] | None = None) -> None:
         (problem, variant, seed)
         for seed, problem, variant in itertools.product(seeds, arguments.problems, VARIANTS)
         if (problem, variant, seed) not in done
+        and variant.split(" | ")[0] in ("plain", *arguments.methods)
     ]
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(arguments.jobs, mp_context=context) as pool, path.open("a") as file:

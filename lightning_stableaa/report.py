@@ -1,4 +1,4 @@
-"""What one step did, why, and which option to turn when that is not wanted."""
+"""What one step did, why, and which option to change when that is not wanted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Status(Enum):
 
     @property
     def hint(self) -> str:
-        """One sentence naming the cause and what to turn; empty where nothing is wrong."""
+        """One sentence naming the cause and what to change; empty where nothing is wrong."""
         return _HINTS.get(self, "")
 
 
@@ -82,7 +82,7 @@ class StepReport:
     """What one call of ``AndersonAccelerator.step`` did; ``None`` where nothing was measured.
 
     Attributes:
-        status: the outcome; ``status.hint`` names what to turn.
+        status: the outcome; ``status.hint`` names what to change.
         stored: an iterate entered the history.
         attempted: an extrapolation was due.
         accepted: the candidate replaced the weights.

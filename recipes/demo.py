@@ -8,8 +8,8 @@ import numpy as np
 from hydra import initialize_config_module
 
 from lightning_stableaa.recipes.plots import (
-    BLUE,
-    VERMILLION,
+    ACCELERATED,
+    PLAIN,
     Series,
     draw_curve,
     figure,
@@ -94,7 +94,7 @@ def _train(callbacks: str, steps: int, folder: Path) -> dict[str, float]:
 
 def _draw_comparison(path: Path, curves: dict[str, dict[str, Series]]) -> None:
     with figure(path, rows=2) as (_, axes):
-        for (name, metrics), colour in zip(curves.items(), (BLUE, VERMILLION), strict=True):
+        for (name, metrics), colour in zip(curves.items(), (PLAIN, ACCELERATED), strict=True):
             draw_curve(axes[0], metrics["train/loss"], "training loss", color=colour, label=name)
             draw_curve(axes[1], metrics[ERROR], "relative $L^2$ error", color=colour, label=name)
         axes[0].set(title="burgers2d, plain and accelerated at equal cost", xlabel="")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, distinct for colour-blind readers and in grey print
-BLUE, ORANGE, GREEN, VERMILLION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
+PLAIN, ACCELERATED, ORANGE, GREY = "#222222", "#D55E00", "#E69F00", "#7F7F7F"
 
 
 class Series(NamedTuple):
@@ -104,7 +104,7 @@ def draw_loss(axes: "Axes", metrics: dict[str, Series]) -> None:
             linestyle="none",
             marker="v",
             markersize=4,
-            color=VERMILLION,
+            color=ACCELERATED,
             label=f"accepted extrapolation ({len(accepted)})",
         )
         axes.legend()
@@ -134,7 +134,7 @@ def draw_rsd(axes: "Axes", metrics: dict[str, Series], threshold: float | None) 
 
 def draw_curve(axes: "Axes", series: Series, name: str, **style: Any) -> None:
     """One metric against the optimizer step, on a logarithmic scale."""
-    axes.plot(*series, **{"color": BLUE, "linewidth": 1, "label": name, **style})
+    axes.plot(*series, **{"color": PLAIN, "linewidth": 1, "label": name, **style})
     axes.set(xlabel="optimizer step", ylabel=name, yscale="log")
     axes.grid(alpha=0.3)
     label_within_decades(axes, "y")

@@ -13,7 +13,13 @@ import pandas as pd
 from lightning_stableaa.recipes.comparison.runner import Run
 from lightning_stableaa.recipes.comparison.statistics import LOSS_COST, Summary
 from lightning_stableaa.recipes.comparison.variants import BASELINE, Plan
-from lightning_stableaa.recipes.plots import GREY, label_within_decades, save_figure
+from lightning_stableaa.recipes.plots import (
+    ACCELERATED,
+    GREY,
+    PLAIN,
+    label_within_decades,
+    save_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +28,8 @@ if TYPE_CHECKING:
 COST = "cost, in gradients (a further loss evaluation is one third)"
 # Reds and purples extrapolate, blues average, greens change the optimizer.
 COLORS = {
-    "plain": "#222222",
-    "anderson": "#D55E00",
+    "plain": PLAIN,
+    "anderson": ACCELERATED,
     "anderson_smoothing": "#F5A300",
     "paper": "#8E24AA",
     "paper_safeguard": "#CC79A7",
