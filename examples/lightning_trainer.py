@@ -41,7 +41,7 @@ def train(*callbacks: lightning.Callback) -> float:
     """Trains with these callbacks; returns the last training loss."""
     lightning.seed_everything(0, verbose=False)
     trainer = lightning.Trainer(
-        max_epochs=500,
+        max_epochs=300,
         accelerator="cpu",
         devices=1,
         callbacks=list(callbacks),

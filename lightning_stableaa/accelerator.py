@@ -83,9 +83,8 @@ class AndersonAccelerator:
             extrapolates along a steady drift. The radius of a trust region, smaller after rejected
             candidates and never beyond the cycles trained so far. 0 is classical.
         regularization: Tikhonov regularization lambda >= 0 of the mixing coefficients, relative to
-            the mean squared residual norm. ``None``: 3e-2 of a loss of samples and 1e-3 of one
-            that is the same at every step, and less where residuals are nearly dependent, so that
-            it rarely has to be set. Near 0 it is classical.
+            the mean squared residual norm. ``None``: 3e-2, and less where residuals are nearly
+            dependent, so that it rarely has to be set. Near 0 it is classical.
         max_extrapolation: longest step, in units of the residual norm sqrt(tr(K)/m). Lower it where
             candidates leave the domain of the model.
         safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current batch;
@@ -551,10 +550,10 @@ class AndersonAccelerator:
             self._disabled_by = f"the loss cannot be evaluated again: {objective.unavailable}"
             self._note(Status.DISABLED)
         horizon = 0.0 if objective is None else self._trust_region.horizon
-        stochastic = objective is not None and (objective.stochastic or self._draws_samples)
-        step, events = self._propose(iterates, horizon, stochastic or objective is None)
+        step, events = self._propose(iterates, horizon)
         if events:
             return self._handle_event(iterates, events)
+        stochastic = objective is not None and (objective.stochastic or self._draws_samples)
         report = StepReport(
             status=Status.ACCEPTED,
             attempted=True,
@@ -625,16 +624,13 @@ class AndersonAccelerator:
             )
         return None
 
-    def _propose(
-        self, iterates: IterateStore, horizon: float, stochastic: bool
-    ) -> tuple[AndersonStep, int]:
+    def _propose(self, iterates: IterateStore, horizon: float) -> tuple[AndersonStep, int]:
         """The first rank's step on every rank, and what happened to any of them."""
         options = self.options
         step = anderson_step(
             iterates.gram(),
             iterates.history.is_residual,
             regularization=options.regularization,
-            stochastic=stochastic,
             relaxation=options.relaxation,
             lag_compensation=options.lag_compensation,
             horizon=horizon,

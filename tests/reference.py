@@ -4,9 +4,9 @@ Symbols: x_j iterates, oldest first; x_q the newest; m residuals in the window; 
 
     (1)  r_j = x_{j+1} - x_j, where one cycle leads from x_j to x_{j+1}
     (2)  K = R^T R, R = [r_1 .. r_m]; s^2 = tr(K) / m
-    (3)  (K + lambda s^2 I) z = 1,  alpha = z / sum(z); lambda = None: 3e-2 nu
-         where f is stochastic, else 1e-3 nu; nu = min(1, h / 1e-3)^2, h = harmonic mean of the
-         eigenvalues of K over s^2; residuals of zero are left out
+    (3)  (K + lambda s^2 I) z = 1,  alpha = z / sum(z); lambda = None: 3e-2 nu,
+         nu = min(1, h / 1e-3)^2, h = harmonic mean of the eigenvalues of K over s^2; residuals of
+         zero are left out
     (4)  gain    rho = min(m, m |R alpha|^2 / s^2)
     (5)  lag     tau = max(0, sum_j alpha_j (m - j)), j = 1 .. m
     (6)  mixing  beta_k = beta + min(1, c rho) tau + clip(rho - 1, 0, 1) Delta / max(1, |alpha|)
@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_stableaa.core.acceptance import EXPAND, SHRINK
-from lightning_stableaa.core.anderson import DETERMINISTIC, NOISY, STOCHASTIC
+from lightning_stableaa.core.anderson import NOISY, REGULARIZATION
 
 Vector = NDArray[np.float64]
 Pair = tuple[Vector, Vector]  # x_j and the end of its cycle, x_{j+1}
@@ -39,16 +39,14 @@ Pair = tuple[Vector, Vector]  # x_j and the end of its cycle, x_{j+1}
 EPS = float(np.finfo(np.float64).eps)
 
 
-def mixing_coefficients(
-    residuals: Sequence[Vector], regularization: float | None, *, stochastic: bool = True
-) -> Vector:
+def mixing_coefficients(residuals: Sequence[Vector], regularization: float | None) -> Vector:
     """Equations (2) and (3)."""
     moved = [j for j, r in enumerate(residuals) if r.any()]
     rows = np.array([residuals[j] for j in moved])
     gram = rows @ rows.T
     mean_square = np.trace(gram) / len(moved)
     if regularization is None:
-        regularization = (STOCHASTIC if stochastic else DETERMINISTIC) * noise(residuals)
+        regularization = REGULARIZATION * noise(residuals)
     ridge = max(regularization, len(moved) * EPS) * mean_square
     z = np.linalg.solve(gram + ridge * np.eye(len(moved)), np.ones(len(moved)))
     alpha = np.zeros(len(residuals))
@@ -112,7 +110,6 @@ def anderson(
     newest: Vector,
     *,
     regularization: float | None,
-    stochastic: bool = True,
     relaxation: float = 1.0,
     lag_compensation: float = 0.0,
     horizon: float = 0.0,
@@ -120,7 +117,7 @@ def anderson(
 ) -> Step:
     """Equations (1) to (8)."""
     residuals = [end - x for x, end in pairs]
-    alpha = mixing_coefficients(residuals, regularization, stochastic=stochastic)
+    alpha = mixing_coefficients(residuals, regularization)
     rho = gain(residuals, alpha)
     compensated = min(1.0, lag_compensation * rho) * lag(alpha)
     drift = min(max(rho - 1.0, 0.0), 1.0) * horizon / max(1.0, float(np.linalg.norm(alpha)))

@@ -182,8 +182,7 @@ class AcceleratorMachine(RuleBasedStateMachine):
         self.accepted += report.accepted
         assert report.horizon is not None
         assert 0 <= report.horizon <= min(options.max_horizon, self.cycles)
-        stochastic = self.stochastic or options.safeguard == "none"
-        predicted = self.model.candidate(report.horizon, stochastic=stochastic)
+        predicted = self.model.candidate(report.horizon)
         if predicted is None:
             assert report.status is Status.REJECTED_ZERO_RESIDUAL
             return

@@ -52,9 +52,8 @@ class AndersonCallback(EngineCallback):
             extrapolates along a steady drift. The radius of a trust region, smaller after rejected
             candidates and never beyond the cycles trained so far. 0 is classical.
         regularization: Tikhonov regularization lambda >= 0 of the mixing coefficients, relative to
-            the mean squared residual norm. ``None``: 3e-2 of a loss of samples and 1e-3 of one
-            that is the same at every step, and less where residuals are nearly dependent, so that
-            it rarely has to be set. Near 0 it is classical.
+            the mean squared residual norm. ``None``: 3e-2, and less where residuals are nearly
+            dependent, so that it rarely has to be set. Near 0 it is classical.
         max_extrapolation: longest step, in units of the residual norm sqrt(tr(K)/m). Lower it where
             candidates leave the domain of the model.
         safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current batch;

@@ -31,9 +31,8 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _EPS = float(np.finfo(np.float64).eps)
 
-# lambda where residuals are noisy: for a loss that is the same function at every step, and for one
-# of samples, whose noise the coefficients would fit. Three times as much changes little.
-DETERMINISTIC, STOCHASTIC = 1e-3, 3e-2
+# lambda where residuals are noisy. From 1e-2 to 1e-1 results are alike (docs/method.md).
+REGULARIZATION = 3e-2
 
 # Harmonic mean of the eigenvalues of K over their mean from which on residuals are noisy.
 NOISY = 1e-3
@@ -87,7 +86,6 @@ def anderson_step(
     is_residual: Sequence[bool],  # (q,)
     *,
     regularization: float | None,
-    stochastic: bool = True,
     relaxation: float = 1.0,
     lag_compensation: float = 0.0,
     horizon: float = 0.0,
@@ -99,7 +97,6 @@ def anderson_step(
         gram: inner products of all consecutive differences of the stored iterates.
         is_residual: which of them are residuals; at least one.
         regularization: lambda, see ``mixing_coefficients``.
-        stochastic: the loss is that of a sample.
         relaxation: beta in (0, 1].
         lag_compensation: c >= 0, share of the lag that is made up along the mixed residual.
         horizon: Delta >= 0, cycles by which the step extrapolates along a steady drift.
@@ -114,9 +111,7 @@ def anderson_step(
         residual_norm = mean_square if mean_square == 0.0 and np.isfinite(gram).all() else math.nan
         zeros = np.zeros(len(gram))
         return AndersonStep(zeros, 0.0, residual_norm, *[math.nan] * 4)
-    alpha, noise, condition = mixing_coefficients(
-        residual_gram, regularization=regularization, stochastic=stochastic
-    )
+    alpha, noise, condition = mixing_coefficients(residual_gram, regularization=regularization)
     gain = min(m * float(alpha @ residual_gram @ alpha) / mean_square, float(m))
     mixing = relaxation + min(1.0, lag_compensation * gain) * lag(alpha)
     mixing += min(max(gain - 1.0, 0.0), 1.0) * horizon / max(1.0, float(np.linalg.norm(alpha)))
@@ -129,9 +124,7 @@ def anderson_step(
     return AndersonStep(coefficients, norm, residual_norm, noise, gain, mixing, condition)
 
 
-def mixing_coefficients(
-    gram: Array, *, regularization: float | None, stochastic: bool = True
-) -> tuple[Array, float, float]:
+def mixing_coefficients(gram: Array, *, regularization: float | None) -> tuple[Array, float, float]:
     """Coefficients that minimise the norm of the mixed residual, summing to one.
 
     Solves (K + lambda tr(K)/m I) z = 1 and returns alpha = z / sum(z). A residual of exactly zero
@@ -141,9 +134,8 @@ def mixing_coefficients(
         gram: K, (m, m), symmetric, not all zero.
         regularization: lambda >= 0, relative to the mean squared residual norm; dimensionless. A
             floor of m eps keeps collinear residuals solvable at lambda = 0. ``None`` takes
-            ``STOCHASTIC`` or ``DETERMINISTIC`` times nu: where residuals are nearly dependent, a
-            larger ridge hinders their elimination.
-        stochastic: which of the two.
+            ``REGULARIZATION`` times nu: where residuals are nearly dependent, a larger ridge
+            hinders their elimination.
 
     Returns:
         alpha (m,), nu, and the condition number of K.
@@ -161,7 +153,7 @@ def mixing_coefficients(
     if not moved.all():
         alpha = np.zeros(len(gram))
         alpha[moved], noise, _ = mixing_coefficients(
-            gram[np.ix_(moved, moved)], regularization=regularization, stochastic=stochastic
+            gram[np.ix_(moved, moved)], regularization=regularization
         )
         return alpha, noise, math.inf
     m = len(gram)
@@ -169,7 +161,7 @@ def mixing_coefficients(
     values = np.maximum(values, 0.0)
     noise = min(1.0, m / float((1.0 / (values + _EPS)).sum()) / NOISY) ** 2
     if regularization is None:
-        regularization = (STOCHASTIC if stochastic else DETERMINISTIC) * noise
+        regularization = REGULARIZATION * noise
     z = vectors @ (vectors.sum(axis=0) / (values + max(regularization, m * _EPS)))
     condition = float(values[-1] / values[0]) if values[0] > 0 else math.inf
     return z / z.sum(), noise, condition

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from lightning_stableaa import Status
-from lightning_stableaa.core.anderson import DETERMINISTIC, NOISY, STOCHASTIC
+from lightning_stableaa.core.anderson import NOISY, REGULARIZATION
 from lightning_stableaa.options import Options
 
 Vector = np.ndarray[Any, np.dtype[np.float64]]
@@ -97,7 +97,7 @@ class Model:
             return Status.WARMUP
         return Status.HISTORY_TOO_SHORT if sum(self.ends_cycle[1:]) < 2 else None
 
-    def candidate(self, horizon: float, *, stochastic: bool) -> tuple[Vector, float, float] | None:
+    def candidate(self, horizon: float) -> tuple[Vector, float, float] | None:
         """The candidate, its gain, and a bound of its rounding error; ``None`` if nothing moved."""
         options = self.options
         starts = [k for k in range(len(self.iterates) - 1) if self.ends_cycle[k + 1]]
@@ -113,7 +113,7 @@ class Model:
         ridge = options.regularization
         if ridge is None:
             noise = min(1.0, len(moved) / float((1 / (values + EPS)).sum()) / NOISY) ** 2
-            ridge = (STOCHASTIC if stochastic else DETERMINISTIC) * noise
+            ridge = REGULARIZATION * noise
         ridge = max(ridge, len(moved) * EPS)
         alpha = np.zeros(m)
         alpha[moved] = np.linalg.solve(scaled + ridge * np.eye(len(moved)), np.ones(len(moved)))
