@@ -147,7 +147,7 @@ class Equation(lightning.LightningModule):
         super().__init__()
         self.problem = EQUATIONS[name](torch.initial_seed())
         self.network = network(self.problem.outputs)
-        self.lr = 3e-3 if name == "Kovasznay" else 1e-2  # Adam's best with a cosine schedule
+        self.lr = 3e-3 if name == "Kovasznay" else 1e-2  # with a cosine schedule
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         return self.problem.loss(self.network)
