@@ -1,5 +1,6 @@
 """Settings of the whole test suite."""
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,16 @@ def first_rank() -> Iterator[None]:
     before = getattr(shared, "rank", 0)
     yield
     shared.rank = before
+
+
+@pytest.fixture(autouse=True)
+def levels_of_loggers() -> Iterator[None]:
+    """A script that makes Lightning quiet does so for itself alone."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "hydra.utils")]
+    before = [one.level for one in loggers]
+    yield
+    for one, level in zip(loggers, before, strict=True):
+        one.setLevel(level)
 
 
 @pytest.fixture(autouse=True)
