@@ -227,6 +227,13 @@ def _end_interrupted(folder: str, overrides: list[str]) -> None:
     sys.exit(130)
 
 
+# of either tree: the one that was imported last logs for both
+RANK_ZERO_LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "pytorch_lightning.utilities.rank_zero",
+)
+
+
 def is_worth_reading(record: logging.LogRecord) -> bool:
     """Whether a message of Lightning's is a warning, or the outcome of the acceleration."""
     return record.levelno >= logging.WARNING or record.msg.startswith("Anderson acceleration: ")
@@ -234,7 +241,8 @@ def is_worth_reading(record: logging.LogRecord) -> bool:
 
 def filter_warnings() -> None:
     """Hides what a user can do nothing about."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(is_worth_reading)
+    for name in RANK_ZERO_LOGGERS:
+        logging.getLogger(name).addFilter(is_worth_reading)
     # reports an import that fails in three lines, before the one sentence that is enough
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)
     for message in (

@@ -15,7 +15,7 @@ import pytest
 from hydra import initialize_config_module
 from omegaconf import DictConfig
 
-from lightning_stableaa.recipes.train import is_worth_reading
+from lightning_stableaa.recipes.train import RANK_ZERO_LOGGERS, is_worth_reading
 
 Compose = Callable[..., DictConfig]
 Refuses = Callable[[Callable[[], None], list[str], str], None]
@@ -82,7 +82,8 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
     level = log.level
     yield tmp_path
     log.setLevel(level)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").removeFilter(is_worth_reading)
+    for name in RANK_ZERO_LOGGERS:
+        logging.getLogger(name).removeFilter(is_worth_reading)
 
 
 @pytest.fixture
