@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, distinct for colour-blind readers and in grey print
+# of Okabe and Ito's palette, but for the black and the grey: distinct for colour-blind readers
 PLAIN, ACCELERATED, ORANGE, GREY = "#222222", "#D55E00", "#E69F00", "#7F7F7F"
 
 

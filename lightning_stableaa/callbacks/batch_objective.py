@@ -68,7 +68,6 @@ class BatchObjective(Objective):
         self._before: _TrainingState | None = None  # the training step
         self._evaluated = False  # in this context
         self._unsupported: str | None = None
-        self._results: Any = None  # of Lightning, in place of those of the epoch
         self._unhook = ExitStack()
         self._leave = ExitStack()
         self.is_due = False  # an evaluation follows the current batch
@@ -137,9 +136,6 @@ class BatchObjective(Objective):
             self._leave.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         self._leave.callback(setattr, loop, "_results", loop._results)
-        if self._results is None:
-            self._results = _silent_results(type(loop._results))(training=True)
-        loop._results = self._results
         self._silence(trainer)
 
     def __exit__(
@@ -151,6 +147,9 @@ class BatchObjective(Objective):
         self._leave.close()
 
     def _evaluate(self) -> Any:
+        loop = self._trainer.fit_loop.epoch_loop
+        loop._results = type(loop._results)(training=True)  # the step may read what it has logged
+        loop._results.batch = self._batch
         if self._before is None:
             return super()._evaluate()
         moved = self._before.restore()
@@ -320,12 +319,6 @@ def _silent_class(kind: type) -> type:
         if dummy is not None:  # Lightning's, beside its Logger
             silent["experiment"] = property(lambda _, dummy=dummy: dummy())
     return type(kind.__name__, (kind,), silent)
-
-
-@functools.cache
-def _silent_results(kind: type) -> type:
-    """Results of Lightning that take no values, which takes longer than a small network."""
-    return type(kind.__name__, (kind,), {"log": _nothing})
 
 
 def has_own_loss(module: nn.Module) -> bool:

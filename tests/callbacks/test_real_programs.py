@@ -194,6 +194,9 @@ COUPLINGS: dict[str, Callable[[Any], Any]] = {
     "global_step": lambda m: 0.9**m.global_step,
     "trainer.global_step": lambda m: 1.0 / (1 + m.trainer.global_step),
     "metric of the trainer": lambda m: m.trainer.callback_metrics.get("calls", 0.0) + 1.0,
+    "metric logged before": lambda m: (
+        m.log("own", 1.0 + m.calls) or m.trainer.callback_metrics["own"]
+    ),
 }
 
 

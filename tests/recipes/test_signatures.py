@@ -107,6 +107,5 @@ class Diamond(Left, Right):
 def test_parameters_follow_dataclasses_and_method_resolution_order(
     kind: type, names: list[str]
 ) -> None:
-    found = parameters(f"{kind.__module__}.{kind.__name__}")
-    assert found is not None
+    found = parameters(f"{kind.__module__}.{kind.__name__}") or {}
     assert list(found) == names == list(inspect.signature(kind).parameters)
