@@ -16,6 +16,7 @@ from benchmarks import (
     batch_sizes,
     cost,
     criterion,
+    full_batch,
     in_trainer,
     optimizer_matrix,
     pinns,
@@ -109,6 +110,14 @@ def test_unseen_short_comparison_writes_table(tmp_path: Path) -> None:
     table = (tmp_path / "table.md").read_text()
     assert "| Waves | 48 |" in table
     assert f"| {row['outcome']} |" in table
+
+
+def test_full_batch_without_an_attempt_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    options = '{"accelerate_every_n_steps": 1000}'
+    full_batch.main(["--seeds", "1", "--steps", "20", "--options", options, "{}"])
+    never, default = capsys.readouterr().out.splitlines()[-2:]
+    assert never == f"{options}: 1.000 (one standard error 0%)"
+    assert default.startswith("{}: ")
 
 
 def test_unseen_every_problem_is_validated_at_its_end() -> None:
