@@ -10,6 +10,7 @@ A sine and four small tables, each with SGD, SGD with momentum and Adam; 500 ste
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import statistics
@@ -17,7 +18,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from sklearn import datasets
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, mse_loss
 
@@ -33,6 +33,7 @@ RIDGES = [json.dumps({"regularization": ridge}) for ridge in (3e-2, 3e-3, 1e-3, 
 
 def tables() -> dict[str, tuple[Tensor, Tensor]]:
     """Standardised inputs (n, d), and targets: (n, 1) numbers or (n,) classes."""
+    datasets: Any = importlib.import_module("sklearn.datasets")
     x = torch.linspace(-1, 1, 128).reshape(-1, 1)
     found = {"sine": (x, torch.sin(torch.pi * x))}
     for name, (inputs, targets) in {

@@ -112,7 +112,11 @@ def test_unseen_short_comparison_writes_table(tmp_path: Path) -> None:
     assert f"| {row['outcome']} |" in table
 
 
-def test_full_batch_without_an_attempt_is_plain(capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_batch_without_an_attempt_is_plain(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x = torch.linspace(-1, 1, 16).reshape(-1, 1)
+    monkeypatch.setattr(full_batch, "tables", lambda: {"a parabola": (x, x.square())})
     options = '{"accelerate_every_n_steps": 1000}'
     full_batch.main(["--seeds", "1", "--steps", "20", "--options", options, "{}"])
     never, default = capsys.readouterr().out.splitlines()[-2:]

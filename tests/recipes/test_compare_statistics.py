@@ -170,7 +170,6 @@ def test_summary_two_seeds_has_exact_figures() -> None:
 def test_summary_committed_runs_give_committed_medians(path: Path) -> None:
     report = json.loads(path.read_text())
     for one in report["runs"]:
-        one["curve"].pop("disabled")
         one["curve"]["values"] = [NAN if v is None else v for v in one["curve"]["values"]]
     runs = [Run(one["variant"], one["seed"], {}, one["curve"]) for one in report["runs"]]
     made = summarise(runs, list(report["variants"]), report["mode"]).variants
