@@ -37,6 +37,8 @@ USER_ERRORS = (
     yaml.YAMLError,
 )
 
+RECIPES = "lightning_stableaa.recipes."  # in front of the classes that are ours
+
 # Options of a run that no constructor takes.
 PLAIN: dict[str, Any] = {
     "seed": int,
@@ -173,28 +175,44 @@ def check_run(settings: Mapping[str, Any]) -> None:
     _check_paths(settings.get("data") or {})
 
 
-# Counts of the Trainer that it divides by, or trains nothing with: what each of them may be.
-_COUNTS: dict[str, tuple[float, str]] = {
-    "accumulate_grad_batches": (1, "at least 1"),
-    "limit_train_batches": (1e-12, "more than 0"),
-    "max_epochs": (1, "at least 1, or -1 for no limit"),
-    "max_steps": (1, "at least 1, or -1 for no limit"),
-    "num_nodes": (1, "at least 1"),
-    "devices": (1, "at least 1, or -1 for all"),
-    "val_check_interval": (1e-12, "more than 0"),
+_ABOVE_0 = math.nextafter(0, 1)
+_BELOW_1 = math.nextafter(1, 0)
+# Least and greatest value: of counts that the Trainer divides by, or trains nothing with, and of
+# what constructors would refuse after Lightning has taken its seconds to import.
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "trainer.accumulate_grad_batches": (1, math.inf, "at least 1"),
+    "trainer.limit_train_batches": (_ABOVE_0, math.inf, "more than 0"),
+    "trainer.max_epochs": (1, math.inf, "at least 1, or -1 for no limit"),
+    "trainer.max_steps": (1, math.inf, "at least 1, or -1 for no limit"),
+    "trainer.num_nodes": (1, math.inf, "at least 1"),
+    "trainer.devices": (1, math.inf, "at least 1, or -1 for all"),
+    "trainer.val_check_interval": (_ABOVE_0, math.inf, "more than 0"),
+    "optimizer.lr": (0, sys.float_info.max, "a finite number >= 0"),
+    "optimizer.momentum": (0, sys.float_info.max, "a finite number >= 0"),
+    "optimizer.weight_decay": (0, sys.float_info.max, "a finite number >= 0"),
+    "data.batch_size": (1, math.inf, "at least 1"),
+    "data.validation_share": (_ABOVE_0, _BELOW_1, "a number between 0 and 1"),
+    "data.flip_probability": (0, 1, "a number from 0 to 1"),
+    "data.size": (1, math.inf, "at least 1"),
+    "data.workers": (0, math.inf, "at least 0"),
+    "data.interior_points": (1, math.inf, "at least 1"),
+    "data.border_points": (2, math.inf, "at least 2"),
+    "data.data_points": (1, math.inf, "at least 1"),
+    "data.validation_points": (1, math.inf, "at least 1"),
+    "data.redraw_every": (1, math.inf, "at least 1"),
 }
 
 
 def _check_ranges(settings: Mapping[str, Any]) -> None:
-    for name, (least, expected) in _COUNTS.items():
-        value = settings["trainer"].get(name)
+    for option, (least, greatest, expected) in _RANGES.items():
+        group, _, name = option.partition(".")
+        entries = settings.get(group) or {}
+        if group == "data" and not str(entries.get("_target_")).startswith(RECIPES):
+            continue  # a user's own may mean something else by -1
+        value = entries.get(name)
         unlimited = value == -1 and "-1" in expected
-        if isinstance(value, int | float) and value < least and not unlimited:
-            raise UserError(f"trainer.{name}={value}: expected {expected}")
-    for name in ("lr", "momentum", "weight_decay"):
-        value = (settings.get("optimizer") or {}).get(name)
-        if isinstance(value, int | float) and not 0 <= value < math.inf:
-            raise UserError(f"optimizer.{name}={value}: expected a finite number >= 0")
+        if isinstance(value, int | float) and not (least <= value <= greatest or unlimited):
+            raise UserError(f"{option}={value}: expected {expected}")
 
 
 def _check_acceleration(callbacks: Mapping[str, Any]) -> None:
@@ -214,7 +232,7 @@ def _check_acceleration(callbacks: Mapping[str, Any]) -> None:
 
 def _check_paths(data: Mapping[str, Any]) -> None:
     """Files of the recipes, whose readers would have to import Lightning."""
-    if not str(data.get("_target_")).startswith("lightning_stableaa.recipes."):
+    if not str(data.get("_target_")).startswith(RECIPES):
         return
     for name in ("csv", "folder"):
         path = data.get(name)

@@ -65,15 +65,14 @@ class Burgers2dData(lightning.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        counts = {
-            "interior_points": interior_points,
-            "border_points": border_points,
-            "redraw_every": redraw_every,
-            "grid": min(grid),
-        }
-        for name, count in counts.items():
-            if count < 2:
-                raise ValueError(f"{name} must be >= 2, got {count}")
+        for name, count, least in [
+            ("interior_points", interior_points, 1),
+            ("border_points", border_points, 2),
+            ("redraw_every", redraw_every, 1),
+            ("grid", min(grid), 2),
+        ]:
+            if count < least:
+                raise ValueError(f"{name} must be >= {least}, got {count}")
         self.interior_points = interior_points
         self.border_points = border_points
         self.redraw_every = redraw_every

@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.utils import get_object
 
 import lightning_stableaa
@@ -26,6 +25,8 @@ PACKAGES = (
 
 def hardware() -> dict[str, Any]:
     """What the numbers were measured on, without the name of the machine."""
+    import torch
+
     return {
         "processor": _host_processor(),
         "cores": os.cpu_count(),
@@ -47,6 +48,8 @@ def versions() -> dict[str, str | None]:
 
 def processor() -> str:
     """What has computed in this process, on which rounding depends."""
+    import torch
+
     used = torch.cuda.is_initialized()  # there may be one that this run did not use
     return torch.cuda.get_device_name() if used else _host_processor()
 
@@ -80,11 +83,13 @@ def contents_of(settings: dict[str, Any]) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for key in ("module", "data"):
         target = (settings.get(key) or {}).get("_target_", "")
-        source = inspect.getsourcefile(get_object(target)) if target else None
-        # installed packages have a version instead
-        own = not target.startswith("lightning_stableaa.") and "site-packages" not in (source or "")
-        for path in sorted(Path(source).parent.glob("*.py")) if source and own else ():
-            hashes[f"{key}/{path.name}"] = _hash(path)  # what lies beside it may be imported
+        if target and not target.startswith("lightning_stableaa."):
+            source = inspect.getsourcefile(get_object(target)) or "site-packages"
+            # installed packages have a version instead
+            for path in (
+                sorted(Path(source).parent.glob("*.py")) if "site-packages" not in source else ()
+            ):
+                hashes[f"{key}/{path.name}"] = _hash(path)  # what lies beside it may be imported
         for text in _texts(settings.get(key)):
             if os.path.isfile(text):  # False of what cannot be a path, where Path.is_file raises
                 hashes[text] = _hash(Path(text))

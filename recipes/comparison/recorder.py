@@ -12,10 +12,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from lightning_stableaa import AndersonCallback
+from lightning_stableaa.recipes.comparison.runner import CURVE
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.files import write_atomically
-
-CURVE = "curve.json"
 
 
 def _clocks() -> np.ndarray:

@@ -21,12 +21,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
 from lightning_stableaa.recipes.cli_errors import USER_ERRORS, format_error
 from lightning_stableaa.recipes.comparison.provenance import contents_of, processor
-from lightning_stableaa.recipes.comparison.recorder import CURVE
 from lightning_stableaa.recipes.comparison.variants import RUN_FOLDER, Job, Plan
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.files import write_atomically
@@ -34,6 +32,7 @@ from lightning_stableaa.recipes.plots import read_metrics
 from lightning_stableaa.recipes.train import filter_warnings, train
 
 RESULT = "result.json"
+CURVE = "curve.json"  # of the recorder, in the folder of the training
 LOG = "log.txt"
 KEPT_RSD = 200  # points of the RSD that are kept, evenly spaced
 
@@ -153,7 +152,7 @@ def _in_workers(waiting: deque[Job], processes: int) -> Iterator[tuple[Job, Run]
     # Forked from a server that has done the imports and nothing else: workers start at once, and
     # the peak memory of each is its own. Not a pool: a worker that is killed breaks those.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "lightning_stableaa.recipes.training"])
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process decides what ends
     forkserver.ensure_running()
     signal.signal(signal.SIGINT, before)
@@ -220,6 +219,8 @@ def _killed(job: Job, exit_code: int) -> Run:
 
 
 def _peak_memory() -> int:
+    import torch
+
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from lightning_stableaa.recipes.cli_errors import check_run
 from lightning_stableaa.recipes.comparison.provenance import contents_of, fingerprint_of
 from lightning_stableaa.recipes.errors import UserError
+from lightning_stableaa.recipes.signatures import Unresolved, class_attribute
 
 Mode = Literal["min", "max"]
 BASELINE = "plain"
@@ -281,8 +282,7 @@ def _describe(name: str, run: DictConfig) -> str:
 
 def _monitored(run: DictConfig) -> tuple[str, Mode]:
     """Name and direction of the metric by which runs are compared."""
-    module = _import(run.module._target_, "module._target_")
-    own = getattr(module, "monitor", None)
+    own = _module_attribute(run, "monitor", None)
     metric, mode = run.compare.metric or own, run.compare.mode
     if metric is None:
         raise UserError(
@@ -290,7 +290,7 @@ def _monitored(run: DictConfig) -> tuple[str, Mode]:
             "compare.metric=val/loss compare.mode=min"
         )
     if mode is None and metric == own:
-        mode = getattr(module, "monitor_mode", "min")
+        mode = _module_attribute(run, "monitor_mode", "min")
     if mode is None and re.search(LESS_IS_BETTER, metric.lower()):
         mode = "min"
     if mode is None:
@@ -301,6 +301,17 @@ def _monitored(run: DictConfig) -> tuple[str, Mode]:
     if mode not in ("min", "max"):
         raise UserError(f"compare.mode={mode}: choose min or max")
     return metric, mode
+
+
+def _module_attribute(run: DictConfig, name: str, default: Any) -> Any:
+    """From the source alone where it says: importing Lightning takes seconds."""
+    path = run.module._target_
+    try:
+        return class_attribute(path, name)
+    except AttributeError:
+        return default
+    except (Unresolved, ImportError):
+        return getattr(_import(path, "module._target_"), name, default)
 
 
 def _prepare(run: DictConfig, metric: str, *, keep_loggers: bool) -> None:

@@ -68,10 +68,12 @@ def test_points_border_has_exact_values() -> None:
     torch.testing.assert_close(values, exact(border.double()).float(), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("option", ["interior_points", "border_points", "redraw_every"])
-def test_data_zero_counts_raise(option: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "least"), [("interior_points", 1), ("border_points", 2), ("redraw_every", 1)]
+)
+def test_data_zero_counts_raise(option: str, least: int) -> None:
     options: Any = {option: 0}
-    with pytest.raises(ValueError, match=f"{option} must be >= 2, got 0"):
+    with pytest.raises(ValueError, match=f"{option} must be >= {least}, got 0"):
         Burgers2dData(**options)
 
 

@@ -28,7 +28,18 @@ ANSWERED = [
     "recipe=burgers2d cluster=slurm_sbatch",
     "recipe=burgers2d resume_from=last.ckpt",
     "recipe=admissions_mlp data.csv=table.csv",
+    "recipe=admissions_mlp data.batch_size=0",
     "recipe=resnet50_cifar10 data.folder=images",
+]
+ANSWERED_BY_COMPARE = [
+    "--help",
+    "recipe=nothing",
+    "recipe=burgers2d compare.seeds=0",
+    "recipe=burgers2d compare.variants=[nothing]",
+    "recipe=burgers2d compare.mode=best",
+    "recipe=burgers2d trainer.max_steps=many",
+    "recipe=burgers2d seed=3",
+    "recipe=admissions_mlp data.csv=table.csv",
 ]
 # refused by constructors of torch, or by networks
 ANSWERED_WITH_TORCH = [
@@ -37,12 +48,12 @@ ANSWERED_WITH_TORCH = [
 ]
 ANSWER = """
 import sys
-from lightning_stableaa.recipes.commands import train
+from lightning_stableaa.recipes import commands
 
 for line in {lines}:
-    sys.argv = ["stableaa-train", *line.split()]
+    sys.argv = ["stableaa-{command}", *line.split()]
     try:
-        train()
+        commands.{command}()
     except SystemExit as error:
         assert error.code == (0 if line == "--help" else 2), line
     heavy = [name for name in {unwanted} if name in sys.modules]
@@ -61,16 +72,23 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 
-def test_command_help_and_refusals_import_no_torch(tmp_path: Path) -> None:
-    unwanted = ["torch", "lightning", "matplotlib"]
-    done = run(tmp_path, "-c", ANSWER.format(lines=ANSWERED, unwanted=unwanted))
+@pytest.mark.parametrize(
+    ("command", "lines"), [("train", ANSWERED), ("compare", ANSWERED_BY_COMPARE)]
+)
+def test_command_help_and_refusals_import_no_torch(
+    tmp_path: Path, command: str, lines: list[str]
+) -> None:
+    unwanted = ["torch", "lightning", "matplotlib", "pandas"]
+    program = ANSWER.format(lines=lines, unwanted=unwanted, command=command)
+    done = run(tmp_path, "-c", program)
     assert done.returncode == 0, done.stderr
-    assert len(done.stderr.splitlines()) == len(ANSWERED) - 1
+    assert len(done.stderr.splitlines()) == len(lines) - 1
     assert not list(tmp_path.iterdir())
 
 
 def test_command_refusals_of_torch_import_no_lightning(tmp_path: Path) -> None:
-    done = run(tmp_path, "-c", ANSWER.format(lines=ANSWERED_WITH_TORCH, unwanted=["lightning"]))
+    program = ANSWER.format(lines=ANSWERED_WITH_TORCH, unwanted=["lightning"], command="train")
+    done = run(tmp_path, "-c", program)
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == len(ANSWERED_WITH_TORCH)
 
