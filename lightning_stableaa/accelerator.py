@@ -38,7 +38,7 @@ from lightning_stableaa.model.step_monitor import (
     unwrap_optimizers,
 )
 from lightning_stableaa.model.trial import evaluate_candidate
-from lightning_stableaa.options import HistoryPlacement, Options, Safeguard, Smoothing
+from lightning_stableaa.options import HistoryPlacement, Options, Safeguard, Smoothing, describe
 from lightning_stableaa.report import Status, StepReport
 
 log = logging.getLogger(__name__)
@@ -165,6 +165,11 @@ class AndersonAccelerator:
         self._hooks: list[Any] = []
         self._prepared = False
         self._prepare_at_next_step()
+
+    def __repr__(self) -> str:
+        """Names the options that differ from the defaults, and what happened so far."""
+        counts = f"{self.accepted} of {self.attempted} candidates accepted"
+        return f"<{describe('AndersonAccelerator', self.options)}: {counts}>"
 
     def step(
         self, loss_fn: LossFunction | Objective | None = None, *, stochastic: bool = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -35,6 +36,16 @@ def check_real(option: str, value: object, interval: str, *, inside: bool) -> No
         raise TypeError(f"{option} must be a number, got {value!r}")
     if not inside:
         raise ValueError(f"{option} must be {interval}, got {float(value)}")
+
+
+def describe(name: str, options: Any, **others: Any) -> str:
+    """``name(option=value, ...)`` with what differs from the defaults of a dataclass."""
+    given = {
+        field.name: getattr(options, field.name)
+        for field in dataclasses.fields(options)
+        if getattr(options, field.name) != field.default
+    }
+    return f"{name}({', '.join(f'{key}={value!r}' for key, value in (given | others).items())})"
 
 
 def _number(value: object) -> float:

@@ -575,6 +575,14 @@ def test_changed_parameters_restart_the_history(change: str) -> None:
 # --- errors ---
 
 
+def test_repr_has_changed_options_and_counts() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    accelerator = AndersonAccelerator(optimizer, history_depth=5)
+    assert repr(accelerator) == (
+        "<AndersonAccelerator(history_depth=5): 0 of 0 candidates accepted>"
+    )
+
+
 def test_step_without_loss_raises_where_the_safeguard_needs_one() -> None:
     problem = Quadratic()
     with pytest.raises(ValueError, match="safeguard='loss' needs a loss_fn, got None: call step"):

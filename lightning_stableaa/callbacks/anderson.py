@@ -20,7 +20,7 @@ from lightning_stableaa.callbacks.base import (
 from lightning_stableaa.callbacks.batch_objective import BatchObjective, has_own_loss
 from lightning_stableaa.callbacks.smoothing import SmoothingMonitor, log_smoothing
 from lightning_stableaa.callbacks.summary import summarize
-from lightning_stableaa.options import HistoryPlacement, Options, Safeguard, Smoothing
+from lightning_stableaa.options import HistoryPlacement, Options, Safeguard, Smoothing, describe
 from lightning_stableaa.report import StepReport
 
 log = logging.getLogger(__name__)
@@ -127,17 +127,12 @@ class AndersonCallback(EngineCallback):
 
     def __repr__(self) -> str:
         """Names the options that differ from the defaults."""
-        defaults = Options()
-        given = {
-            field.name: getattr(self.options, field.name)
-            for field in dataclasses.fields(defaults)
-            if getattr(self.options, field.name) != getattr(defaults, field.name)
-        }
+        others: dict[str, Any] = {}
         if self.warmup_epochs is not None:
-            given["warmup_steps"] = f"{self.warmup_epochs:g} epochs"
+            others["warmup_steps"] = f"{self.warmup_epochs:g} epochs"
         if self.stochastic != "auto":
-            given["stochastic"] = self.stochastic
-        return f"AndersonCallback({', '.join(f'{name}={one!r}' for name, one in given.items())})"
+            others["stochastic"] = self.stochastic
+        return describe("AndersonCallback", self.options, **others)
 
     @property
     def accelerator(self) -> AndersonAccelerator | None:

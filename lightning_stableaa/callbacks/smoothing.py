@@ -11,7 +11,7 @@ from lightning_stableaa.callbacks.base import (
     log_to_loggers,
     log_to_progress_bar,
 )
-from lightning_stableaa.options import RsdKind, RsdOf, Smoothing, SmoothingApplyTo
+from lightning_stableaa.options import RsdKind, RsdOf, Smoothing, SmoothingApplyTo, describe
 from lightning_stableaa.report import StepReport
 
 # Iterates of a window where there is no cycle to take it from.
@@ -60,6 +60,10 @@ class SmoothingMonitor(EngineCallback):
             of=of,
             apply_to=apply_to,
         )
+
+    def __repr__(self) -> str:
+        """Names the options that differ from the defaults."""
+        return describe("SmoothingMonitor", self.smoothing)
 
     def make_engine(self, trainer: Any, pl_module: Any) -> AndersonAccelerator | None:
         """One that never extrapolates; ``None`` beside an AndersonCallback, which does the work."""

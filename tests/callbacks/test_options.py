@@ -94,6 +94,9 @@ def test_repr_names_options_that_differ_from_defaults() -> None:
     text = "AndersonCallback(history_depth=4, safeguard='none', stochastic=False)"
     assert repr(callback) == text
     assert eval(text).options == callback.options
+    monitor = SmoothingMonitor(rsd_threshold=0.3, of="iterates")
+    assert repr(SmoothingMonitor()) == "SmoothingMonitor()"
+    assert repr(monitor) == "SmoothingMonitor(rsd_threshold=0.3, of='iterates')"
 
 
 @pytest.mark.parametrize(
