@@ -4,13 +4,15 @@
 
 Admissions: the network of the recipe, SGD with momentum, 10 to 400 rows a step (400 is the full
 batch). Images: a network of three convolutions on CIFAR-10, halved to 16 x 16 pixels, 32 to 4,096
-images a step, in micro-batches of 1,024. As many steps for every batch size, so that only the noise
-differs. ``FOLDER/batch_sizes.png`` and ``FOLDER/table.md``; medians over the seeds.
+images a step, in micro-batches of 1,024. Text: a small transformer that predicts the next byte of
+the standard library of Python, Adam, 8 to 128 windows of 64 bytes a step. As many steps for every
+batch size, so that only the noise differs. ``FOLDER/batch_sizes.png`` and ``FOLDER/table.md``;
+medians over the seeds.
 
 Columns: RSD of the updates of a cycle (median over the plain run); oscillation, the standard
 deviation of the training loss about its trend in the last third, over its mean; rho, the median
-gain of the proposed steps; the loss on 4,096 fixed training samples at the end over plain's, at
-equal cost (of the accelerated run at that cost), and the same of the best validation.
+gain of the proposed steps; the loss on a fixed part of the training samples at the end over
+plain's, at equal cost (of the accelerated run at that cost), and the same of the best validation.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import math
 import multiprocessing
 import os
 import statistics
+import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -38,6 +41,8 @@ from torch.nn.functional import avg_pool2d, cross_entropy, mse_loss
 from lightning_stableaa import AndersonAccelerator, Smoothing
 
 MICRO_BATCH = 1024
+CONTEXT = 64  # bytes of a window of text
+
 TEXTBOOK: dict[str, Any] = {
     "lag_compensation": 0.0,
     "max_horizon": 0.0,
@@ -59,9 +64,10 @@ class Problem(NamedTuple):
     data: Callable[[int], tuple[Tensor, Tensor, Tensor, Tensor]]  # of a seed
     network: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
-    lr: float
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
     steps: int
     sizes: tuple[int, ...]
+    samples: int = 4096  # of the training data, whose loss is looked at
 
 
 def admissions(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,6 +102,44 @@ def cifar10(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x, y, x_val[::4], y_val[::4]
 
 
+def text(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Windows of ``CONTEXT`` bytes, and the bytes that follow each; the last tenth validates."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    content = b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))[:2_000_000]
+    bytes_ = torch.frombuffer(bytearray(content), dtype=torch.uint8).long().clamp(max=127)
+    windows = bytes_[: len(bytes_) // CONTEXT * CONTEXT].reshape(-1, CONTEXT)
+    x, y = windows[:, :-1], windows[:, 1:]
+    split = len(x) * 9 // 10
+    order = torch.randperm(split, generator=torch.Generator().manual_seed(seed))
+    return x[:split][order], y[:split][order], x[split:][::8], y[split:][::8]
+
+
+def next_byte(logits: Tensor, following: Tensor) -> Tensor:
+    """Cross-entropy of logits (batch, length, 128) and bytes (batch, length), in nats."""
+    return cross_entropy(logits.flatten(0, 1), following.flatten())
+
+
+class Transformer(nn.Module):
+    """Two causal blocks of 64 features and four heads on 128 different bytes; 120,576 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = nn.Embedding(128, 64)
+        self.positions = nn.Embedding(CONTEXT, 64)
+        block = nn.TransformerEncoderLayer(
+            64, 4, 256, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.output = nn.Linear(64, 128)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (batch, length, 128) of the byte after each of (batch, length)."""
+        length = x.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        hidden = self.bytes(x) + self.positions.weight[:length]
+        return self.output(self.blocks(hidden, mask=mask, is_causal=True))
+
+
 def perceptron() -> nn.Module:
     """7 - 64 - 64 - 64 - 1."""
     layers: list[nn.Module] = []
@@ -114,9 +158,24 @@ def convolutions() -> nn.Module:
     )
 
 
+def momentum(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """SGD with momentum 0.9."""
+    return lambda model: torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def adam(lr: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Adam."""
+    return lambda model: torch.optim.Adam(model.parameters(), lr=lr)
+
+
 PROBLEMS = {
-    "admissions": Problem(admissions, perceptron, mse_loss, 1e-3, 1000, (10, 20, 40, 80, 160, 400)),
-    "images": Problem(cifar10, convolutions, cross_entropy, 0.05, 200, (32, 128, 512, 2048, 4096)),
+    "admissions": Problem(
+        admissions, perceptron, mse_loss, momentum(1e-3), 1000, (10, 20, 40, 80, 160, 400)
+    ),
+    "images": Problem(
+        cifar10, convolutions, cross_entropy, momentum(0.05), 200, (32, 128, 512, 2048, 4096)
+    ),
+    "text": Problem(text, Transformer, next_byte, adam(2e-3), 400, (8, 32, 128), samples=256),
 }
 
 
@@ -127,7 +186,7 @@ def run(name: str, size: int, variant: str, seed: int) -> dict[str, Any]:
     problem = PROBLEMS[name]
     x, y, x_val, y_val = problem.data(seed)
     model = problem.network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=problem.lr, momentum=0.9)
+    optimizer = problem.optimizer(model)
     full_batch = size >= len(x)
     options = {"smoothing": Smoothing(rsd_threshold=math.inf)} | VARIANTS[variant]
     if variant == "plain":
@@ -147,7 +206,7 @@ def run(name: str, size: int, variant: str, seed: int) -> dict[str, Any]:
     for step in range(problem.steps):
         if step % (problem.steps // 50) == 0:
             with torch.no_grad():
-                train = float(problem.loss(model(x[:4096]), y[:4096]))
+                train = float(problem.loss(model(x[: problem.samples]), y[: problem.samples]))
                 val = float(problem.loss(model(x_val), y_val))
             rows.append((cost, train, val))
         if len(order) < size:
@@ -240,7 +299,7 @@ def draw(path: Path, summary: Sequence[dict[str, Any]]) -> None:
 
     palette = ("#222222", "#D55E00", "#F5A300", "#B71C1C", "#8E24AA")
     colors = dict(zip(VARIANTS, palette, strict=False))
-    figure, grid = plt.subplots(2, 2, figsize=(9, 6), layout="constrained", sharex="col")
+    figure, grid = plt.subplots(2, 3, figsize=(12, 6), layout="constrained", sharex="col")
     for column, name in enumerate(PROBLEMS):
         rows = [row for row in summary if row["problem"] == name]
         plain = [row for row in rows if row["variant"] == "plain"]

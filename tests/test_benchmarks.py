@@ -171,7 +171,9 @@ def test_batch_sizes_tiny_run_writes_table_and_figure(
         return x, x.sum(1, keepdim=True), x, x.sum(1, keepdim=True)
 
     problem = batch_sizes.PROBLEMS["admissions"]._replace(data=samples, steps=100, sizes=(8, 64))
-    monkeypatch.setattr(batch_sizes, "PROBLEMS", {"admissions": problem, "images": problem})
+    monkeypatch.setattr(
+        batch_sizes, "PROBLEMS", {"admissions": problem, "images": problem, "text": problem}
+    )
     monkeypatch.setattr(batch_sizes, "VARIANTS", {"plain": {}, "anderson": {}})
     runs = [
         batch_sizes.run(name, size, variant, 0)
@@ -204,3 +206,15 @@ def test_optimizer_matrix_run_spends_its_budget(monkeypatch: pytest.MonkeyPatch)
     ]
     assert found[0]["accepted"][1] == 2
     assert all(45 <= one["cost"] < 70 and 0 < one["error"] < 10 for one in found)
+
+
+def test_batch_sizes_transformer_sees_only_earlier_bytes() -> None:
+    torch.manual_seed(0)
+    model, x = batch_sizes.Transformer().eval(), torch.randint(128, (2, 20))
+    changed = x.clone()
+    changed[:, 12] = (changed[:, 12] + 1) % 128
+    before, after = model(x), model(changed)
+    torch.testing.assert_close(before[:, :12], after[:, :12])
+    assert (before[:, 12:] - after[:, 12:]).abs().amax(dim=(0, 2)).min() > 1e-4
+    inputs, following, *_ = batch_sizes.text(0)
+    assert torch.equal(inputs[:, 1:], following[:, :-1])
