@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_stableaa.callbacks.manual_optimization import (
     dry_run,
@@ -24,7 +25,14 @@ from lightning_stableaa.callbacks.manual_optimization import (
 from lightning_stableaa.distributed.dtensor import is_sharded, reshard_fsdp_modules
 from lightning_stableaa.model.objective import Objective, scalar
 from lightning_stableaa.model.parameters import trainable_parameters
-from lightning_stableaa.model.snapshot import RNGSnapshot, StateSnapshot, UnsupportedStateError
+from lightning_stableaa.model.snapshot import (
+    NUMBERS,
+    RNGSnapshot,
+    StateSnapshot,
+    UnsupportedStateError,
+    is_generator,
+    is_small_collection,
+)
 from lightning_stableaa.model.step_monitor import maximizes, unwrap_optimizers
 
 
@@ -68,6 +76,7 @@ class BatchObjective(Objective):
         self._before: _TrainingState | None = None  # the training step
         self._evaluated = False  # in this context
         self._unsupported: str | None = None
+        self._failed: str | None = None  # what could not be put back, though it was supported
         self._unhook = ExitStack()
         self._leave = ExitStack()
         self.is_due = False  # an evaluation follows the current batch
@@ -85,7 +94,11 @@ class BatchObjective(Objective):
         def save_and_train(batch: Any, *arguments: Any) -> Any:
             self._unhook.close()
             self._save(batch)
-            return training_step(batch, *arguments)
+            before = _states_of(self._optimizers)
+            output = training_step(batch, *arguments)
+            if self._module.automatic_optimization and _states_of(self._optimizers) != before:
+                self._unsupported = "state of the optimizer, changed by training_step"
+            return output
 
         self._unhook.callback(replace_attribute(strategy, "training_step", save_and_train))
 
@@ -106,10 +119,11 @@ class BatchObjective(Objective):
             return None
         if self._before is not None and self._before.lost():
             self._unsupported = "a tensor that changes and is too large to be copied"
-        if self._unsupported is None:
+        unsupported = self._failed or self._unsupported
+        if unsupported is None:
             return None
         return (
-            f"the LightningModule or its batch holds {self._unsupported}, which cannot be put "
+            f"the LightningModule or its batch holds {unsupported}, which cannot be put "
             "back; define anderson_loss(batch) on the LightningModule"
         )
 
@@ -144,7 +158,10 @@ class BatchObjective(Objective):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._leave.close()
+        try:
+            self._leave.close()
+        except UnsupportedStateError as failure:
+            self._failed = str(failure)
 
     def _evaluate(self) -> Any:
         loop = self._trainer.fit_loop.epoch_loop
@@ -200,10 +217,10 @@ class BatchObjective(Objective):
             elif self._module.automatic_optimization:
                 output = self._run_training_step()
             else:
-                with dry_run(self._trainer, self._optimizers) as losses:
+                with dry_run(self._trainer, self._optimizers) as (losses, stepped):
                     output = self._run_training_step()
                 if losses:
-                    return single_objective(losses, len(self._optimizers))
+                    return single_objective(losses, stepped, len(self._optimizers))
                 if output is None:
                     raise ValueError("training_step neither calls manual_backward nor returns one")
         return output.get("loss") if isinstance(output, Mapping) else output
@@ -236,10 +253,14 @@ class _TrainingState:
         self._reshard()
         self._trainer, self._device = trainer, device
         metrics = vars(trainer._logger_connector)
-        settings = [one.param_groups for one in unwrap_optimizers(trainer.optimizers)]
+        optimizers = unwrap_optimizers(trainer.optimizers)
+        settings = [one.param_groups for one in optimizers]
         schedules = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
         self._state = StateSnapshot(
-            [module, batch, metrics, settings, schedules], trained, _attributes_of_data(trainer)
+            [module, batch, metrics, settings, schedules, *_state_of_data(trainer)],
+            trained,
+            _attributes_of_data(trainer),
+            optimizers,
         )
         loop = trainer.fit_loop.epoch_loop
         steps = (
@@ -252,7 +273,7 @@ class _TrainingState:
 
     def _read_rest(self) -> None:
         self._rng = RNGSnapshot(self._device)
-        self._should_stop = self._trainer.should_stop
+        self._settings = _numbers_of(self._trainer)
         self._counts = [dict(one) for one in self._counters]
 
     def again(self) -> _TrainingState:
@@ -269,7 +290,9 @@ class _TrainingState:
         moved = self._state.drew_random_numbers()
         self._state.restore()
         moved = self._rng.restore() or moved
-        self._trainer.should_stop = self._should_stop
+        for name in _numbers_of(self._trainer).keys() - self._settings.keys():
+            delattr(self._trainer, name)
+        vars(self._trainer).update(self._settings)
         for counter, counts in zip(self._counters, self._counts, strict=True):
             counter.update(counts)
         return moved
@@ -291,6 +314,30 @@ def _attributes_of_data(trainer: Any) -> Iterator[dict[str, Any]]:
     for one in (trainer.datamodule, *(getattr(x, part, None) for x in loaders for part in parts)):
         if isinstance(getattr(one, "__dict__", None), dict):
             yield vars(one)
+
+
+def _state_of_data(trainer: Any) -> Iterator[Any]:
+    """Generators of random numbers and small collections that the datamodule holds."""
+    for one in getattr(trainer.datamodule, "__dict__", {}).values():
+        if is_generator(one) or is_small_collection(one):
+            yield one
+
+
+def _numbers_of(trainer: Any) -> dict[str, Any]:
+    """Plain settings of the Trainer, such as ``should_stop`` and what a user added."""
+    return {name: one for name, one in vars(trainer).items() if type(one) in NUMBERS}
+
+
+def _states_of(optimizers: Sequence[Optimizer]) -> list[Any]:
+    """What shows that somebody wrote to the state of an optimizer."""
+    return [
+        (name, value._version if isinstance(value, Tensor) else value)
+        for optimizer in optimizers
+        for state in optimizer.state.values()
+        if isinstance(state, dict)
+        for name, value in state.items()
+        if isinstance(value, Tensor | int | float)
+    ]
 
 
 @contextmanager
@@ -315,10 +362,32 @@ def _silent_class(kind: type) -> type:
     ]
     silent: dict[str, Any] = dict.fromkeys([*methods, "save", "after_save_checkpoint"], _nothing)
     for base in kind.__mro__:
-        dummy = getattr(sys.modules[base.__module__], "DummyExperiment", None)
-        if dummy is not None:  # Lightning's, beside its Logger
-            silent["experiment"] = property(lambda _, dummy=dummy: dummy())
+        # Lightning's, beside its Logger; a module need not be registered
+        if hasattr(sys.modules.get(base.__module__), "DummyExperiment"):
+            silent["experiment"] = property(lambda one: _SilentExperiment(kind.experiment, one))
     return type(kind.__name__, (kind,), silent)
+
+
+class _SilentExperiment:
+    """Shows what the experiment of a logger holds and gets, and does nothing else.
+
+    Args:
+        experiment: the property of the logger's class.
+        logger: of that class.
+    """
+
+    def __init__(self, experiment: property, logger: Any) -> None:
+        self._read = functools.partial(experiment.__get__, logger, type(logger))
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._read(), name)
+        return _nothing if callable(found) and not name.startswith("get") else found
+
+    def __getitem__(self, _: Any) -> _SilentExperiment:  # of several experiments
+        return self
+
+    def __setitem__(self, *_: Any) -> None:
+        pass
 
 
 def has_own_loss(module: nn.Module) -> bool:

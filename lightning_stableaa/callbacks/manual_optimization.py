@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,7 +12,9 @@ from torch.optim import Optimizer
 
 
 @contextmanager
-def dry_run(trainer: Any, optimizers: Sequence[Optimizer]) -> Iterator[list[Tensor]]:
+def dry_run(
+    trainer: Any, optimizers: Sequence[Optimizer]
+) -> Iterator[tuple[list[Tensor], set[int]]]:
     """Inside, ``manual_backward`` and steps of optimizers and schedulers compute nothing.
 
     Args:
@@ -19,18 +22,24 @@ def dry_run(trainer: Any, optimizers: Sequence[Optimizer]) -> Iterator[list[Tens
         optimizers: unwrapped optimizers, those of the Trainer.
 
     Yields:
-        The losses whose gradients the step asked for so far.
+        The losses whose gradients the step asked for so far, and the ids of the optimizers that it
+        would have stepped.
     """
     losses: list[Tensor] = []
+    stepped: set[int] = set()
 
     def backward(loss: Tensor, *_: Any, **__: Any) -> Tensor:
         losses.append(loss.detach())
         return loss
 
     def step_of_strategy(optimizer: Any, closure: Callable[[], Any], *_: Any, **__: Any) -> Any:
+        stepped.add(id(optimizer))
         return closure()
 
-    def step(closure: Callable[[], Any] | None = None, *_: Any, **__: Any) -> Any:
+    def step(
+        optimizer: Optimizer, closure: Callable[[], Any] | None = None, *_: Any, **__: Any
+    ) -> Any:
+        stepped.add(id(optimizer))
         return None if closure is None else closure()
 
     def step_of_scheduler(*_: Any, **__: Any) -> None:
@@ -40,22 +49,34 @@ def dry_run(trainer: Any, optimizers: Sequence[Optimizer]) -> Iterator[list[Tens
         undo.callback(replace_attribute(trainer.strategy, "backward", backward))
         undo.callback(replace_attribute(trainer.strategy, "optimizer_step", step_of_strategy))
         for optimizer in optimizers:
-            undo.callback(replace_attribute(optimizer, "step", step))
+            undo.callback(replace_attribute(optimizer, "step", functools.partial(step, optimizer)))
         for config in trainer.lr_scheduler_configs:
             undo.callback(replace_attribute(config.scheduler, "step", step_of_scheduler))
-        yield losses
+        yield losses, stepped
 
 
-def single_objective(losses: Sequence[Tensor], num_optimizers: int) -> Tensor:  # ()
+def single_objective(
+    losses: Sequence[Tensor], stepped: Collection[int], num_optimizers: int
+) -> Tensor:  # ()
     """The loss that all optimizers decrease.
 
     Several backward passes before the steps of one optimizer add up their gradients. With several
     optimizers they would be of different losses, such as those of a generator and of its
-    discriminator, and no candidate could be compared by one of them.
+    discriminator, and no candidate could be compared by one of them. Optimizers that take turns
+    may follow a loss each: one that is left out now had another step to decide by.
+
+    Args:
+        losses: those of one training step, each ().
+        stepped: the optimizers that it steps.
+        num_optimizers: how many there are.
 
     Raises:
-        ValueError: several optimizers follow several losses.
+        ValueError: several optimizers follow several losses, or take turns.
     """
+    if 0 < len(stepped) < num_optimizers:
+        raise ValueError(
+            f"{num_optimizers} optimizers that take turns, so that each may follow another loss"
+        )
     if len(losses) > 1 and num_optimizers > 1:
         raise ValueError(
             f"{num_optimizers} optimizers that follow {len(losses)} losses, none of which all of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,12 +158,24 @@ class IterateStore:
             else:
                 self.weights.swap(self.candidate, reverse=True)
 
-    def undo_writes(self) -> None:
-        """Put back what an evaluation wrote to the weights, where the newest iterate holds them."""
-        if self._newest_is_current and not (
-            self.weights.device.type == "cpu" and self.weights.equals(self.history.newest)
-        ):
-            self.weights.write(self.history.newest)
+    @contextmanager
+    def keep_weights(self) -> Iterator[Callable[[], None]]:
+        """Yields what puts back what an evaluation wrote to the weights.
+
+        Where the newest iterate does not hold them, as an average does not, a copy does meanwhile;
+        but not where the history is sharded to save the memory of one.
+        """
+        kept = self.history.newest
+        if not self._newest_is_current and not self._gathers:
+            kept = torch.empty_like(self.candidate)
+            self.weights.read(kept)
+        keeps = self._newest_is_current or not self._gathers
+
+        def undo_writes() -> None:
+            if keeps and (self.weights.device.type != "cpu" or not self.weights.equals(kept)):
+                self.weights.write(kept)
+
+        yield undo_writes
 
     def restart(self) -> None:
         """Something other than the optimizer moved the weights."""

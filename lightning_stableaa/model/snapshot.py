@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Set
 from enum import Enum
 from pathlib import Path
@@ -37,7 +37,7 @@ from lightning_stableaa.model.parameters import is_dense
 # it keeps the version alone.
 _COPIED_BYTES = 64 << 20
 
-_NUMBERS = frozenset([int, float, complex, str, bytes, bool, tuple, type(None)])
+NUMBERS = frozenset([int, float, complex, str, bytes, bool, tuple, type(None)])
 
 _ATOMS = (int, float, complex, str, bytes, bool, type(None), type, range, slice)
 _ATOM_TYPES = (
@@ -77,7 +77,10 @@ _CONTAINERS = (dict, list, set, deque, Tensor)
 
 # What another thread or process may take from, or that has its state outside of this one.
 _SHARED_PACKAGES = frozenset(
-    ["queue", "_queue", "multiprocessing.queues", "socket", "_socket", "sqlite3"]
+    [
+        *("queue", "_queue", "multiprocessing.queues", "multiprocessing.sharedctypes"),
+        *("socket", "_socket", "sqlite3"),
+    ]
 )
 
 # of the byte code, on names of a module
@@ -89,7 +92,12 @@ _Write = Callable[[Any, Any], object]
 _Kind = tuple[Any, Callable[[Any], Any], _Write]  # an object, how to read its contents and to write
 
 _TORCH_MODULES = ("torch.nn.", "torch._dynamo.", "torch.fx.")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 
 
 class UnsupportedStateError(Exception):
@@ -141,6 +149,7 @@ class StateSnapshot:
         trained: parameters whose contents are somebody else's to restore. Copies take at most
             twice their memory, or 64 MiB; larger tensors are watched instead, see ``lost``, and
             larger arrays are taken for constants.
+        optimizers: whose state is somebody else's to restore.
 
     Attributes:
         objects: everything that was reached.
@@ -154,8 +163,10 @@ class StateSnapshot:
         roots: Iterable[Any],
         trained: Iterable[Tensor] = (),
         attributes: Iterable[dict[str, Any]] = (),
+        optimizers: Iterable[Optimizer] = (),
     ) -> None:
         trained = list(trained)
+        self._steppers = list(optimizers)
         self._trained = sorted(_range(to_local(one)) for one in trained)
         budget = max(_COPIED_BYTES, 2 * sum(to_local(one).nbytes for one in trained))
         self._kinds: list[_Kind] = []  # of what was reached, and the contents of each
@@ -200,11 +211,21 @@ class StateSnapshot:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put all contents back."""
+        """Put all contents back.
+
+        Raises:
+            UnsupportedStateError: an object refused them; all others were put back.
+        """
+        failure: Exception | None = None
         for (value, _, write), content in zip(self._kinds, self._contents, strict=True):
-            write(value, content)
+            try:
+                write(value, content)
+            except Exception as error:  # of an object with methods of its own
+                failure = failure or error
         for (tensor, _), state in zip(self._tensors, self._states, strict=True):
             state.restore(tensor)
+        if failure is not None:
+            raise UnsupportedStateError(f"an object that raises {failure!r}") from failure
 
     def lost(self) -> bool:
         """Whether a tensor too large to be copied was written since, through itself."""
@@ -237,6 +258,8 @@ class StateSnapshot:
             return self._inside_tensor(value)
         if issubclass(kind, dict | list | tuple | set | frozenset | deque):
             inside = self._capture_container(value)
+            if isinstance(value, defaultdict):
+                inside = [*inside, *_not_atoms([value.default_factory])]
             if kind.__module__ in ("builtins", "collections"):
                 return inside
             return [*inside, *self._capture_object(value)]  # attributes of a subclass
@@ -246,7 +269,7 @@ class StateSnapshot:
             return self._capture_module(value)
         if isinstance(value, types.FunctionType):
             return self._capture_function(value)
-        if isinstance(value, types.MethodType | types.BuiltinMethodType):
+        if isinstance(value, types.MethodType | types.BuiltinMethodType | types.MethodWrapperType):
             return _not_atoms([value.__self__, getattr(value, "__func__", None)])
         if isinstance(value, weakref.ReferenceType):
             return _not_atoms([value()])
@@ -265,6 +288,8 @@ class StateSnapshot:
             )
         if isinstance(value, Optimizer):
             return self._capture_optimizer(value)
+        if isinstance(value, torch.utils.data.DataLoader):
+            return _not_atoms([value.generator, getattr(value.sampler, "generator", None)])
         if _is_foreign(value):
             return ()
         return [*self._capture_object(value), *self._inside_classes(kind)]
@@ -278,7 +303,8 @@ class StateSnapshot:
     def _capture_container(self, value: Any) -> Iterable[Any]:
         """By the methods of the builtin: a subclass may show something else."""
         if isinstance(value, dict):
-            return _not_atoms(self._keep(value, _read_dict, _write_dict).values())
+            kept = self._keep(value, _read_dict, _write_dict)
+            return _not_atoms([*kept, *kept.values()])
         if isinstance(value, list):
             return _not_atoms(self._keep(value, _read_list, _write_list))
         if isinstance(value, set | deque):
@@ -290,10 +316,13 @@ class StateSnapshot:
         attributes = self._keep(vars(module), _read_dict, _write_dict)
         if type(module).__module__.startswith(_TORCH_MODULES):  # other attributes are settings
             inside = [attributes["_parameters"], attributes["_buffers"], attributes["_modules"]]
+            inside += [one for name, one in attributes.items() if name[0] != "_" and _is_state(one)]
         else:
             inside = [*_not_atoms(attributes.values()), *self._inside_slots(module)]
         for name in _HOOKS:
             inside += attributes.get(name, {}).values()
+        if isinstance(module, torch.jit.ScriptModule):  # of a traced one, they are out of sight
+            inside += module.buffers()
         return [*inside, *self._inside_classes(type(module))]
 
     def _inside_classes(self, kind: type) -> Iterable[Any]:
@@ -308,11 +337,14 @@ class StateSnapshot:
             if is_own:
                 self._keep(base, _read_class, _write_class)
             for name, value in vars(base).items():
-                if not name.startswith("__") and (
-                    isinstance(value, _CONTAINERS)
-                    or (isinstance(value, types.FunctionType) and _is_own(value.__module__))
-                ):
+                if name.startswith("__"):
+                    continue
+                is_state = isinstance(value, _CONTAINERS) or (is_own and _is_state(value))
+                if is_state and type(value) not in _ATOM_TYPES:
                     yield value
+                for function in _functions_of(value):
+                    if _is_own(function.__module__):
+                        yield function
 
     def _capture_object(self, value: Any) -> Iterable[Any]:
         return [*self._inside_attributes(value), *self._inside_slots(value)]
@@ -342,14 +374,25 @@ class StateSnapshot:
                 self._see(cell)
                 inside += self._keep(cell, _read_cell, _write_cell)
         if _is_own(function.__module__):
-            read = functools.partial(_read_globals, _names_of(function.__code__))
-            inside += self._keep(function.__globals__, read, _write_globals).values()
+            names, scope = _names_of(function.__code__), function.__globals__
+            read = functools.partial(_read_globals, names)
+            inside += self._keep(scope, read, _write_globals).values()
+            for one in _program_in(names, scope):
+                inside += self._inside_program(one)
         return _not_atoms(inside)
 
+    def _inside_program(self, one: Any) -> Iterable[Any]:
+        """The state of a function, a class or a module that code names."""
+        if isinstance(one, type):
+            return self._inside_classes(one)
+        if isinstance(one, types.FunctionType) or id(one) in self._seen:
+            return (one,)
+        self._see(one)
+        return self._keep(vars(one), _read_module, _write_globals).values()
+
     def _capture_optimizer(self, optimizer: Optimizer) -> Iterable[Any]:
-        """Settings; the state too where the training step itself makes the steps."""
-        parameters = [one for group in optimizer.param_groups for one in group["params"]]
-        if any(self._is_trained(to_local(one)) for one in parameters):
+        """Settings; the state too, but of an optimizer that the training loop steps."""
+        if any(optimizer is one for one in self._steppers):
             return (optimizer.param_groups,)  # its steps are those of the training loop
         return (optimizer.param_groups, optimizer.state)
 
@@ -505,9 +548,13 @@ def _write_collection(value: Any, kept: list[Any]) -> None:
     now = _read_collection(value)
     if len(now) == len(kept) and all(map(operator.is_, now, kept)):
         return
-    kind: Any = set if isinstance(value, set) else deque
-    kind.clear(value)
-    (kind.update if kind is set else kind.extend)(value, kept)
+    if isinstance(value, set):  # the others stay where they are, and so does the order
+        before = set(kept)
+        set.difference_update(value, [one for one in now if one not in before])
+        set.update(value, kept)
+    else:
+        deque.clear(value)
+        deque.extend(value, kept)
 
 
 def _read_slots(value: Any) -> dict[Any, Any]:
@@ -544,9 +591,27 @@ def _write_cell(cell: Any, kept: tuple[Any, ...]) -> None:
 
 
 def _read_globals(names: tuple[str, ...], scope: dict[str, Any]) -> dict[str, Any]:
-    """Numbers, strings and containers; functions and classes are the program."""
+    """Data and objects of the user's own; functions, classes and modules are the program."""
     found = {name: scope[name] for name in names if name in scope}
-    return {name: one for name, one in found.items() if _is_data(one)}
+    return {name: one for name, one in found.items() if _is_state(one)}
+
+
+def _program_in(names: tuple[str, ...], scope: dict[str, Any]) -> Iterator[Any]:
+    """Functions, classes and modules of the user's own that code names."""
+    for name in names:
+        one = scope.get(name)
+        module = one.__name__ if isinstance(one, types.ModuleType) else _module_of(one)
+        if isinstance(one, types.ModuleType | types.FunctionType | type) and _is_own(module):
+            yield one
+
+
+def _module_of(one: Any) -> str | None:
+    found = getattr(one, "__module__", None) if isinstance(one, types.FunctionType | type) else None
+    return found if isinstance(found, str) else None
+
+
+def _read_module(scope: dict[str, Any]) -> dict[str, Any]:
+    return {name: one for name, one in scope.items() if name[:2] != "__" and _is_state(one)}
 
 
 def _write_globals(scope: dict[str, Any], kept: dict[str, Any]) -> None:
@@ -556,9 +621,7 @@ def _write_globals(scope: dict[str, Any], kept: dict[str, Any]) -> None:
 
 
 def _read_class(kind: type) -> dict[str, Any]:
-    return {
-        name: one for name, one in vars(kind).items() if not name.startswith("__") and _is_data(one)
-    }
+    return {name: one for name, one in vars(kind).items() if name[:2] != "__" and _is_state(one)}
 
 
 def _write_class(kind: type, kept: dict[str, Any]) -> None:
@@ -567,8 +630,35 @@ def _write_class(kind: type, kept: dict[str, Any]) -> None:
             setattr(kind, name, one)
 
 
-def _is_data(value: Any) -> bool:
-    return isinstance(value, _CONTAINERS) or type(value) in _NUMBERS
+def _is_state(value: Any) -> bool:
+    """Data, generators of random numbers, and objects of the user's own or of networks."""
+    return (
+        isinstance(value, _CONTAINERS)
+        or type(value) in NUMBERS
+        or isinstance(value, nn.Module)
+        or _is_array(value)
+        or is_generator(value)
+        or (_is_own(type(value).__module__) and not _is_foreign(value))
+    )
+
+
+def is_small_collection(value: Any) -> bool:
+    """Whether it is one of at most a thousand numbers, strings and the like."""
+    return (
+        isinstance(value, dict | list | set | deque)
+        and len(value) <= 1000
+        and not _not_atoms([*value, *(value.values() if isinstance(value, dict) else ())])
+    )
+
+
+def is_generator(value: Any) -> bool:
+    """Whether it is one of random numbers: of torch, NumPy or Python."""
+    if isinstance(value, random.Random | torch.Generator):
+        return True
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(
+        value, numpy.random.Generator | numpy.random.RandomState | numpy.random.BitGenerator
+    )
 
 
 def _write_sequence(value: Any, kept: Any) -> None:
@@ -586,7 +676,10 @@ def _write_file(value: Any, kept: tuple[Any, int]) -> None:
 
 def _write_array(array: Any, copy: Any) -> None:
     numbers = array.dtype.kind in "fc"  # NaN equals NaN; the others have no such values
-    if not sys.modules["numpy"].array_equal(array, copy, equal_nan=numbers):
+    # objects may have no truth value when they are compared
+    if array.dtype.hasobject or not sys.modules["numpy"].array_equal(
+        array, copy, equal_nan=numbers
+    ):
         array[...] = copy
 
 
@@ -623,6 +716,14 @@ def _slots_of(kind: type) -> tuple[Any, ...]:
         for one in vars(base).values()
         if isinstance(one, types.MemberDescriptorType)
     )
+
+
+def _functions_of(value: Any) -> Iterator[types.FunctionType]:
+    """A function of a class, or those of a property or of a static or class method."""
+    parts = [value, getattr(value, "__func__", None)]
+    if isinstance(value, property):
+        parts += [value.fget, value.fset]
+    return (one for one in parts if isinstance(one, types.FunctionType))
 
 
 @functools.cache
@@ -667,7 +768,7 @@ def _is_frame(value: Any) -> bool:
 def _is_foreign(value: Any) -> bool:
     if isinstance(
         value,
-        types.ModuleType | Enum | torch.utils.data.Dataset | torch.utils.data.DataLoader,
+        types.ModuleType | Enum | torch.utils.data.Dataset,
     ):
         return True
     return any(_is_of(kind, _FOREIGN_PACKAGES) for kind in type(value).__mro__[:-1])

@@ -22,7 +22,7 @@ def unwrap_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimi
     """The torch optimizers behind the wrappers of Fabric and Lightning.
 
     Raises:
-        TypeError: not an optimizer.
+        TypeError: not an optimizer, or one that was not initialised as such.
         ValueError: none at all, LBFGS, or some maximise their loss while others minimise it.
     """
     given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
@@ -32,6 +32,11 @@ def unwrap_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimi
     for one in unwrapped:
         if not isinstance(one, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(one).__name__}")
+        if not hasattr(one, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"optimizer must be set up as a torch.optim.Optimizer, got {type(one).__name__}, "
+                "which has no step hooks: call super().__init__(params, defaults) in its __init__"
+            )
         if isinstance(one, LBFGS):
             raise ValueError(
                 "optimizer must make one update a step, got LBFGS, which iterates inside its "

@@ -31,12 +31,12 @@ def evaluate_candidate(
     if objective is None:
         (overflow,) = _mean(iterates, [overflows])
         return Evaluation(math.nan, math.nan, False, overflows=overflow > 0)
-    with objective:
+    with objective, iterates.keep_weights() as undo_writes:
         before = objective()
-        iterates.undo_writes()
+        undo_writes()
         error = objective.error
         again = objective() if check else before
-        iterates.undo_writes()
+        undo_writes()
         raises = check and error is not None and objective.error is not None
         with iterates.trial():
             after = objective()

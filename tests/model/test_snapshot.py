@@ -414,11 +414,11 @@ def test_snapshot_restores_state_of_other_kinds(name: str) -> None:
         assert repr(show(value)) == repr(before)
 
 
-def test_snapshot_restores_optimizer_of_untrained_parameters() -> None:
-    """Its state changes where the training step makes its steps; that of others is somebody's."""
+def test_snapshot_restores_optimizers_but_those_of_the_training_loop() -> None:
     own, trained = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizers = [torch.optim.Adam([own]), torch.optim.Adam([trained])]
-    snapshot = StateSnapshot([Attributes(own=own, optimizers=optimizers)], [trained])
+    holder = Attributes(own=own, optimizers=optimizers)
+    snapshot = StateSnapshot([holder], [trained], optimizers=optimizers[1:])
     for one in (own, trained):
         one.grad = torch.ones(2)
     for one in optimizers:
