@@ -114,6 +114,11 @@ def format_error(error: Exception) -> str:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         where = f"{mark.name}, line {mark.line + 1}" if mark else "a configuration file"
         return f"{where}: {_one_line(problem or error)}"
+    if ambiguous := re.match(r"Ambiguous value for argument '([^']*)'", str(error)):
+        return (
+            f"{ambiguous[1]}: several values are a sweep, which needs -m; a list is written in "
+            "brackets, as in name=[1,2]"
+        )
     if isinstance(error, OverrideParseException):
         return _misspelled(error.override or "")
     if isinstance(error, InstantiationException):
@@ -121,6 +126,28 @@ def format_error(error: Exception) -> str:
         name = option[1] if option else "configuration"
         return f"{name}: {_raised_elsewhere(cause)}{_one_line(cause or error)}"
     return _one_line(error)
+
+
+# Options of Hydra with dashes; all others are written as name=value.
+_FLAGS = (
+    r"--(help|hydra-help|version|cfg|resolve|package|run|multirun|shell-completion|config-path"
+    r"|config-name|config-dir|experimental-rerun|info)|-(h|c|p|r|m|sc|cp|cn|cd|i)"
+)
+
+
+def check_flags(arguments: Iterable[str]) -> None:
+    """Refuses options with dashes that are none of Hydra's.
+
+    Raises:
+        UserError: such an option.
+    """
+    for argument in arguments:
+        name = argument.split("=")[0]
+        if re.fullmatch(r"--?[a-zA-Z][\w.-]*", name) and not re.fullmatch(_FLAGS, name):
+            raise UserError(
+                f"{argument}: options are written without dashes, as in recipe=burgers2d or "
+                "trainer.max_epochs=5"
+            )
 
 
 def _misspelled(override: str) -> str:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_stableaa.recipes.cli_errors import exit_on_user_error
+from lightning_stableaa.recipes.cli_errors import check_flags, exit_on_user_error
 from lightning_stableaa.recipes.comparison.runner import (
     LOG,
     Run,
@@ -245,6 +245,7 @@ def main() -> None:
     filter_warnings()
     with exit_on_user_error(COMMAND), config_only_mode(sys.argv):
         _check_arguments(sys.argv[1:])
+        check_flags(sys.argv[1:])
         try:
             _compare_from_command_line()
         except KeyboardInterrupt:

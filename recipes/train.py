@@ -23,7 +23,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lightning_stableaa.recipes.cli_errors import USER_ERRORS, check_run, exit_on_user_error
+from lightning_stableaa.recipes.cli_errors import (
+    USER_ERRORS,
+    check_flags,
+    check_run,
+    exit_on_user_error,
+)
 from lightning_stableaa.recipes.errors import UserError, attribute_to
 from lightning_stableaa.recipes.files import disk_errors, write_atomically
 from lightning_stableaa.recipes.launch import (
@@ -78,6 +83,8 @@ def train(config: DictConfig, *, header: str = "") -> dict[str, float]:
 
             return evaluate(config, checkpoint)
         checkpoint = checkpoint_to_resume(config.resume_from, folder)
+        if config.resume_from is not None and checkpoint is None and is_first_process():
+            print(f"resume_from=auto: no checkpoint in {folder}; a new run begins", file=sys.stderr)
         if config.resume_from is None and any(folder.glob("checkpoints/*.ckpt")):
             raise UserError(
                 f"run_folder={folder}: holds checkpoints of an earlier run, which this one would "
@@ -159,8 +166,8 @@ def _class_attribute(path: str, name: str, *default: Any) -> Any:
         if default:
             return default[0]
         raise UserError(
-            f"module._target_={path}: {error}; name a class derived from RecipeModule, or use "
-            "recipe=own and name the metric, as in metric=val/loss"
+            f"module._target_={path}: {error}; with recipe=own, name the metric, as in "
+            "metric=val/loss; other recipes need a class derived from RecipeModule"
         ) from error
     except Unresolved:
         kind = hydra.utils.get_class(path)
@@ -207,8 +214,11 @@ def _report(results: dict[str, float], config: DictConfig, overrides: list[str])
     print(f"{point()}{text}")
     if config.evaluate is not None:
         return
-    kept = {"overrides": overrides, "results": results}
-    write_atomically(Path(config.run_folder) / RESULTS, json.dumps(kept, indent=1))
+    path = Path(config.run_folder) / RESULTS
+    if config.resume_from is not None:  # a finished run adds nothing to its results
+        with suppress(OSError, ValueError, KeyError):
+            results = json.loads(path.read_text())["results"] | results
+    write_atomically(path, json.dumps({"overrides": overrides, "results": results}, indent=1))
     print(f"everything about this run: {config.run_folder}")
 
 
@@ -280,6 +290,7 @@ def main() -> None:
     sys.path.insert(0, str(Path.cwd()))  # a module of the user's own, as python -m would find it
     filter_warnings()
     with exit_on_user_error(COMMAND), config_only_mode(sys.argv):
+        check_flags(sys.argv[1:])
         try:
             _train_from_command_line()
         except KeyboardInterrupt:

@@ -52,7 +52,7 @@ def fit(
     data, module = _data_and_module(config)
     callbacks = _instantiate_all(config.callbacks, "Callback", "callbacks")
     loggers = _instantiate_all(config.logger, "Logger", "logger")
-    of_run = [_SaveConfiguration(settings, folder), *callbacks, _Outcome()]
+    of_run = [_SaveConfiguration(settings, folder), *callbacks, _Outcome(), _Interruption()]
     trainer = _make_trainer(config, callbacks=of_run, logger=loggers)
     if isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(module, RecipeModule):
         module.configure_model = module.shard_weights  # a module of the user's own has its own
@@ -116,16 +116,86 @@ class _SaveConfiguration(Callback):
         self.settings = settings
         self.folder = folder
 
-    def setup(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str
+    def on_fit_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
     ) -> None:
-        """Writes ``config.yaml``, and tells loggers that are read elsewhere."""
+        """Tells loggers that are read elsewhere."""
         if trainer.is_global_zero:
-            resolved = OmegaConf.to_yaml(OmegaConf.create(self.settings))
-            write_atomically(self.folder / "config.yaml", resolved)
             for one in trainer.loggers:
                 if not isinstance(one, CSVLogger):
                     one.log_hyperparams(self.settings)
+
+    def on_sanity_check_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Writes ``config.yaml``, when a checkpoint to resume from was accepted."""
+        self._write(trainer)
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """The same, for a run without a sanity check."""
+        self._write(trainer)
+
+    def _write(self, trainer: lightning.Trainer) -> None:
+        if trainer.is_global_zero:
+            resolved = OmegaConf.to_yaml(OmegaConf.create(self.settings))
+            write_atomically(self.folder / "config.yaml", resolved)
+
+
+class _Interruption(Callback):
+    """Lets Ctrl-C end a run between two batches; a second one ends it at once.
+
+    Within a batch it may leave the lock of a logger's thread taken, for which the end of the run
+    would wait. Several processes do not agree on a batch, and are interrupted at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        self.handler: Any = None
+
+    def on_train_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Takes the place of the handler, unless that ignores the signal."""
+        handler = signal.getsignal(signal.SIGINT)
+        if trainer.world_size == 1 and callable(handler):
+            self.handler = handler
+            signal.signal(signal.SIGINT, self._note)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Ends the run where Ctrl-C was pressed."""
+        if self.received:
+            raise KeyboardInterrupt
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        """Ends the run where Ctrl-C was pressed."""
+        if self.received:
+            raise KeyboardInterrupt
+
+    def on_train_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Gives the handler back."""
+        self._give_back()
+
+    def on_exception(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        exception: BaseException,
+    ) -> None:
+        """Gives the handler back."""
+        self._give_back()
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received:
+            self.handler(number, frame)
+        self.received = True
+
+    def _give_back(self) -> None:
+        if signal.getsignal(signal.SIGINT) == self._note:
+            signal.signal(signal.SIGINT, self.handler)
 
 
 class _Outcome(Callback):

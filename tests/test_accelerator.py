@@ -369,6 +369,15 @@ def test_loss_that_raises_twice_at_the_weights_disables_with_its_error() -> None
     assert torch.equal(problem.solution(), weights)
 
 
+def test_loss_that_is_none_disables_with_a_sentence() -> None:
+    problem = Quadratic(accelerate_every_n_steps=3)
+    problem.run(2)
+    problem.train_step()
+    nothing: Any = lambda: None  # noqa: E731
+    assert problem.accelerator.step(nothing, stochastic=False).status is Status.DISABLED
+    assert "must be a single number, got None: return it" in str(problem.accelerator.disabled)
+
+
 def test_loss_that_raises_after_the_first_checks_rejects() -> None:
     problem = Quadratic(accelerate_every_n_steps=2)
     problem.run(6)

@@ -136,15 +136,28 @@ class AndersonCallback(EngineCallback):
 
     @property
     def accelerator(self) -> AndersonAccelerator | None:
-        """The engine while a fit runs."""
+        """The engine while a fit runs; ``None`` before and after."""
         return self._engine
+
+    @property
+    def attempted(self) -> int:
+        """Extrapolations so far; after a fit, those of the run."""
+        return self._count("attempted")
+
+    @property
+    def accepted(self) -> int:
+        """Extrapolations that were accepted so far; after a fit, those of the run."""
+        return self._count("accepted")
 
     @property
     def loss_evaluations(self) -> int:
         """Forward passes beside those of training so far."""
+        return self._count("loss_evaluations")
+
+    def _count(self, name: str) -> int:
         if self._engine is None:
-            return int(self._saved.get("counters", {}).get("loss_evaluations", 0))
-        return self._engine.loss_evaluations
+            return int(self._saved.get("counters", {}).get(name, 0))
+        return int(getattr(self._engine, name))
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse what cannot work before anything is trained."""

@@ -7,7 +7,7 @@ import logging
 from lightning_stableaa.accelerator import AndersonAccelerator
 from lightning_stableaa.report import Status
 
-# Attempts from which on their outcomes say something.
+# Attempts from which on their outcomes say something; fewer only where all failed alike.
 _ENOUGH = 5
 
 
@@ -33,15 +33,19 @@ def summarize(engine: AndersonAccelerator) -> tuple[int, str]:
             f"{head}, since {engine.outcomes[change]} cycles were interrupted: {change.hint}."
         )
     if attempted == 0:
+        options = engine.options
+        warmup = f", or warmup_steps ({options.warmup_steps})" if options.warmup_steps else ""
         return logging.WARNING, (
             f"{head}: none was due with two residuals in the history; train longer, or lower "
-            f"accelerate_every_n_steps ({engine.options.accelerate_every_n_steps}) or warmup_steps "
-            f"({engine.options.warmup_steps})."
+            f"accelerate_every_n_steps ({options.accelerate_every_n_steps}) together with "
+            f"store_every_n_steps ({options.store_every_n_steps}){warmup}."
         )
     rejected = {status: count for status, count in engine.outcomes.items() if status.rejected}
-    if 4 * accepted >= attempted or not rejected or attempted < _ENOUGH:
+    if 4 * accepted >= attempted or not rejected:
         return logging.INFO, f"{head}."
     cause = max(rejected, key=lambda status: rejected[status])
     harmless = cause in (Status.SKIPPED_NOISE_DOMINATED, Status.REJECTED_LOSS_INCREASE)
+    if attempted < _ENOUGH and (harmless or rejected[cause] < attempted):
+        return logging.INFO, f"{head}."
     level = logging.INFO if harmless else logging.WARNING
     return level, f"{head}. Most frequent cause, {rejected[cause]} of {attempted}: {cause.hint}."

@@ -101,9 +101,12 @@ class Objective:
         """One evaluation; a loss that draws random numbers is one of a sample."""
         assert self._rng is not None, "an objective is evaluated within its context"
         try:
-            return self._loss_fn()
+            loss = self._loss_fn()
         finally:
             self.stochastic = self._rng.restore() or self.stochastic
+        if loss is None:
+            raise ValueError("the loss must be a single number, got None: return it")
+        return loss
 
 
 def scalar(loss: Any) -> Tensor:  # ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -25,6 +25,9 @@ def unwrap_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimi
         TypeError: not an optimizer, or one that was not initialised as such.
         ValueError: none at all, LBFGS, or some maximise their loss while others minimise it.
     """
+    if not isinstance(optimizer, Optimizer | Iterable):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or several, got a {kind}")
     given = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     unwrapped = [_unwrap(one) for one in given]
     if not unwrapped:

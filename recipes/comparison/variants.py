@@ -47,6 +47,7 @@ EXPECTED: dict[str, tuple[Any, str]] = {  # types of options, and what is said o
 REFUSED = {  # options of single runs, and what a comparison has in their place
     "run_name|run_folder|resume_from": "a comparison names its own runs and goes on with those "
     "that are there; choose where by compare.folder",
+    "evaluate": "a comparison trains; evaluate a checkpoint by stableaa-train",
     "callbacks": "each variant brings its callbacks; see compare.variants",
     "seed": "a comparison has several, as in compare.seeds=[7,8,9]",
 }
@@ -112,6 +113,11 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
         raise UserError(f"compare.jobs={options.jobs}: expected {EXPECTED['jobs'][1]}")
     for override in overrides:
         _refuse_conflict(override, own_module=options.module is not None)
+    if options.module is None and OmegaConf.is_missing(config.module, "_target_"):
+        raise UserError(
+            "recipe=own: a comparison takes your module by compare.module, as in "
+            "compare.module=my_package.MyModule"
+        )
     if options.module is not None:
         title = options.module.rpartition(".")[2]
     # the whole path of a module: many a package has a class of the same name
@@ -261,8 +267,8 @@ def _modify(composed: DictConfig, name: str) -> DictConfig:
             changes[MULTIPLE] = {"_target_": target, "multiple": float(rate[1])}
         else:
             raise UserError(
-                f"compare.variants: {name} has the modifier @{modifier}; write @3x for three times "
-                "the learning rate, @cosine for a cosine schedule, each of them once"
+                f"compare.variants or compare.lr_sweep: {name} has the modifier @{modifier}; write "
+                "@3x for three times the learning rate, @cosine for a cosine schedule, each once"
             )
     run = composed.copy()
     kept = {name: one for name, one in run.callbacks.items() if name not in LEFT_OUT}

@@ -186,6 +186,16 @@ def test_summary_of_accepted_candidates_is_one_sentence(caplog: pytest.LogCaptur
     assert (level, text) == ("INFO", HEAD.format(10, 10, 20) + ".")
 
 
+def test_summary_names_what_failed_in_every_attempt_of_a_short_run(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    module = Regression()
+    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
+    level, text = summary(caplog, module, epochs=4)
+    assert level == "WARNING"
+    assert "2 of 2: the weights did not move between stored iterates" in text
+
+
 def test_summary_of_rejections_by_loss_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
     """Training is what it was: nothing is wrong."""
     level, text = summary(caplog, Steered(), epochs=20)
@@ -205,8 +215,8 @@ class Raises(Steered):
 
 @pytest.mark.parametrize(
     ("epochs", "raises_after", "level"),
-    [(8, 0, "INFO"), (10, 0, "WARNING"), (10, 4, "WARNING"), (10, 99, "INFO")],
-    ids=["too few attempts", "errors", "mostly errors", "no errors"],
+    [(8, 0, "WARNING"), (8, 4, "INFO"), (10, 0, "WARNING"), (10, 4, "WARNING"), (10, 99, "INFO")],
+    ids=["errors alone", "too few attempts", "errors", "mostly errors", "no errors"],
 )
 def test_summary_warns_where_an_option_helps(
     epochs: int, raises_after: int, level: str, caplog: pytest.LogCaptureFixture
@@ -236,7 +246,7 @@ def test_summary_of_short_run_names_the_schedule(caplog: pytest.LogCaptureFixtur
     assert level == "WARNING"
     assert text == HEAD.format(0, 0, 3) + (
         ": none was due with two residuals in the history; train longer, or lower "
-        "accelerate_every_n_steps (2) or warmup_steps (7)."
+        "accelerate_every_n_steps (2) together with store_every_n_steps (1), or warmup_steps (7)."
     )
 
 

@@ -99,6 +99,13 @@ def test_repr_names_options_that_differ_from_defaults() -> None:
     assert repr(monitor) == "SmoothingMonitor(rsd_threshold=0.3, of='iterates')"
 
 
+def test_counts_are_those_of_the_run_after_the_fit() -> None:
+    callback = anderson(safeguard="none")
+    fit(Regression(), batches(), callback, max_epochs=20)
+    assert callback.accelerator is None
+    assert (callback.attempted, callback.accepted) == (10, 10)
+
+
 @pytest.mark.parametrize(
     ("epochs", "accumulate", "first"),
     [("2 epochs", 1, 6), ("2 epochs", 2, 4), ("1.5 epochs", 1, 5)],

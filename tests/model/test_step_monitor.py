@@ -224,6 +224,8 @@ GROUPS: list[dict[str, Any]] = [{"params": weights(1), "maximize": True}, {"para
 BOTH = "must minimise or maximise one objective, got maximize=True for some parameters and False"
 WRONG: list[tuple[Any, str]] = [
     ([], "must be one optimizer or several, got an empty list"),
+    (nn.Linear(1, 1), "must be a torch.optim.Optimizer or several, got a Linear"),
+    (None, "must be a torch.optim.Optimizer or several, got a NoneType"),
     ([nn.Linear(1, 1)], "must be a torch.optim.Optimizer, got Linear"),
     (LBFGS(weights()), "must make one update a step, got LBFGS, which iterates"),
     ([SGD(weights(), maximize=True), SGD(weights())], BOTH),

@@ -74,11 +74,11 @@ RUN = [
     ("logger=neptune", r"logger=neptune: there is no such choice; choose one of csv, .*"),
     ("logger=wandb", r"logger.wandb: No API key configured. .*"),
     ("+logger.mine._target_=torch.nn.Identity", r"logger.mine._target_: expected Logger .*"),
-    ("--nosuchflag", r"error: unrecognized arguments: --nosuchflag"),
+    ("--nosuchflag", r"--nosuchflag: options are written without dashes, as in .*"),
     ("--config-dir=nowhere", r"Additional config directory '.*nowhere' not found"),
     ("--config-name=trian", r"--config-name=trian: there is no such configuration"),
     ("optimizer.lr=[1", r"optimizer.lr=\[1: options are written as name=value, .*"),
-    ("optimizer.lr=1e-3,1e-2", r"Ambiguous value for argument 'optimizer.lr=.*"),
+    ("optimizer.lr=1e-3,1e-2", r"optimizer.lr=1e-3,1e-2: several values are a sweep, .* -m; .*"),
     ("optimizer.lr=${nope}", r"optimizer.lr: Interpolation key 'nope' not found.*"),
 ]
 PARTS = [
@@ -89,7 +89,10 @@ PARTS = [
         "module._target_=no.such.Module",
         r"module._target_=.*: there is no module no; .*",
     ),
-    ("module._target_=lightning.LightningModule", r"module._target_=.* has no monitor; name .*"),
+    (
+        "module._target_=lightning.LightningModule",
+        r"module._target_=.* has no monitor; with recipe=own, name .*",
+    ),
     ("model.widths=[2,5.5,1]", r".*must be two or more positive integers, got \[2, 5.5, 1\]"),
     ("model.widths=[3,5,1]", r".*the data have 2 inputs and 1 outputs.*=\[2,...,1\]"),
     ("model.activation=cos", r"model.activation=cos: expected 'relu' or 'tanh'"),
@@ -124,6 +127,8 @@ LINES = [
         [*BURGERS, "scheduler=cosine", "scheduler._target_=torch.nn.Identity"],
         r"scheduler._target_: expected LRScheduler .*",
     ),
+    ([*BURGERS, "--epochs", "5"], r"--epochs: options are written without dashes, as in .*"),
+    (["--recipe=burgers2d"], r"--recipe=burgers2d: options are written without dashes, .*"),
     ([*BURGERS, *LBFGS], r"callbacks: optimizer=LBFGS is not supported by AndersonCallback: .*"),
     (
         [*BURGERS, "callbacks=none", "callbacks.anderson.history_depth=4"],

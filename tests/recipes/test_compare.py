@@ -446,7 +446,7 @@ SWEEP = [*BURGERS, "compare.variants=[lr_sweep]"]
         ),
         (
             [*BURGERS, "compare.variants=[plain@3x@2x]"],
-            r".*has the modifier @2x; .*each of them once",
+            r".*has the modifier @2x; .*each once",
         ),
         ([*BURGERS, "compare.variant=[plain]"], r"compare.variant: .* did you mean variants\?"),
         ([*BURGERS, "seed=3"], r"seed=3: a comparison has several, as in compare.seeds=.*"),

@@ -63,7 +63,7 @@ def test_evaluation_command_prints_metrics_and_writes_nothing(
     ("options", "sentence"),
     [
         (["recipe=own"], r"module._target_ is not given; name a LightningModule, .*"),
-        (MODULE, r"module._target_=.*Module has no monitor; .*metric=val/loss"),
+        (MODULE, r"module._target_=.*Module has no monitor; .*metric=val/loss; other recipes .*"),
         ([*MODULE, "metric=val/acc", *LENGTH], r".*monitor='val/acc'.*"),
         ([*MODULE, "metric=val/loss", "mode=least"], r".*mode.*least.*"),
         ([*MODULE, "metric=val/loss", "+module.wdth=4"], r"module.wdth: .* did you mean width\?"),

@@ -1,5 +1,7 @@
 """A run from configuration to run folder, and its continuation."""
 
+import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ from omegaconf import OmegaConf
 
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.plots import read_metrics
-from lightning_stableaa.recipes.train import train
+from lightning_stableaa.recipes.train import main, train
 from tests.recipes.conftest import SMALL, Compose
 
 
@@ -111,6 +113,28 @@ def test_train_earlier_run_is_not_overwritten(compose: Compose, tmp_path: Path) 
         train(compose(*options))
     assert (tmp_path / "run/checkpoints/last.ckpt").read_bytes() == before
     train(compose(*options, "resume_from=auto", "trainer.max_epochs=2"))
+
+
+def test_train_refused_resume_keeps_the_configuration(compose: Compose, tmp_path: Path) -> None:
+    options = [*SMALL["admissions_mlp"], "pictures=false", "logger=none", "resume_from=auto"]
+    train(compose(*options, "trainer.max_epochs=3"))
+    config = (tmp_path / "run/config.yaml").read_text()
+    with pytest.raises(UserError, match="max_epochs=1"):
+        train(compose(*options, "trainer.max_epochs=1", "seed=7"))
+    assert (tmp_path / "run/config.yaml").read_text() == config
+
+
+def test_command_resumed_after_its_end_keeps_the_results(
+    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*SMALL["burgers2d"], "run_name=a", "pictures=false", "resume_from=auto"]
+    monkeypatch.setattr(sys, "argv", ["stableaa-train", *options])
+    main()
+    results = empty_folder / "runs/burgers2d/a/results.json"
+    first = json.loads(results.read_text())
+    assert "train/loss" in first["results"]
+    main()
+    assert json.loads(results.read_text()) == first
 
 
 def test_train_other_checkpoint_raises(compose: Compose, tmp_path: Path) -> None:
