@@ -163,7 +163,14 @@ class _Interruption(Callback):
             self.handler = handler
             signal.signal(signal.SIGINT, self._note)
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
         """Ends the run where Ctrl-C was pressed."""
         if self.received:
             raise KeyboardInterrupt

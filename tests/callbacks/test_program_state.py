@@ -67,7 +67,9 @@ class Program(Regression):
         layer.seen, layer.scale = [], torch.ones(())
         layer.register_forward_hook(lambda one, *_: one.seen.append(1.0))
         self.loader = torch.utils.data.DataLoader(
-            list(range(8)), shuffle=True, generator=torch.Generator().manual_seed(0)
+            torch.utils.data.TensorDataset(torch.arange(8)),
+            shuffle=True,
+            generator=torch.Generator().manual_seed(0),
         )
         self.vocabulary: Any = collections.defaultdict(lambda: len(self.vocabulary))
         self.nodes = {Meter(): 0.0}
@@ -110,7 +112,7 @@ def on_layers(module: Any, _: Any) -> float:
 
 
 def another_loader(module: Any, _: Any) -> float:
-    return float(next(iter(module.loader)))
+    return float(next(iter(module.loader))[0])
 
 
 def online_vocabulary(module: Any, _: Any) -> float:
