@@ -95,6 +95,14 @@ class AndersonAccelerator:
         history_device: where the history lives, such as ``"cpu"``; ``None``: with the weights.
         process_group: ranks that train the same weights; ``None`` is the default group.
 
+    Attributes:
+        options: all of the above but the optimizer and the process group.
+        optimizer_steps: steps of the optimizer so far.
+        attempted, accepted: extrapolations so far, and those that were accepted.
+        loss_evaluations: losses that were evaluated to compare candidates, so far.
+        outcomes: how often each ``Status`` ended an attempt, or interrupted a cycle.
+        disabled: why nothing is accelerated any longer; ``None`` while it is.
+
     Raises:
         TypeError, ValueError: an option is of the wrong type, out of range or in conflict with
             another one, or the optimizer cannot be accelerated (LBFGS).
@@ -188,6 +196,9 @@ class AndersonAccelerator:
             stochastic: the loss is that of a sample, such as a mini-batch. ``False`` says that it
                 is the same function of the weights at every step (the full batch, a PINN on fixed
                 points): then no candidate is skipped for noise.
+
+        Returns:
+            What happened at this step; an error that ``loss_fn`` raises rejects the candidate.
 
         Raises:
             ValueError: the safeguard is ``"loss"`` and there is no ``loss_fn``.

@@ -58,9 +58,11 @@ class AndersonCallback(EngineCallback):
             candidates leave the domain of the model.
         safeguard: ``"loss"`` accepts a candidate only if it lowers the loss of the current batch;
             ``"none"`` accepts every finite one.
-        stochastic: whether that loss is one of a sample. ``"auto"``: where an epoch has several
-            batches, or the training step draws random numbers. ``False`` says that it is the same
-            function at every step, such as that of a PINN on fixed points.
+        stochastic: whether that loss is one of a sample: then candidates are skipped while
+            residuals are noise. ``"auto"``: where an epoch has several batches, or the training
+            step draws random numbers. ``False`` says that it is the same function at every step,
+            such as that of a PINN on fixed points; ``True`` that the one batch of an epoch is drawn
+            anew every time.
         smoothing: ``None``, or the adaptive moving average, as by a ``SmoothingMonitor``.
         history: ``"replicated"`` on every rank, ``"sharded"`` over the ranks, or ``"auto"``: by
             the memory there is.

@@ -316,7 +316,11 @@ class StateSnapshot:
         attributes = self._keep(vars(module), _read_dict, _write_dict)
         if type(module).__module__.startswith(_TORCH_MODULES):  # other attributes are settings
             inside = [attributes["_parameters"], attributes["_buffers"], attributes["_modules"]]
-            inside += [one for name, one in attributes.items() if name[0] != "_" and _is_state(one)]
+            inside += [
+                one
+                for name, one in attributes.items()
+                if type(one) not in _ATOM_TYPES and name[0] != "_" and _is_state(one)
+            ]
         else:
             inside = [*_not_atoms(attributes.values()), *self._inside_slots(module)]
         for name in _HOOKS:
