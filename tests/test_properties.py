@@ -105,11 +105,13 @@ class AcceleratorMachine(RuleBasedStateMachine):
             for one, update in zip(self.weights, step.split([2, 3]), strict=True):
                 one.grad = -update if one.requires_grad else None
             self.optimizer.step()
-            own = self.tracked_weights()
+            own, self.raised = self.tracked_weights(), False
+            evaluated: list[Vector] = []  # first at the weights, which an average may have replaced
 
-            def loss_fn(own: Vector = own) -> Tensor:
-                at_candidate = not np.array_equal(self.tracked_weights(), own)
-                if loss == "raises" and at_candidate:
+            def loss_fn(evaluated: list[Vector] = evaluated) -> Tensor:
+                evaluated.append(self.tracked_weights())
+                if loss == "raises" and not np.array_equal(evaluated[0], evaluated[-1]):
+                    self.raised = True
                     raise ArithmeticError("outside of the domain")
                 return self.evaluate(torch.cat([*self.tracked]), loss)
 
@@ -187,6 +189,8 @@ class AcceleratorMachine(RuleBasedStateMachine):
             assert report.status is Status.REJECTED_ZERO_RESIDUAL
             return
         candidate, gain, error = predicted
+        if error == math.inf and report.status is Status.REJECTED_ZERO_RESIDUAL:
+            return
         assert report.gain is not None
         informative = error < 1e-6
         if informative:
@@ -212,9 +216,10 @@ class AcceleratorMachine(RuleBasedStateMachine):
         weight = report.noise * min(max(2.0 - report.gain, 0.0), 1.0) * self.stochastic
         if weight >= NOISE_DOMINATED:
             return Status.SKIPPED_NOISE_DOMINATED
-        if loss in ("raises", "nan"):
-            kinds = {"raises": Status.REJECTED_ERROR, "nan": Status.REJECTED_NON_FINITE_LOSS}
-            return kinds[loss]
+        if loss == "nan":
+            return Status.REJECTED_NON_FINITE_LOSS
+        if self.raised:  # not where the candidate equals the weights
+            return Status.REJECTED_ERROR
         assert report.loss_before is not None
         assert report.loss_after is not None
         decrease, size = report.loss_before - report.loss_after, abs(report.loss_before)

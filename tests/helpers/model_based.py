@@ -108,6 +108,8 @@ class Model:
         if size == 0:
             return None
         moved = np.flatnonzero(gram.diagonal())
+        # whether the rounding of an average is a residual decides about the coefficients
+        ambiguous = math.sqrt(gram.diagonal().min()) < 1e-13 * float(np.abs(x).max())
         scaled = gram[np.ix_(moved, moved)] / (np.trace(gram) / len(moved))
         values = np.maximum(np.linalg.eigvalsh(scaled), 0)
         ridge = options.regularization
@@ -130,4 +132,5 @@ class Model:
         terms = np.abs(alpha) @ (np.abs(x - newest) + mixing * np.abs(residuals))
         scale = float(np.linalg.norm(terms)) + float(np.linalg.norm(newest))
         # a solve loses the condition of its matrix, at most (values + ridge) / ridge
-        return newest + step, gain, 1e3 * EPS * scale * (1 + values[-1] / ridge) * (1 + mixing)
+        error = 1e3 * EPS * scale * (1 + values[-1] / ridge) * (1 + mixing)
+        return newest + step, gain, math.inf if ambiguous else error
