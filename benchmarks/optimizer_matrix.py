@@ -242,6 +242,28 @@ def tuned(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, str], float]:
     return {name: one["lr"] for name, one in best.items()}
 
 
+def ratios(runs: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """By optimizer and problem: logarithms of the accelerated over the plain error of a seed."""
+    errors = {
+        key(one)[:2] + key(one)[3:]: one["error"] for one in runs if one["seed"] != TUNING_SEED
+    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for (problem, optimizer, anderson, seed), error in errors.items():
+        plain = errors.get((problem, optimizer, False, seed))
+        if anderson and plain is not None and math.isfinite(error) and math.isfinite(plain):
+            logs = found.setdefault(optimizer, {}).setdefault(problem, [])
+            logs.append(math.log(error / plain))
+    return {one: found[one] for one in OPTIMIZERS if one in found}
+
+
+def mean_ratio(problems: dict[str, list[float]]) -> tuple[float, float, float]:
+    """Geometric mean over all runs, and its bootstrap interval of 95 %."""
+    logs = [one for own in problems.values() for one in own]
+    interval = bootstrap((logs,), np.mean, rng=0, method="percentile").confidence_interval
+    mean, low, high = (math.exp(x) for x in (statistics.fmean(logs), *interval))
+    return mean, low, high
+
+
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """Errors in the geometric mean over seeds, plain and accelerated, and their ratio."""
     found: dict[tuple[str, str, bool], dict[int, float]] = {}
@@ -252,8 +274,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     problems = [p for p in PROBLEMS if any(name[0] == p for name in found)]
     lines = [f"| optimizer | {' | '.join(problems)} | ratio over all problems, 95 % |"]
     lines.append("|---" * (2 + len(problems)) + "|")
+    accelerated = ratios(runs)
     for optimizer in OPTIMIZERS:
-        cells, logs = [], []
+        cells = []
         for problem in problems:
             plain = found.get((problem, optimizer, False), {})
             ours = found.get((problem, optimizer, True), {})
@@ -263,12 +286,10 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             text = f"{statistics.geometric_mean(plain.values()):.2g}"
             if ours:
                 text += f" → {statistics.geometric_mean(ours.values()):.2g}"
-                logs += [math.log(ours[s] / plain[s]) for s in ours if s in plain]
             cells.append(text)
-        ratio = ""
-        if len(logs) > 1:
-            interval = bootstrap((logs,), np.mean, rng=0, method="percentile").confidence_interval
-            mean, low, high = (math.exp(x) for x in (statistics.fmean(logs), *interval))
+        ratio, own = "", accelerated.get(optimizer, {})
+        if sum(map(len, own.values())) > 1:
+            mean, low, high = mean_ratio(own)
             ratio = f"{mean:.2f} ({low:.2f} to {high:.2f})"
         if any(cells):
             lines.append(f"| {optimizer} | {' | '.join(cells)} | {ratio} |")
