@@ -724,9 +724,11 @@ def _slots_of(kind: type) -> tuple[Any, ...]:
 
 def _functions_of(value: Any) -> Iterator[types.FunctionType]:
     """A function of a class, or those of a property or of a static or class method."""
-    parts = [value, getattr(value, "__func__", None)]
+    parts: list[Any] = [value]
     if isinstance(value, property):
-        parts += [value.fget, value.fset]
+        parts = [value.fget, value.fset]
+    elif isinstance(value, staticmethod | classmethod):
+        parts = [value.__func__]
     return (one for one in parts if isinstance(one, types.FunctionType))
 
 
