@@ -380,7 +380,7 @@ class _SilentExperiment:
         self._read = functools.partial(experiment.__get__, logger, type(logger))
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._read(), name)
+        found = getattr(self._read(), name, _nothing)
         return _nothing if callable(found) and not name.startswith("get") else found
 
     def __getitem__(self, _: Any) -> _SilentExperiment:  # of several experiments

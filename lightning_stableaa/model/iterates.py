@@ -158,24 +158,25 @@ class IterateStore:
             else:
                 self.weights.swap(self.candidate, reverse=True)
 
-    @contextmanager
-    def keep_weights(self) -> Iterator[Callable[[], None]]:
-        """Yields what puts back what an evaluation wrote to the weights.
+    def keep_weights(self) -> Callable[[], None]:
+        """Returns what puts back what an evaluation wrote to the weights.
 
-        Where the newest iterate does not hold them, as an average does not, a copy does meanwhile;
-        but not where the history is sharded to save the memory of one.
+        Where the newest iterate does not hold them, as an average does not, a copy does; nothing
+        is put back where the history is sharded to save the memory of one.
         """
-        kept = self.history.newest
-        if not self._newest_is_current and not self._gathers:
+        if self._newest_is_current:
+            kept = self.history.newest
+        elif self._gathers:
+            return lambda: None
+        else:
             kept = torch.empty_like(self.candidate)
             self.weights.read(kept)
-        keeps = self._newest_is_current or not self._gathers
 
         def undo_writes() -> None:
-            if keeps and (self.weights.device.type != "cpu" or not self.weights.equals(kept)):
+            if self.weights.device.type != "cpu" or not self.weights.equals(kept):
                 self.weights.write(kept)
 
-        yield undo_writes
+        return undo_writes
 
     def restart(self) -> None:
         """Something other than the optimizer moved the weights."""

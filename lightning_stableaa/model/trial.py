@@ -31,7 +31,8 @@ def evaluate_candidate(
     if objective is None:
         (overflow,) = _mean(iterates, [overflows])
         return Evaluation(math.nan, math.nan, False, overflows=overflow > 0)
-    with objective, iterates.keep_weights() as undo_writes:
+    undo_writes = iterates.keep_weights()
+    with objective:
         before = objective()
         undo_writes()
         error = objective.error

@@ -6,7 +6,9 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
+import lightning
 import pytest
 
 from lightning_stableaa.recipes.plots import read_metrics
@@ -49,6 +51,25 @@ def test_interrupt_names_command_that_resumes(
     monkeypatch.setattr(sys, "argv", [one for one in command if one not in interrupt])
     main()
     assert read_metrics(folder / "metrics.csv")["train/loss"].steps.tolist() == [*range(12)]
+
+
+class EndedSteps(lightning.Callback):
+    steps: ClassVar[list[int]] = []
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
+        self.steps.append(trainer.global_step)
+
+
+@pytest.mark.usefixtures("empty_folder")
+def test_interrupt_within_a_batch_lets_it_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    EndedSteps.steps.clear()
+    options = [*OPTIONS, f"+callbacks.ended={{_target_: {__name__}.EndedSteps}}"]
+    options += notice(signal.SIGINT, "after backward", 3)
+    monkeypatch.setattr(sys, "argv", ["stableaa-train", *options])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 130
+    assert EndedSteps.steps == [1, 2, 3, 4]  # the fourth batch made its step
 
 
 def test_interrupt_before_training_is_one_sentence(
