@@ -8,10 +8,10 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class BatchObjective(Objective):
         self._batch: Any = None
         self._batch_idx = 0
         self._before: _TrainingState | None = None  # the training step
+        self._results: Any = None  # of the Trainer
         self._evaluated = False  # in this context
         self._unsupported: str | None = None
         self._failed: str | None = None  # what could not be put back, though it was supported
@@ -149,7 +150,8 @@ class BatchObjective(Objective):
             # a backward pass in the training step adds to it
             self._leave.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
-        self._leave.callback(setattr, loop, "_results", loop._results)
+        self._results = loop._results
+        self._leave.callback(setattr, loop, "_results", self._results)
         self._silence(trainer)
 
     def __exit__(
@@ -165,7 +167,7 @@ class BatchObjective(Objective):
 
     def _evaluate(self) -> Any:
         loop = self._trainer.fit_loop.epoch_loop
-        loop._results = type(loop._results)(training=True)  # the step may read what it has logged
+        loop._results = _lazy_class(type(self._results))()
         loop._results.batch = self._batch
         if self._before is None:
             return super()._evaluate()
@@ -182,7 +184,7 @@ class BatchObjective(Objective):
             self._leave.callback(setattr, logger, "__class__", type(logger))
             logger.__class__ = _silent_class(type(logger))
         self._leave.callback(replace_attribute(trainer, "save_checkpoint", _nothing))
-        self._leave.enter_context(_without_output())
+        self._leave.enter_context(redirect_stdout(_nowhere()))
         if trainer.world_size > 1:
             # of what is logged with sync_dist, and thrown away
             self._leave.callback(replace_attribute(trainer.strategy, "reduce", _unreduced))
@@ -340,10 +342,10 @@ def _states_of(optimizers: Sequence[Optimizer]) -> list[Any]:
     ]
 
 
-@contextmanager
-def _without_output() -> Iterator[None]:
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        yield
+@functools.cache
+def _nowhere() -> IO[str]:
+    """Open for good: opening it takes as long as the forward pass of a small network."""
+    return Path(os.devnull).open("w")
 
 
 def _unreduced(tensor: Any, *_: Any, **__: Any) -> Any:
@@ -366,6 +368,33 @@ def _silent_class(kind: type) -> type:
         if hasattr(sys.modules.get(base.__module__), "DummyExperiment"):
             silent["experiment"] = property(lambda one: _SilentExperiment(kind.experiment, one))
     return type(kind.__name__, (kind,), silent)
+
+
+@functools.cache
+def _lazy_class(kind: Any) -> Any:
+    """Results that Lightning puts together only if the training step reads what it has logged.
+
+    It makes a metric of each, which takes longer than a few layers of a small network.
+    """
+
+    class LazyResults(kind):
+        def __init__(self) -> None:
+            super().__init__(training=True)
+            self.pending: list[Callable[[], None]] = []
+
+        def log(self, fx: str, name: str, value: Any, **options: Any) -> None:
+            value = value.detach().clone() if isinstance(value, Tensor) else value
+            self.pending.append(functools.partial(super().log, fx, name, value, **options))
+
+        def __bool__(self) -> bool:
+            while self.pending:
+                self.pending.pop(0)()
+            return len(self) > 0
+
+        def valid_items(self) -> Any:
+            return super().valid_items() if self else iter(())
+
+    return LazyResults
 
 
 class _SilentExperiment:

@@ -73,6 +73,7 @@ _FOREIGN_PACKAGES = frozenset(
 # Integers of as many bytes as a number has, to compare bits: NaN is NaN, and 0.0 is not -0.0.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+_COLLECTIONS = (dict, list, tuple, set, frozenset, deque)
 _CONTAINERS = (dict, list, set, deque, Tensor)
 
 # What another thread or process may take from, or that has its state outside of this one.
@@ -256,7 +257,7 @@ class StateSnapshot:
         if isinstance(value, Tensor):
             self._capture_tensor(value)
             return self._inside_tensor(value)
-        if issubclass(kind, dict | list | tuple | set | frozenset | deque):
+        if issubclass(kind, _COLLECTIONS):
             inside = self._capture_container(value)
             if isinstance(value, defaultdict):
                 inside = [*inside, *_not_atoms([value.default_factory])]
