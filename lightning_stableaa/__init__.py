@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_stableaa.accelerator import AndersonAccelerator
     from lightning_stableaa.callbacks import AndersonCallback, SmoothingMonitor
+    from lightning_stableaa.model.objective import preserve_state
     from lightning_stableaa.options import Smoothing
     from lightning_stableaa.report import Status, StepReport
 
@@ -20,6 +21,7 @@ __all__ = [
     "SmoothingMonitor",
     "Status",
     "StepReport",
+    "preserve_state",
 ]
 
 _MODULES = {
@@ -29,6 +31,7 @@ _MODULES = {
     "SmoothingMonitor": "callbacks",
     "Status": "report",
     "StepReport": "report",
+    "preserve_state": "model.objective",
 }
 
 

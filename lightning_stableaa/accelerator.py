@@ -191,7 +191,7 @@ class AndersonAccelerator:
                 weights. Called two or three times when an extrapolation is due, with the same
                 random numbers each time, and never differentiated. State that it changes, such as
                 the running statistics of batch normalisation, is its own to restore: see
-                :func:`~lightning_stableaa.model.objective.preserve_state`. Not needed without a
+                :func:`~lightning_stableaa.preserve_state`. Not needed without a
                 safeguard.
             stochastic: the loss is that of a sample, such as a mini-batch. ``False`` says that it
                 is the same function of the weights at every step (the full batch, a PINN on fixed

@@ -25,11 +25,13 @@ _VECTORS = ("iterates", "average")
 
 
 def check_version(state: dict[str, Any]) -> None:
-    """Refuse a state of another version.
+    """Refuse a state of another version, or of something else.
 
     Raises:
         ValueError: names both.
     """
+    if "version" not in state:
+        raise ValueError("the state has no version: it is none of an AndersonAccelerator")
     if state["version"] != STATE_VERSION:
         raise ValueError(
             f"the accelerator state has version {state['version']}, this package reads version "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 Safeguard = Literal["loss", "none"]
@@ -36,6 +37,15 @@ def check_real(option: str, value: object, interval: str, *, inside: bool) -> No
         raise TypeError(f"{option} must be a number, got {value!r}")
     if not inside:
         raise ValueError(f"{option} must be {interval}, got {float(value)}")
+
+
+def _use_plain_numbers(options: Any) -> None:
+    """Turns numbers of NumPy into those of Python, which every checkpoint can hold."""
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, Real) and type(value) not in (int, float, bool):
+            plain = int(value) if isinstance(value, Integral) else float(value)
+            object.__setattr__(options, field.name, plain)
 
 
 def describe(name: str, options: Any, **others: Any) -> str:
@@ -80,6 +90,7 @@ class Smoothing:
     apply_to: SmoothingApplyTo = "history"
 
     def __post_init__(self) -> None:
+        _use_plain_numbers(self)
         if self.average_window is not None:
             check_integer("average_window", self.average_window, 2)
         threshold = self.rsd_threshold
@@ -121,6 +132,7 @@ class Options:
     history_device: str | None = None
 
     def __post_init__(self) -> None:
+        _use_plain_numbers(self)
         check_integer("history_depth", self.history_depth, 2)
         check_integer("store_every_n_steps", self.store_every_n_steps, 1)
         check_integer("accelerate_every_n_steps", self.accelerate_every_n_steps, 1)

@@ -5,26 +5,44 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from lightning_stableaa.options import describe
+
 
 class Status(Enum):
     """Outcome of one call of ``AndersonAccelerator.step``; ``hint`` says what a user can do."""
 
     NO_OPTIMIZER_STEP = "no_optimizer_step"
+    """The optimizer made no step."""
     ACCUMULATING = "accumulating"
+    """A step within a cycle."""
     STORED = "stored"
+    """An iterate entered the history."""
     WARMUP = "warmup"
+    """A cycle ended within ``warmup_steps``."""
     HISTORY_TOO_SHORT = "history_too_short"
+    """An extrapolation was due, with fewer than two residuals in the history."""
     PARAMETERS_CHANGED = "parameters_changed"
+    """The trained parameters were replaced, and the history restarted."""
     EXTERNAL_UPDATE = "external_update"
+    """Something other than the optimizer changed the weights within a cycle."""
     DISABLED = "disabled"
+    """Nothing is accelerated any longer; ``AndersonAccelerator.disabled`` says why."""
     ACCEPTED = "accepted"
+    """The candidate replaced the weights."""
     SKIPPED_NOISE_DOMINATED = "skipped_noise_dominated"
+    """The residuals are noise: no loss was evaluated."""
     REJECTED_LOSS_INCREASE = "rejected_loss_increase"
+    """The candidate does not lower the loss."""
     REJECTED_ERROR = "rejected_error"
+    """The loss raised an error at the candidate."""
     REJECTED_NON_FINITE_LOSS = "rejected_non_finite_loss"
+    """The loss is not finite, at the weights or at the candidate."""
     REJECTED_NON_FINITE_HISTORY = "rejected_non_finite_history"
+    """The weights were not finite, and the history was dropped."""
     REJECTED_NON_FINITE_CANDIDATE = "rejected_non_finite_candidate"
+    """The candidate is beyond the range of the weights."""
     REJECTED_ZERO_RESIDUAL = "rejected_zero_residual"
+    """The weights did not move between the stored iterates."""
 
     @property
     def rejected(self) -> bool:
@@ -77,7 +95,7 @@ _HINTS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StepReport:
     """What one call of ``AndersonAccelerator.step`` did; ``None`` where nothing was measured.
 
@@ -121,3 +139,7 @@ class StepReport:
     loss_evaluations: int = 0
     rsd: float | None = None
     smoothing_on: bool | None = None
+
+    def __repr__(self) -> str:
+        """Leaves out what was not measured."""
+        return describe("StepReport", self)

@@ -189,6 +189,10 @@ def check_run(settings: Mapping[str, Any]) -> None:
     for name in BUILT:
         if settings.get(name) is not None:
             _check_target(settings[name], name)
+    data = settings.get("data") or {}
+    if isinstance(data, Mapping) and data.get("_target_") is None and len(data) > 1:
+        name = next(one for one in data if one != "_target_")
+        raise UserError(f"data.{name}: data._target_ is not given; name a LightningDataModule")
     for group in ("callbacks", "logger"):
         entries = settings.get(group) or {}
         if not isinstance(entries, Mapping):
@@ -207,6 +211,8 @@ _BELOW_1 = math.nextafter(1, 0)
 # Least and greatest value: of counts that the Trainer divides by, or trains nothing with, and of
 # what constructors would refuse after Lightning has taken its seconds to import.
 _RANGES: dict[str, tuple[float, float, str]] = {
+    "seed": (0, 2**32 - 1, "an integer from 0 to 4294967295, as NumPy takes it"),
+    "threads": (1, math.inf, "at least 1"),
     "trainer.accumulate_grad_batches": (1, math.inf, "at least 1"),
     "trainer.limit_train_batches": (_ABOVE_0, math.inf, "more than 0"),
     "trainer.max_epochs": (1, math.inf, "at least 1, or -1 for no limit"),
@@ -232,8 +238,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
 
 def _check_ranges(settings: Mapping[str, Any]) -> None:
     for option, (least, greatest, expected) in _RANGES.items():
-        group, _, name = option.partition(".")
-        entries = settings.get(group) or {}
+        group, _, name = option.rpartition(".")
+        entries = (settings.get(group) or {}) if group else settings
         if group == "data" and not str(entries.get("_target_")).startswith(RECIPES):
             continue  # a user's own may mean something else by -1
         value = entries.get(name)

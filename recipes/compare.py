@@ -78,8 +78,8 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Outcome:
         if config.compare.module is None:
             raise
         message = str(error)  # with the names that the options have on the command line
-        for key, option in (("module", "module"), ("data", "datamodule")):
-            message = re.sub(rf"^{key}(?=:|\._target_)", f"compare.{option}", message)
+        for key, option in (("module", "module"), ("data", "datamodule"), ("metric", "metric")):
+            message = re.sub(rf"^{key}(?=[:=]|\._target_)", f"compare.{option}", message)
             message = re.sub(rf"^{key}\.", f"compare.{option}_args.", message)
         raise UserError(message) from error
 

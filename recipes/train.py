@@ -78,6 +78,11 @@ def train(config: DictConfig, *, header: str = "") -> dict[str, float]:
         check_run(settings)
         check_launch(settings, os.environ)
         if config.evaluate is not None:
+            if config.resume_from is not None:
+                raise UserError(
+                    f"evaluate={config.evaluate} trains nothing, and resume_from="
+                    f"{config.resume_from} goes on training: give one of them"
+                )
             checkpoint = existing_checkpoint("evaluate", config.evaluate)
             from lightning_stableaa.recipes.training import evaluate
 
@@ -114,6 +119,14 @@ def _check_with_torch(config: DictConfig) -> None:
         make = hydra.utils.instantiate(config.optimizer, _convert_="all", _partial_=True)
         with attribute_to("optimizer"):
             make([nn.Linear(1, 1, bias=False).weight])
+    if OmegaConf.select(config, "trainer.accelerator") in ("gpu", "cuda"):
+        import torch
+
+        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+            raise UserError(
+                f"trainer.accelerator={config.trainer.accelerator}: torch {torch.__version__} "
+                "sees no GPU here; choose trainer=cpu, or install a torch that has CUDA"
+            )
 
 
 @contextmanager
@@ -198,6 +211,7 @@ def _train_from_command_line(config: DictConfig) -> None:
             f"seed {config.seed}, run folder {config.run_folder}"
         )
         try:
+            _check_folder(OmegaConf.to_container(hydra_config.overrides.task, resolve=False))
             results = train(config, header=header)
             if is_first_process():
                 _report(results, config, list(hydra_config.overrides.task))
@@ -207,6 +221,14 @@ def _train_from_command_line(config: DictConfig) -> None:
             _end_interrupted(config.run_folder, list(hydra_config.overrides.task))
         finally:
             _remove_empty(Path(hydra_config.runtime.output_dir))
+
+
+def _check_folder(overrides: Any) -> None:
+    given = [one for one in overrides if one.startswith(("run_name=", "run_folder="))]
+    if len({one.partition("=")[0] for one in given}) > 1:
+        raise UserError(
+            f"{' and '.join(given)}: a folder says where the run goes by itself; give one of them"
+        )
 
 
 def _report(results: dict[str, float], config: DictConfig, overrides: list[str]) -> None:
@@ -226,7 +248,7 @@ def _end_interrupted(folder: str, overrides: list[str]) -> None:
     """Says how to go on, and ends the program as a shell expects it after Ctrl-C."""
     if is_first_process():
         kept = [one for one in sys.argv[1:] if one.startswith("--config-")]
-        kept += [one for one in overrides if not one.startswith(("run_folder=", "resume_from="))]
+        kept += [one for one in overrides if not one.startswith(("run_", "resume_from="))]
         command = shlex.join([COMMAND, *kept, f"run_folder={folder}", "resume_from=auto"])
         found = checkpoint_to_resume("auto", Path(folder))
         begins = f"from its checkpoint {found.name}" if found else "from the beginning"

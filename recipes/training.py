@@ -1,6 +1,7 @@
 """What ``stableaa-train`` does once its configuration has been checked; imports Lightning."""
 
 import atexit
+import difflib
 import pickle
 import signal
 import sys
@@ -52,7 +53,8 @@ def fit(
     data, module = _data_and_module(config)
     callbacks = _instantiate_all(config.callbacks, "Callback", "callbacks")
     loggers = _instantiate_all(config.logger, "Logger", "logger")
-    of_run = [_SaveConfiguration(settings, folder), *callbacks, _Outcome(), _Interruption()]
+    before, after = [_SaveConfiguration(settings, folder)], [_Outcome(), _Interruption()]
+    of_run = [*before, *callbacks, *after, _MisspelledMetric()]
     trainer = _make_trainer(config, callbacks=of_run, logger=loggers)
     if isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(module, RecipeModule):
         module.configure_model = module.shard_weights  # a module of the user's own has its own
@@ -141,6 +143,23 @@ class _SaveConfiguration(Callback):
         if trainer.is_global_zero:
             resolved = OmegaConf.to_yaml(OmegaConf.create(self.settings))
             write_atomically(self.folder / "config.yaml", resolved)
+
+
+class _MisspelledMetric(Callback):
+    """Refuses a monitored metric that is not logged and looks like one that is, at the start."""
+
+    def on_sanity_check_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
+        """Compares what callbacks monitor with what a few batches of validation have logged."""
+        logged = list(trainer.callback_metrics)
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        for monitor in {getattr(one, "monitor", None) for one in callbacks} - {None, *logged}:
+            close = difflib.get_close_matches(monitor, logged, n=1, cutoff=0.8)
+            if close:
+                raise UserError(
+                    f"metric={monitor}: validation logs no such metric; did you mean {close[0]}?"
+                )
 
 
 class _Interruption(Callback):
@@ -325,7 +344,8 @@ def _translate_fit_errors(option: str | None) -> Iterator[None]:
     try:
         yield
     except MisconfigurationException as error:
-        raise UserError(" ".join(str(error).split())) from error
+        way_out = ", or data._target_ given" if "_dataloader` must be imp" in str(error) else ""
+        raise UserError(" ".join(str(error).split()) + way_out) from error
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{option}: holds more than tensors and plain containers, "

@@ -80,7 +80,7 @@ MAY_IMPORT = {
     "distributed": COMMON,
     "model": COMMON | {"core", "distributed"},
     "options": set(),
-    "report": set(),
+    "report": {"options"},
     "checkpoint": COMMON | {"core", "distributed", "model"},
     "accelerator": COMMON | {"checkpoint", "core", "distributed", "model"},
 }

@@ -7,6 +7,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -86,3 +87,16 @@ def test_accelerator_takes_exactly_the_options_with_their_defaults() -> None:
     taken = {name: one.default for name, one in signature.items() if one.kind is one.KEYWORD_ONLY}
     assert taken.pop("process_group") is None
     assert taken == {one.name: one.default for one in dataclasses.fields(Options)}
+
+
+def test_options_numbers_of_numpy_become_plain() -> None:
+    window: Any = np.int32(4)
+    smoothing = Smoothing(rsd_threshold=np.float64(0.5), average_window=window)
+    given: dict[str, Any] = {"history_depth": np.int64(4), "relaxation": np.float32(0.5)}
+    options = Options(**given, smoothing=smoothing)
+    numbers = (options.history_depth, options.relaxation)
+    numbers += (smoothing.average_window, smoothing.rsd_threshold)
+    assert numbers == (4, 0.5, 4, 0.5)
+    assert [type(one) for one in numbers] == [int, float, int, float]
+    with pytest.raises(ValueError, match="history_depth must be >= 2, got 1"):
+        Options(**given | {"history_depth": np.int64(1)})

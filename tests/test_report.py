@@ -60,3 +60,22 @@ def test_every_field_of_report_is_documented() -> None:
     text = inspect.getdoc(StepReport) or ""
     fields = [one.name for one in dataclasses.fields(StepReport)]
     assert [name for name in fields if f"\n    {name}: " not in text] == []
+
+
+def test_every_status_is_documented() -> None:
+    (tree,) = (
+        node
+        for node in ast.parse(inspect.getsource(report)).body
+        if isinstance(node, ast.ClassDef) and node.name == "Status"
+    )
+    members = [index for index, node in enumerate(tree.body) if isinstance(node, ast.Assign)]
+    assert len(members) == len(Status)
+    for index in members:
+        text = tree.body[index + 1]
+        assert isinstance(text, ast.Expr)
+        assert isinstance(text.value, ast.Constant)
+
+
+def test_report_repr_leaves_out_what_was_not_measured() -> None:
+    shown = repr(StepReport(status=Status.STORED, stored=True, rsd=0.25))
+    assert shown == f"StepReport(status={Status.STORED!r}, stored=True, rsd=0.25)"

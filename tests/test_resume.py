@@ -118,6 +118,11 @@ def test_load_of_another_layout_drops_the_history_with_a_warning(
     assert large.accelerator.optimizer_steps == 5
 
 
+def test_load_of_something_else_raises() -> None:
+    with pytest.raises(ValueError, match="has no version: it is none of an AndersonAccelerator"):
+        Quadratic().accelerator.load_state_dict({})
+
+
 def test_load_of_another_version_raises() -> None:
     problem = Quadratic()
     state = problem.accelerator.state_dict() | {"version": 99}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
 import importlib
@@ -344,8 +345,10 @@ def _states_of(optimizers: Sequence[Optimizer]) -> list[Any]:
 
 @functools.cache
 def _nowhere() -> IO[str]:
-    """Open for good: opening it takes as long as the forward pass of a small network."""
-    return Path(os.devnull).open("w")
+    """Opened once: that takes as long as the forward pass of a small network."""
+    file = Path(os.devnull).open("w")  # noqa: SIM115  # closed at the end
+    atexit.register(file.close)
+    return file
 
 
 def _unreduced(tensor: Any, *_: Any, **__: Any) -> Any:

@@ -50,7 +50,7 @@ def unwrap_optimizers(optimizer: Optimizer | Sequence[Optimizer]) -> list[Optimi
             "optimizer must minimise or maximise one objective, got maximize=True for some "
             "parameters and False for others: accelerate each of them alone"
         )
-    return unwrapped
+    return list(dict.fromkeys(unwrapped))  # one given twice makes one step
 
 
 def maximizes(optimizers: Sequence[Optimizer]) -> bool:

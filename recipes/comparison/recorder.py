@@ -40,7 +40,7 @@ class CostRecorder(Callback):
     """
 
     def __init__(self, metric: str, folder: str) -> None:
-        self.metric = metric
+        self.monitor = metric
         self.path = Path(folder) / CURVE
         self.curve: dict[str, list[float]] = defaultdict(list)
         self.disabled: str | None = None
@@ -59,11 +59,15 @@ class CostRecorder(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock: how often to validate is no property of the variant."""
+        if trainer.sanity_checking:
+            return
         self.trained += _clocks() - self.started
         self.before = dict(trainer.callback_metrics)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records the metric, where this validation logged it, and its cost."""
+        if trainer.sanity_checking:
+            return
         self._record(trainer)
         self.started = _clocks()
 
@@ -75,7 +79,7 @@ class CostRecorder(Callback):
             )
         if not trainer.enable_validation or sum(trainer.num_val_batches) == 0:
             raise UserError(
-                f"the run has no validation, which has to log {self.metric}: define "
+                f"the run has no validation, which has to log {self.monitor}: define "
                 "validation_step, and a val_dataloader with at least one batch"
             )
         if not self.curve:
@@ -89,12 +93,12 @@ class CostRecorder(Callback):
         logged = trainer.callback_metrics
         # Lightning keeps what training and earlier validations logged
         new = {name: value for name, value in logged.items() if value is not self.before.get(name)}
-        if self.metric not in logged:
+        if self.monitor not in logged:
             raise UserError(
-                f"compare.metric={self.metric}: validation does not log it; choose one of "
+                f"compare.metric={self.monitor}: validation does not log it; choose one of "
                 f"{', '.join(sorted(new)) or 'those that validation_step logs, and log one'}"
             )
-        if self.metric not in new:
+        if self.monitor not in new:
             return
         row: dict[str, float] = dict.fromkeys(("loss_evaluations", "attempted", "accepted"), 0)
         for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # "callbacks" is set by a connector
@@ -105,6 +109,6 @@ class CostRecorder(Callback):
                 self.disabled = callback.accelerator.disabled
         row["gradients"] = self.gradients
         row["seconds"], row["processor_seconds"] = self.trained.round(4).tolist()
-        row["values"] = new[self.metric].item()
+        row["values"] = new[self.monitor].item()
         for name, value in row.items():
             self.curve[name].append(value)

@@ -113,6 +113,12 @@ def notes_on(plan: Plan, runs: Sequence[Run], missing: int, summary: Summary) ->
                 f"{name}: acceleration was switched off in {count} of {one['seeds']} seeds: "
                 f"{reason}."
             )
+        if one["too_late"]:
+            yield (
+                f"{name}: in {one['too_late']} of {one['seeds']} seeds the first validation costs "
+                "more than the whole run of plain, so none is the best at equal cost; validate "
+                "more often (trainer.val_check_interval)."
+            )
     processors = sorted({run.processor for run in runs if run.processor is not None})
     if len(processors) > 1:
         yield (
@@ -194,9 +200,10 @@ def _markdown(rows: Sequence[dict[str, str]]) -> str:
 def _effect(one: Effect) -> str:
     if not one.seeds:
         return ""
-    interval = "" if math.isnan(one.lower) else f" [{one.lower:.3g}, {one.upper:.3g}]"
+    ratio = "none in time" if math.isinf(one.ratio) else f"{one.ratio:.3g}"
+    interval = "" if not math.isfinite(one.upper) else f" [{one.lower:.3g}, {one.upper:.3g}]"
     never = f"; never in {one.never}" if one.never else ""
-    return f"{one.ratio:.3g}{interval}; {one.better} of {one.seeds}; p = {one.p:.2g}{never}"
+    return f"{ratio}{interval}; {one.better} of {one.seeds}; p = {one.p:.2g}{never}"
 
 
 def _spread(one: dict[str, Any]) -> str:

@@ -128,6 +128,7 @@ def summarise(runs: Sequence[Run], names: Sequence[str], mode: Mode) -> Summary:
             **{one: spread(own[one], sign) for one in SPREADS},
             **{one: spread(own[one], 1) for one in APPENDIX},
             **{one: int(own[one].sum()) for one in ("diverged", "attempted", "accepted")},
+            "too_late": int((~own["validated"]).sum()),
             **{
                 one: own[one].astype(float).quantile(0.5)
                 for one in ("rank", "time_ratio", "processor_ratio", "peak_memory", "smoothing_on")
@@ -220,6 +221,7 @@ def _row(
         "final": sign * own.losses[-1],
         "equal_cost": sign * shown.value_at(budget),
         "best": sign * best,
+        "validated": bool(shown.costs[0] <= budget),
         "worst_after_best": sign * own.losses[own.losses.argmin() :].max(),
         "diverged": bool(not np.isfinite(late).all() or late.max() > limit),
         "same": same,

@@ -75,6 +75,11 @@ def test_poll_step_without_any_gradient_does_not_count() -> None:
     assert monitored.step(without_gradient=range(COUNT - 1))
 
 
+def test_unwrap_optimizer_given_twice_is_one() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
+    assert unwrap_optimizers([optimizer, optimizer]) == [optimizer]
+
+
 def test_poll_several_optimizers_make_one_step() -> None:
     monitored = Monitored(SGD(weights(), lr=0.1), Adam(weights(), lr=0.1))
     for one in monitored.weights:

@@ -288,3 +288,12 @@ def test_outcome_no_finished_or_finite_run() -> None:
     runs = [run("plain", 0, [NAN] * 4), run("anderson", 0, PLAIN), failed]
     summary = summarise(runs, ["plain", "anderson", "ema"], "min")
     assert outcomes(summary) == {"anderson": "incomparable", "ema": "failed"}
+
+
+def test_best_of_run_validated_too_late_is_none_in_time(tmp_path: Path) -> None:
+    late = run("lbfgs", 0, [1.0], curve={"gradients": [50]})  # the whole plain run costs 40
+    summary = summarise([run("plain", 0, PLAIN), late], ["plain", "lbfgs"], "min")
+    assert summary.variants["lbfgs"]["too_late"] == 1
+    assert summary.variants["plain"]["too_late"] == 0
+    (row,) = verdict(summary)
+    assert row["best, over that of plain"].startswith("none in time; 0 of 1")

@@ -14,6 +14,7 @@ from tests.recipes.conftest import SMALL, Compose, Refuses
 
 OWN = "tests.helpers.own_module"
 MODULE = ["recipe=own", f"module._target_={OWN}.Module", f"data._target_={OWN}.Data"]
+EVALUABLE = [*MODULE, f"module._target_={__name__}.Evaluable"]
 LENGTH = ["trainer.max_epochs=3", "callbacks.anderson.store_every_n_steps=5", "logger=csv"]
 
 
@@ -27,8 +28,7 @@ class Evaluable(Module):
 def test_own_module_trains_and_evaluates(
     compose: Compose, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    module = f"module._target_={__name__}.Evaluable"
-    options = [*MODULE, module, *LENGTH, "metric=val/loss", "+module.width=4"]
+    options = [*EVALUABLE, *LENGTH, "metric=val/loss", "+module.width=4"]
     results = train(compose(*options))
     losses = read_metrics(tmp_path / "run/metrics.csv")["val/loss"].values
     assert len(losses) == 3
@@ -65,6 +65,22 @@ def test_evaluation_command_prints_metrics_and_writes_nothing(
         (["recipe=own"], r"module._target_ is not given; name a LightningModule, .*"),
         (MODULE, r"module._target_=.*Module has no monitor; .*metric=val/loss; other recipes .*"),
         ([*MODULE, "metric=val/acc", *LENGTH], r".*monitor='val/acc'.*"),
+        (
+            [*EVALUABLE, "metric=val/losss", *LENGTH],
+            r"metric=val/losss: validation logs no such metric; did you mean val/loss\?",
+        ),
+        pytest.param(
+            ["recipe=own", f"module._target_={OWN}.Module", "metric=val/loss", *LENGTH],
+            r".*train_dataloader` must be implemented .*, or data._target_ given",
+            marks=pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
+        ),
+        (
+            [
+                *("recipe=own", f"module._target_={OWN}.Module", "metric=val/loss"),
+                *("+data.batch_size=3", *LENGTH),
+            ],
+            r"data.batch_size: data._target_ is not given; name a LightningDataModule",
+        ),
         ([*MODULE, "metric=val/loss", "mode=least"], r".*mode.*least.*"),
         ([*MODULE, "metric=val/loss", "+module.wdth=4"], r"module.wdth: .* did you mean width\?"),
         (
