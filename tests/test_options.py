@@ -98,5 +98,6 @@ def test_options_numbers_of_numpy_become_plain() -> None:
     numbers += (smoothing.average_window, smoothing.rsd_threshold)
     assert numbers == (4, 0.5, 4, 0.5)
     assert [type(one) for one in numbers] == [int, float, int, float]
+    too_few: Any = np.int64(1)
     with pytest.raises(ValueError, match="history_depth must be >= 2, got 1"):
-        Options(**given | {"history_depth": np.int64(1)})
+        Options(history_depth=too_few)
