@@ -154,7 +154,8 @@ class _MisspelledMetric(Callback):
         """Compares what callbacks monitor with what a few batches of validation have logged."""
         logged = list(trainer.callback_metrics)
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        for monitor in {getattr(one, "monitor", None) for one in callbacks} - {None, *logged}:
+        monitored = [getattr(one, "monitor", None) for one in callbacks]
+        for monitor in {str(one) for one in monitored if one is not None} - set(logged):
             close = difflib.get_close_matches(monitor, logged, n=1, cutoff=0.8)
             if close:
                 raise UserError(
