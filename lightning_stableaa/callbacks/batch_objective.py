@@ -181,9 +181,9 @@ class BatchObjective(Objective):
 
     def _silence(self, trainer: Any) -> None:
         """Until the context is left, nothing is logged, printed or saved."""
-        for logger in dict.fromkeys(trainer.loggers):
-            self._leave.callback(setattr, logger, "__class__", type(logger))
-            logger.__class__ = _silent_class(type(logger))
+        for one in dict.fromkeys([*trainer.loggers, trainer.profiler]):
+            self._leave.callback(setattr, one, "__class__", type(one))
+            one.__class__ = _silent_class(type(one))
         self._leave.callback(replace_attribute(trainer, "save_checkpoint", _nothing))
         self._leave.enter_context(redirect_stdout(_nowhere()))
         if trainer.world_size > 1:
@@ -361,11 +361,12 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 @functools.cache
 def _silent_class(kind: type) -> type:
-    """A logger that still is one of its class, with its folder and version, and logs nothing."""
+    """A logger or profiler that still is one of its class, and writes nothing."""
     methods = [
         name for name in dir(kind) if name.startswith("log_") and callable(getattr(kind, name))
     ]
-    silent: dict[str, Any] = dict.fromkeys([*methods, "save", "after_save_checkpoint"], _nothing)
+    methods += ["save", "after_save_checkpoint", "start", "stop"]
+    silent: dict[str, Any] = dict.fromkeys(methods, _nothing)
     for base in kind.__mro__:
         # Lightning's, beside its Logger; a module need not be registered
         if hasattr(sys.modules.get(base.__module__), "DummyExperiment"):

@@ -778,7 +778,11 @@ def _is_foreign(value: Any) -> bool:
         types.ModuleType | Enum | torch.utils.data.Dataset,
     ):
         return True
-    return any(_is_of(kind, _FOREIGN_PACKAGES) for kind in type(value).__mro__[:-1])
+    return any(
+        _is_of(kind, _FOREIGN_PACKAGES)
+        for kind in type(value).__mro__[:-1]
+        if not kind.__name__.endswith("Mixin")  # a user's own may derive from those
+    )
 
 
 def _is_of(kind: type, packages: Set[str]) -> bool:

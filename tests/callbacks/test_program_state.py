@@ -13,8 +13,10 @@ import lightning.pytorch
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.profilers import SimpleProfiler
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -28,6 +30,13 @@ CALLS = 0
 
 class Meter:
     count = 0
+
+
+class Settings(HyperparametersMixin):
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.count = count
 
 
 class Namespace:
@@ -73,6 +82,7 @@ class Program(Regression):
         )
         self.vocabulary: Any = collections.defaultdict(lambda: len(self.vocabulary))
         self.nodes = {Meter(): 0.0}
+        self.settings = Settings(0)
         with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing is deprecated
             torch.manual_seed(0)
@@ -119,6 +129,11 @@ def online_vocabulary(module: Any, _: Any) -> float:
     return float(module.vocabulary[len(module.history)])
 
 
+def of_mixin(module: Any, _: Any) -> float:
+    module.settings.count += 1
+    return float(module.settings.count)
+
+
 def objects_as_keys(module: Any, _: Any) -> float:
     [node] = module.nodes
     node.count += 1
@@ -160,7 +175,7 @@ PROGRAMS: dict[str, Callable[[Any, Any], float | None]] = {
             on_layers,
             another_loader,
         ),
-        *(online_vocabulary, objects_as_keys, traced_statistics, of_trainer, of_data),
+        *(of_mixin, online_vocabulary, objects_as_keys, traced_statistics, of_trainer, of_data),
         own_optimizer_of_trained_weights,
     )
 }
@@ -356,6 +371,18 @@ def test_logger_of_a_module_that_is_not_registered_is_silent() -> None:
     fit(Logs(), batches(12), callback, max_epochs=1, logger=logger)
     assert logger.rows == list(range(12))
     assert counters(callback)["attempted"] >= 2
+
+
+def test_profiler_records_steps_of_training_alone() -> None:
+    class Profiled(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            with self.trainer.profiler.profile("own"):  # type: ignore[attr-defined]
+                return super().training_step(batch, batch_idx)
+
+    callback, profiler = rejecting(), SimpleProfiler()
+    fit(Profiled(), batches(12), callback, max_epochs=1, profiler=profiler)
+    assert len(profiler.recorded_durations["own"]) == 12
+    assert counters(callback)["loss_evaluations"] >= 4
 
 
 def test_experiment_shows_its_values_and_takes_none(tmp_path: Path) -> None:
