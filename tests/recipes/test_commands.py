@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
 ANSWERED = [
     "--help",
@@ -27,6 +28,9 @@ ANSWERED = [
     "recipe=burgers2d callbacks=paper callbacks.smoothing.average_window=1",
     "recipe=burgers2d cluster=slurm_sbatch",
     "recipe=burgers2d resume_from=last.ckpt",
+    "recipe=burgers2d resume_from=auto evaluate=last.ckpt",
+    "recipe=burgers2d run_name=a run_folder=b",
+    "recipe=burgers2d seed=-1",
     "recipe=admissions_mlp data.csv=table.csv",
     "recipe=admissions_mlp data.batch_size=0",
     "recipe=resnet50_cifar10 data.folder=images",
@@ -48,6 +52,7 @@ ANSWERED_BY_COMPARE = [
 ANSWERED_WITH_TORCH = [
     "recipe=burgers2d optimizer.betas=[0.9,2]",
     "recipe=burgers2d model.widths=[2,5.5,1]",
+    *([] if torch.cuda.is_available() else ["recipe=burgers2d trainer=gpu"]),
 ]
 ANSWER = """
 import sys
@@ -86,6 +91,7 @@ def test_command_help_and_refusals_import_no_torch(
     done = run(tmp_path, "-c", program)
     assert done.returncode == 0, done.stderr
     assert len(done.stderr.splitlines()) == len(lines) - 1
+    assert "== Options of recipe=admissions_mlp ==" in done.stdout
     assert not list(tmp_path.iterdir())
 
 
