@@ -24,16 +24,11 @@ from lightning_stableaa.callbacks.manual_optimization import (
     single_objective,
 )
 from lightning_stableaa.distributed.dtensor import is_sharded, reshard_fsdp_modules
+from lightning_stableaa.model.kinds import NUMBERS, is_small_collection
 from lightning_stableaa.model.objective import Objective, scalar
 from lightning_stableaa.model.parameters import trainable_parameters
-from lightning_stableaa.model.snapshot import (
-    NUMBERS,
-    RNGSnapshot,
-    StateSnapshot,
-    UnsupportedStateError,
-    is_generator,
-    is_small_collection,
-)
+from lightning_stableaa.model.rng import RNGSnapshot, is_generator
+from lightning_stableaa.model.snapshot import StateSnapshot, UnsupportedStateError
 from lightning_stableaa.model.step_monitor import maximizes, unwrap_optimizers
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_stableaa.distributed.dtensor import full_tensor
-from lightning_stableaa.model.snapshot import RNGSnapshot, StateSnapshot
+from lightning_stableaa.model.rng import RNGSnapshot
+from lightning_stableaa.model.snapshot import StateSnapshot
 
 log = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from torch.quasirandom import SobolEngine
 from torchmetrics import CatMetric, MeanMetric
 
 from lightning_stableaa.model import snapshot as snapshot_module
-from lightning_stableaa.model.snapshot import RNGSnapshot, StateSnapshot, UnsupportedStateError
+from lightning_stableaa.model.rng import RNGSnapshot
+from lightning_stableaa.model.snapshot import StateSnapshot, UnsupportedStateError
 
 CPU = torch.device("cpu")
 Case = tuple[Any, Callable[[], object]]  # a value, and a change of it

@@ -1,0 +1,187 @@
+"""What an object is: plain data, state of the user's own program, or the program around it."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import os
+import sys
+import sysconfig
+import types
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Set
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_stableaa.model.rng import is_generator
+
+NUMBERS = frozenset([int, float, complex, str, bytes, bool, tuple, type(None)])
+
+_ATOMS = (int, float, complex, str, bytes, bool, type(None), type, range, slice)
+
+ATOM_TYPES = (
+    frozenset(_ATOMS)
+    | {torch.dtype, torch.device, torch.Size, type(Ellipsis)}
+    | set(weakref.ProxyTypes)  # which pass for what they refer to
+)
+
+# What belongs to the program around a training step, and not to its state.
+FOREIGN_PACKAGES = frozenset(
+    [
+        "lightning",
+        "pytorch_lightning",
+        "lightning_fabric",
+        "logging",
+        "threading",
+        "_thread",
+        "multiprocessing",
+        "concurrent",
+        "asyncio",
+        "tensorboard",
+        "wandb",
+        "mlflow",
+        "importlib",
+        "torch.distributed",
+        "torch._dynamo",
+    ]
+)
+
+COLLECTIONS = (dict, list, tuple, set, frozenset, deque)
+
+CONTAINERS = (dict, list, set, deque, Tensor)
+
+# What another thread or process may take from, or that has its state outside of this one.
+SHARED_PACKAGES = frozenset(
+    [
+        *("queue", "_queue", "multiprocessing.queues", "multiprocessing.sharedctypes"),
+        *("socket", "_socket", "sqlite3"),
+    ]
+)
+
+# of the byte code, on names of a module
+_GLOBAL_OPERATIONS = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"])
+
+
+def program_in(names: tuple[str, ...], scope: dict[str, Any]) -> Iterator[Any]:
+    """Functions, classes and modules of the user's own that code names."""
+    for name in names:
+        one = scope.get(name)
+        module = one.__name__ if isinstance(one, types.ModuleType) else _module_of(one)
+        if isinstance(one, types.ModuleType | types.FunctionType | type) and is_own(module):
+            yield one
+
+
+def _module_of(one: Any) -> str | None:
+    found = getattr(one, "__module__", None) if isinstance(one, types.FunctionType | type) else None
+    return found if isinstance(found, str) else None
+
+
+def is_state(value: Any) -> bool:
+    """Data, generators of random numbers, and objects of the user's own or of networks."""
+    return (
+        isinstance(value, CONTAINERS)
+        or type(value) in NUMBERS
+        or isinstance(value, nn.Module)
+        or is_array(value)
+        or is_generator(value)
+        or (is_own(type(value).__module__) and not is_foreign(value))
+    )
+
+
+def is_small_collection(value: Any) -> bool:
+    """Whether it is one of at most a thousand numbers, strings and the like."""
+    return (
+        isinstance(value, dict | list | set | deque)
+        and len(value) <= 1000
+        and not not_atoms([*value, *(value.values() if isinstance(value, dict) else ())])
+    )
+
+
+def not_atoms(values: Iterable[Any]) -> list[Any]:
+    """Those that may hold something that changes."""
+    return [one for one in values if type(one) not in ATOM_TYPES]
+
+
+@functools.lru_cache(maxsize=1024)
+def slots_of(kind: type) -> tuple[Any, ...]:
+    """The members of a class and of its bases that are slots."""
+    return tuple(
+        one
+        for base in kind.__mro__
+        if "__slots__" in vars(base)
+        for one in vars(base).values()
+        if isinstance(one, types.MemberDescriptorType)
+    )
+
+
+def functions_of(value: Any) -> Iterator[types.FunctionType]:
+    """A function of a class, or those of a property or of a static or class method."""
+    parts: list[Any] = [value]
+    if isinstance(value, property):
+        parts = [value.fget, value.fset]
+    elif isinstance(value, staticmethod | classmethod):
+        parts = [value.__func__]
+    return (one for one in parts if isinstance(one, types.FunctionType))
+
+
+@functools.cache
+def names_of(code: types.CodeType) -> tuple[str, ...]:
+    """Names of globals that the code of a function, or of one within it, reads or writes."""
+    names = {one.argval for one in dis.get_instructions(code) if one.opname in _GLOBAL_OPERATIONS}
+    for one in code.co_consts:
+        if isinstance(one, types.CodeType):
+            names.update(names_of(one))
+    return tuple(names)
+
+
+@functools.cache
+def is_own(module: str | None) -> bool:
+    """Whether a module is of the user's project: neither installed nor of Python."""
+    path = getattr(sys.modules.get(module or ""), "__file__", None)
+    if module is None or path is None or module.split(".")[0] == __name__.split(".")[0]:
+        return module == "__main__"
+    if {"site-packages", "dist-packages"} & set(Path(path).parts):
+        return False
+    paths = sysconfig.get_paths()
+    return not path.startswith((paths["stdlib"] + os.sep, paths["platstdlib"] + os.sep))
+
+
+def is_counted(value: Any) -> bool:
+    """Whether an iterator is the user's own in Python: its position is one of its attributes."""
+    kind = type(value)
+    is_plain = isinstance(kind.__next__, types.FunctionType) and is_own(kind.__module__)
+    return is_plain and not isinstance(value, torch.utils.data.Dataset)
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is one of NumPy, which may not be imported."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def is_frame(value: Any) -> bool:
+    """Whether it is a table or a column of pandas, which may not be imported."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(value, pandas.DataFrame | pandas.Series)
+
+
+def is_foreign(value: Any) -> bool:
+    """Whether it belongs to the program around a training step."""
+    if isinstance(value, types.ModuleType | Enum | torch.utils.data.Dataset):
+        return True
+    return any(
+        is_of(kind, FOREIGN_PACKAGES)
+        for kind in type(value).__mro__[:-1]
+        if not kind.__name__.endswith("Mixin")  # a user's own may derive from those
+    )
+
+
+def is_of(kind: type, packages: Set[str]) -> bool:
+    """Whether a class is defined in one of these packages."""
+    names = kind.__module__.split(".")
+    return names[0] in packages or ".".join(names[:2]) in packages
