@@ -177,4 +177,7 @@ def log_to_loggers(trainer: Any, values: dict[str, float]) -> None:
 def log_to_progress_bar(trainer: Any, pl_module: Any, name: str, value: float) -> None:
     """Show a value in the progress bar, and nowhere else."""
     if trainer.progress_bar_callback is not None:  # takes longer than a step of a small model
-        pl_module.log(name, value, prog_bar=True, logger=False, on_step=True, on_epoch=False)
+        kinds = type(pl_module).__mro__
+        # its own log may be something else
+        kind: Any = next(one for one in kinds if one.__name__ == "LightningModule")
+        kind.log(pl_module, name, value, prog_bar=True, logger=False, on_step=True, on_epoch=False)

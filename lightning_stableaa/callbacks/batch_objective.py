@@ -8,8 +8,9 @@ import functools
 import importlib
 import os
 import sys
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -24,7 +25,7 @@ from lightning_stableaa.callbacks.manual_optimization import (
     single_objective,
 )
 from lightning_stableaa.distributed.dtensor import is_sharded, reshard_fsdp_modules
-from lightning_stableaa.model.kinds import NUMBERS, is_small_collection
+from lightning_stableaa.model.kinds import NUMBERS, adopt, is_own, is_small_collection
 from lightning_stableaa.model.objective import Objective, scalar
 from lightning_stableaa.model.parameters import trainable_parameters
 from lightning_stableaa.model.rng import RNGSnapshot, is_generator
@@ -64,6 +65,7 @@ class BatchObjective(Objective):
                 or any(isinstance(one, nn.SyncBatchNorm) for one in module.modules())
             ),
         )
+        adopt(type(module))
         self._trainer = trainer
         self._module = module
         self._tree = _tree_of(trainer)
@@ -143,9 +145,7 @@ class BatchObjective(Objective):
         for parameter in trainable_parameters(self._optimizers):
             # toggle_optimizer would leave it changed, were there an error before untoggle_optimizer
             self._leave.callback(parameter.requires_grad_, parameter.requires_grad)
-            # a backward pass in the training step adds to it
             self._leave.callback(setattr, parameter, "grad", parameter.grad)
-            parameter.grad = None
         self._results = loop._results
         self._leave.callback(setattr, loop, "_results", self._results)
         self._silence(trainer)
@@ -162,6 +162,8 @@ class BatchObjective(Objective):
             self._failed = str(failure)
 
     def _evaluate(self) -> Any:
+        for parameter in trainable_parameters(self._optimizers):
+            parameter.grad = None  # a backward pass in the training step adds to it
         loop = self._trainer.fit_loop.epoch_loop
         loop._results = _lazy_class(type(self._results))()
         loop._results.batch = self._batch
@@ -176,9 +178,12 @@ class BatchObjective(Objective):
 
     def _silence(self, trainer: Any) -> None:
         """Until the context is left, nothing is logged, printed or saved."""
-        for one in dict.fromkeys([*trainer.loggers, trainer.profiler]):
-            self._leave.callback(setattr, one, "__class__", type(one))
-            one.__class__ = _silent_class(type(one))
+        held = [] if self._before is None else self._before.writers
+        for one in dict.fromkeys([*trainer.loggers, trainer.profiler, *held]):
+            self._silence_writer(one)
+        for module in filter(None, map(sys.modules.get, ("wandb", "mlflow"))):
+            for name in [one for one in vars(module) if one.startswith("log")]:
+                self._leave.callback(replace_attribute(module, name, _nothing))
         self._leave.callback(replace_attribute(trainer, "save_checkpoint", _nothing))
         self._leave.enter_context(redirect_stdout(_nowhere()))
         if trainer.world_size > 1:
@@ -189,6 +194,21 @@ class BatchObjective(Objective):
                 self._leave.callback(
                     replace_attribute(trainer.strategy, name, self._notices(communicate))
                 )
+
+    def _silence_writer(self, one: Any) -> None:
+        names = _writing_methods(type(one))
+        try:
+            silent = _silent_class(type(one), names)
+        except TypeError:  # its class does not let others derive from it
+            for name in names:
+                self._leave.callback(replace_attribute(one, name, _nothing))
+            return
+        self._leave.callback(setattr, one, "__class__", type(one))
+        one.__class__ = silent
+        if "experiment" in vars(one):
+            experiment = vars(one)["experiment"]
+            hidden = _SilentExperiment(lambda: experiment)
+            self._leave.callback(replace_attribute(one, "experiment", hidden))
 
     def _notices(self, communicate: Callable[..., Any]) -> Callable[..., Any]:
         """A collective call of the training step, within which other ranks would wait for it."""
@@ -249,18 +269,21 @@ class _TrainingState:
     ) -> None:
         self._sharded = is_sharded(trained)
         self._reshard()
-        self._trainer, self._device = trainer, device
+        self._device = device
         metrics = vars(trainer._logger_connector)
         optimizers = unwrap_optimizers(trainer.optimizers)
         settings = [one.param_groups for one in optimizers]
         schedules = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
+        lists = filter(is_small_collection, vars(trainer).values())
         self._state = StateSnapshot(
-            [module, batch, metrics, settings, schedules, *_state_of_data(trainer)],
+            [module, batch, metrics, settings, schedules, *_state_of_data(trainer), *lists],
             trained,
             _attributes_of_data(trainer),
             optimizers,
         )
+        self.writers = [one for one in self._state.objects if _is_writer(one)]
         loop = trainer.fit_loop.epoch_loop
+        self._owners = (trainer, trainer.fit_loop, loop)
         steps = (
             loop.automatic_optimization.optim_progress.optimizer.step
             if module.automatic_optimization
@@ -271,7 +294,7 @@ class _TrainingState:
 
     def _read_rest(self) -> None:
         self._rng = RNGSnapshot(self._device)
-        self._settings = _numbers_of(self._trainer)
+        self._settings = [_numbers_of(one) for one in self._owners]
         self._counts = [dict(one) for one in self._counters]
 
     def again(self) -> _TrainingState:
@@ -288,9 +311,10 @@ class _TrainingState:
         moved = self._state.drew_random_numbers()
         self._state.restore()
         moved = self._rng.restore() or moved
-        for name in _numbers_of(self._trainer).keys() - self._settings.keys():
-            delattr(self._trainer, name)
-        vars(self._trainer).update(self._settings)
+        for owner, settings in zip(self._owners, self._settings, strict=True):
+            for name in _numbers_of(owner).keys() - settings.keys():
+                delattr(owner, name)
+            vars(owner).update(settings)
         for counter, counts in zip(self._counters, self._counts, strict=True):
             counter.update(counts)
         return moved
@@ -321,9 +345,14 @@ def _state_of_data(trainer: Any) -> Iterator[Any]:
             yield one
 
 
-def _numbers_of(trainer: Any) -> dict[str, Any]:
-    """Plain settings of the Trainer, such as ``should_stop`` and what a user added."""
-    return {name: one for name, one in vars(trainer).items() if type(one) in NUMBERS}
+def _numbers_of(owner: Any) -> dict[str, Any]:
+    """Plain settings of a Trainer or loop, such as ``should_stop`` and what a user added."""
+    return {name: one for name, one in vars(owner).items() if type(one) in NUMBERS}
+
+
+def _is_writer(one: Any) -> bool:
+    """Whether it is an experiment of a logger, which a module may hold itself."""
+    return type(one).__module__.startswith(("torch.utils.tensorboard", "tensorboardX", "wandb."))
 
 
 def _states_of(optimizers: Sequence[Optimizer]) -> list[Any]:
@@ -355,17 +384,28 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 @functools.cache
-def _silent_class(kind: type) -> type:
-    """A logger or profiler that still is one of its class, and writes nothing."""
-    methods = [
-        name for name in dir(kind) if name.startswith("log_") and callable(getattr(kind, name))
-    ]
-    methods += ["save", "after_save_checkpoint", "start", "stop"]
+def _writing_methods(kind: type) -> tuple[str, ...]:
+    """Of a logger, a profiler, or an experiment such as TensorBoard's writer."""
+    named = ("save", "after_save_checkpoint", "start", "stop", "flush")
+    found = []
+    for name in dir(kind):
+        method = getattr(kind, name)
+        own = isinstance(method, types.FunctionType) and is_own(method.__module__)
+        writes = name in named or name.startswith(("log", "add_"))
+        if callable(method) and (writes or (own and not name.startswith(("_", "get", "is_")))):
+            found.append(name)
+    return tuple(found)
+
+
+@functools.cache
+def _silent_class(kind: Any, methods: tuple[str, ...]) -> type:
+    """A class of which a logger or profiler still is one of its own, and writes nothing."""
     silent: dict[str, Any] = dict.fromkeys(methods, _nothing)
-    for base in kind.__mro__:
-        # Lightning's, beside its Logger; a module need not be registered
-        if hasattr(sys.modules.get(base.__module__), "DummyExperiment"):
-            silent["experiment"] = property(lambda one: _SilentExperiment(kind.experiment, one))
+    experiment = getattr(kind, "experiment", None)
+    if isinstance(experiment, property):
+        silent["experiment"] = property(
+            lambda one: _SilentExperiment(functools.partial(experiment.__get__, one, type(one)))
+        )
     return type(kind.__name__, (kind,), silent)
 
 
@@ -400,22 +440,25 @@ class _SilentExperiment:
     """Shows what the experiment of a logger holds and gets, and does nothing else.
 
     Args:
-        experiment: the property of the logger's class.
-        logger: of that class.
+        read: returns the experiment.
     """
 
-    def __init__(self, experiment: property, logger: Any) -> None:
-        self._read = functools.partial(experiment.__get__, logger, type(logger))
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._read = read
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._read(), name, _nothing)
-        return _nothing if callable(found) and not name.startswith("get") else found
+        found = getattr(self._read(), name, _no_context)
+        return _no_context if callable(found) and not name.startswith("get") else found
 
     def __getitem__(self, _: Any) -> _SilentExperiment:  # of several experiments
         return self
 
     def __setitem__(self, *_: Any) -> None:
         pass
+
+
+def _no_context(*_: Any, **__: Any) -> Any:
+    return nullcontext()  # some are entered: with experiment.train():
 
 
 def has_own_loss(module: nn.Module) -> bool:

@@ -7,8 +7,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lightning_stableaa.model.parameters import trainable_parameters
 
 
 @contextmanager
@@ -30,6 +33,9 @@ def dry_run(
 
     def backward(loss: Tensor, *_: Any, **__: Any) -> Tensor:
         losses.append(loss.detach())
+        for parameter in trainable_parameters(optimizers):
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)  # the step may look at its norm
         return loss
 
     def step_of_strategy(optimizer: Any, closure: Callable[[], Any], *_: Any, **__: Any) -> Any:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import operator
 import sys
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from typing import Any
 
-from lightning_stableaa.model.kinds import is_state, slots_of
+from lightning_stableaa.model.kinds import is_program, slots_of
 
 _UNSET = object()  # a slot without a value
 
@@ -95,14 +96,26 @@ def write_cell(cell: Any, kept: tuple[Any, ...]) -> None:
         cell.cell_contents = kept[0]
 
 
-def read_globals(names: tuple[str, ...], scope: dict[str, Any]) -> dict[str, Any]:
-    """Data and objects of the user's own; functions, classes and modules are the program."""
+def read_attributes(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Contents of the dict of an object, which may be replaced as a whole."""
+    attributes = object.__getattribute__(value, "__dict__")  # not by one of its own
+    return read_dict(attributes), attributes
+
+
+def write_attributes(value: Any, kept: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    content, attributes = kept
+    if object.__getattribute__(value, "__dict__") is not attributes:
+        object.__setattr__(value, "__dict__", attributes)
+    write_dict(attributes, content)
+
+
+def read_globals(names: Iterable[str], scope: dict[str, Any]) -> dict[str, Any]:
     found = {name: scope[name] for name in names if name in scope}
-    return {name: one for name, one in found.items() if is_state(one)}
+    return {name: one for name, one in found.items() if not is_program(one)}
 
 
 def read_module(scope: dict[str, Any]) -> dict[str, Any]:
-    return {name: one for name, one in scope.items() if name[:2] != "__" and is_state(one)}
+    return {name: one for name, one in scope.items() if name[:2] != "__" and not is_program(one)}
 
 
 def write_globals(scope: dict[str, Any], kept: dict[str, Any]) -> None:
@@ -112,7 +125,8 @@ def write_globals(scope: dict[str, Any], kept: dict[str, Any]) -> None:
 
 
 def read_class(kind: type) -> dict[str, Any]:
-    return {name: one for name, one in vars(kind).items() if name[:2] != "__" and is_state(one)}
+    found = vars(kind).items()
+    return {name: one for name, one in found if name[:2] != "__" and not is_program(one)}
 
 
 def write_class(kind: type, kept: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Set
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ FOREIGN_PACKAGES = frozenset(
         "importlib",
         "torch.distributed",
         "torch._dynamo",
+        "torch.fx",
     ]
 )
 
@@ -59,15 +60,28 @@ CONTAINERS = (dict, list, set, deque, Tensor)
 SHARED_PACKAGES = frozenset(
     [
         *("queue", "_queue", "multiprocessing.queues", "multiprocessing.sharedctypes"),
+        *("multiprocessing.connection", "multiprocessing.managers"),
         *("socket", "_socket", "sqlite3"),
     ]
 )
 
-# of the byte code, on names of a module
+# of the byte code, on names of a module, and of what is found there
 _GLOBAL_OPERATIONS = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"])
+_ATTRIBUTE_OPERATIONS = frozenset(["LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_FROM"])
+
+# Installed packages that are the user's own none the less, as that of the LightningModule.
+_OWN_PACKAGES: set[str] = set()
 
 
-def program_in(names: tuple[str, ...], scope: dict[str, Any]) -> Iterator[Any]:
+class Names(NamedTuple):
+    """What the code of a function names: globals, attributes of anything, modules it imports."""
+
+    scope: frozenset[str]
+    attributes: frozenset[str]
+    imports: frozenset[str]
+
+
+def program_in(names: Iterable[str], scope: dict[str, Any]) -> Iterator[Any]:
     """Functions, classes and modules of the user's own that code names."""
     for name in names:
         one = scope.get(name)
@@ -76,9 +90,26 @@ def program_in(names: tuple[str, ...], scope: dict[str, Any]) -> Iterator[Any]:
             yield one
 
 
+def imported_by(names: Iterable[str], scope: dict[str, Any]) -> Iterator[types.ModuleType]:
+    """Modules of the user's own that code imports, by whole names or relative to its package."""
+    package = str(scope.get("__package__") or "").split(".")
+    parents = [".".join(package[:count]) for count in range(len(package) + 1)]
+    for name in names:
+        for parent in parents:
+            path = f"{parent}.{name}".strip(".")
+            if path in sys.modules and is_own(path):
+                yield sys.modules[path]
+
+
 def _module_of(one: Any) -> str | None:
     found = getattr(one, "__module__", None) if isinstance(one, types.FunctionType | type) else None
     return found if isinstance(found, str) else None
+
+
+def is_program(value: Any) -> bool:
+    """Whether it is a function, a class or a module, which training does not change."""
+    kinds = types.FunctionType | types.BuiltinFunctionType | types.ModuleType | type
+    return isinstance(value, kinds)
 
 
 def is_state(value: Any) -> bool:
@@ -130,18 +161,25 @@ def functions_of(value: Any) -> Iterator[types.FunctionType]:
 
 
 @functools.cache
-def names_of(code: types.CodeType) -> tuple[str, ...]:
-    """Names of globals that the code of a function, or of one within it, reads or writes."""
-    names = {one.argval for one in dis.get_instructions(code) if one.opname in _GLOBAL_OPERATIONS}
+def names_of(code: types.CodeType) -> Names:
+    """Of a function, and of those within it."""
+    found: list[tuple[str, Any]] = [(one.opname, one.argval) for one in dis.get_instructions(code)]
+    scope = {name for operation, name in found if operation in _GLOBAL_OPERATIONS}
+    attributes = {name for operation, name in found if operation in _ATTRIBUTE_OPERATIONS}
+    imports = {name for operation, name in found if operation == "IMPORT_NAME"}
     for one in code.co_consts:
         if isinstance(one, types.CodeType):
-            names.update(names_of(one))
-    return tuple(names)
+            inner = names_of(one)
+            scope, attributes = scope | inner.scope, attributes | inner.attributes
+            imports |= inner.imports
+    return Names(frozenset(scope), frozenset(attributes), frozenset(imports))
 
 
 @functools.cache
 def is_own(module: str | None) -> bool:
-    """Whether a module is of the user's project: neither installed nor of Python."""
+    """Whether a module is of the user's project: adopted, or neither installed nor of Python."""
+    if module is not None and module.split(".")[0] in _OWN_PACKAGES:
+        return True
     path = getattr(sys.modules.get(module or ""), "__file__", None)
     if module is None or path is None or module.split(".")[0] == __name__.split(".")[0]:
         return module == "__main__"
@@ -149,6 +187,15 @@ def is_own(module: str | None) -> bool:
         return False
     paths = sysconfig.get_paths()
     return not path.startswith((paths["stdlib"] + os.sep, paths["platstdlib"] + os.sep))
+
+
+def adopt(kind: type) -> None:
+    """Make the packages of a class and of its bases the user's own, wherever they are installed."""
+    packages = {base.__module__.split(".")[0] for base in kind.__mro__[:-1]}
+    packages -= FOREIGN_PACKAGES | {"torch", "torchmetrics", __name__.split(".")[0]}
+    if not packages <= _OWN_PACKAGES:
+        _OWN_PACKAGES.update(packages)
+        is_own.cache_clear()
 
 
 def is_counted(value: Any) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -52,7 +54,7 @@ class Objective:
         self.stochastic = stochastic
         self.collective = collective
         self.precision = float(torch.finfo(torch.float32).eps)  # of a loss
-        self.error: Exception | None = None  # that the last evaluation raised
+        self.error: Exception | SystemExit | None = None  # that the last evaluation raised
 
     @property
     def unavailable(self) -> str | None:
@@ -86,8 +88,8 @@ class Objective:
             # enabled: the loss of a PINN differentiates the network itself
             with torch.enable_grad(), _fresh_autocast_cache():
                 loss = self._evaluate()
-        except Exception as error:  # at a candidate a program may leave its domain
-            if self.collective:
+        except (Exception, SystemExit) as error:  # a candidate may be outside of the domain
+            if self.collective or _is_of_signal(error):
                 raise
             self.error = error
             loss = None
@@ -144,6 +146,15 @@ def preserve_state(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         snapshot.restore()
+
+
+def _is_of_signal(error: BaseException) -> bool:
+    """Whether a handler of signals has asked the program to end."""
+    handlers = map(signal.getsignal, signal.valid_signals())
+    codes = {getattr(one, "__code__", None) for one in handlers}
+    return isinstance(error, SystemExit) and any(
+        frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import math
 import pickle
 import random
 import sys
+import threading
 import types
 import weakref
 from collections import defaultdict, deque
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_stableaa.distributed.dtensor import to_local
 from lightning_stableaa.model.contents import (
+    read_attributes,
     read_cell,
     read_class,
     read_collection,
@@ -35,6 +37,7 @@ from lightning_stableaa.model.contents import (
     read_module,
     read_slots,
     write_array,
+    write_attributes,
     write_cell,
     write_class,
     write_collection,
@@ -53,12 +56,14 @@ from lightning_stableaa.model.kinds import (
     FOREIGN_PACKAGES,
     SHARED_PACKAGES,
     functions_of,
+    imported_by,
     is_array,
     is_counted,
     is_foreign,
     is_frame,
     is_of,
     is_own,
+    is_program,
     is_state,
     names_of,
     not_atoms,
@@ -70,6 +75,7 @@ from lightning_stableaa.model.tensor_state import (
     TensorState,
     is_plain,
     memory_range,
+    version,
     written_memory,
 )
 
@@ -85,6 +91,8 @@ _Write = Callable[[Any, Any], object]
 _Kind = tuple[Any, Callable[[Any], Any], _Write]  # an object, how to read its contents and to write
 
 _TORCH_MODULES = ("torch.nn.", "torch._dynamo.", "torch.fx.")
+
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # of every module
 
 _HOOKS = (
     "_forward_hooks",
@@ -161,7 +169,7 @@ class StateSnapshot:
                 write = write_array if is_array(one) else write_frame
                 self._keep(one, lambda value: value.copy(), write)
         self._states = [TensorState.of(one, copied=copied) for one, copied in self._tensors]
-        self._versions = [one._version for one, copied in self._tensors if not copied]
+        self._versions = [version(one) for one, copied in self._tensors if not copied]
 
     def again(self) -> StateSnapshot:
         """Of the same objects, with the contents that they have now."""
@@ -194,7 +202,7 @@ class StateSnapshot:
     def lost(self) -> bool:
         """Whether a tensor too large to be copied was written since, through itself."""
         uncopied = [one for one, copied in self._tensors if not copied]
-        return [one._version for one in uncopied] != self._versions
+        return [version(one) for one in uncopied] != self._versions
 
     def drew_random_numbers(self) -> bool:
         """Whether a generator within the state has moved since."""
@@ -250,6 +258,10 @@ class StateSnapshot:
             raise UnsupportedStateError(
                 f"a {kind.__module__}.{kind.__qualname__}, which others may read or write"
             )
+        if isinstance(value, threading.Thread) and is_own(kind.__module__):
+            raise UnsupportedStateError(f"a thread ({kind.__module__}.{kind.__qualname__})")
+        if isinstance(value, threading.local):
+            return self._inside_attributes(value)
         if isinstance(value, Optimizer):
             return self._capture_optimizer(value)
         if isinstance(value, torch.utils.data.DataLoader):
@@ -283,7 +295,9 @@ class StateSnapshot:
             inside += [
                 one
                 for name, one in attributes.items()
-                if type(one) not in ATOM_TYPES and name[0] != "_" and is_state(one)
+                if type(one) not in ATOM_TYPES
+                and name not in _MODULE_ATTRIBUTES
+                and not is_program(one)
             ]
         else:
             inside = [*not_atoms(attributes.values()), *self._inside_slots(module)]
@@ -324,7 +338,8 @@ class StateSnapshot:
             return ()
         if not isinstance(attributes, dict):  # of a class
             return ()
-        return not_atoms(self._keep(attributes, read_dict, write_dict).values())
+        content, _ = self._keep(value, read_attributes, write_attributes)
+        return not_atoms(content.values())
 
     def _inside_slots(self, value: Any) -> Iterable[Any]:
         if not slots_of(type(value)):
@@ -343,20 +358,29 @@ class StateSnapshot:
                 inside += self._keep(cell, read_cell, write_cell)
         if is_own(function.__module__):
             names, scope = names_of(function.__code__), function.__globals__
-            read = functools.partial(read_globals, names)
-            inside += self._keep(scope, read, write_globals).values()
-            for one in program_in(names, scope):
+            read = functools.partial(read_globals, names.scope)
+            inside += filter(is_state, self._keep(scope, read, write_globals).values())
+            pending: list[Any] = [*program_in(names.scope, scope)]
+            pending += imported_by(names.imports, scope)
+            visited: set[int] = set()
+            while pending:
+                one = pending.pop()
                 inside += self._inside_program(one)
+                if isinstance(one, types.ModuleType) and id(one) not in visited:
+                    visited.add(id(one))
+                    pending += program_in(names.attributes, vars(one))
         return not_atoms(inside)
 
     def _inside_program(self, one: Any) -> Iterable[Any]:
         """The state of a function, a class or a module that code names."""
         if isinstance(one, type):
             return self._inside_classes(one)
-        if isinstance(one, types.FunctionType) or id(one) in self._seen:
+        if isinstance(one, types.FunctionType):
             return (one,)
+        if id(one) in self._seen:
+            return ()
         self._see(one)
-        return self._keep(vars(one), read_module, write_globals).values()
+        return filter(is_state, self._keep(vars(one), read_module, write_globals).values())
 
     def _capture_optimizer(self, optimizer: Optimizer) -> Iterable[Any]:
         """Settings; the state too, but of an optimizer that the training loop steps."""
@@ -423,7 +447,7 @@ class StateSnapshot:
 
     def _capture_tensor(self, tensor: Tensor) -> None:
         with torch._C.DisableTorchFunctionSubclass():
-            if tensor.is_inference() or self._is_trained(tensor):
+            if self._is_trained(tensor):
                 return
             is_whole = is_dense(tensor) or is_lazy(tensor) or is_traceable_wrapper_subclass(tensor)
             if is_plain(tensor) or not is_whole:

@@ -37,17 +37,17 @@ class TensorState(NamedTuple):
             if copied and copy is None:
                 copy = memory.clone()
             grad = tensor.grad if tensor.is_leaf else None
-            return cls(alias, memory, copy, tensor._version, tensor.requires_grad, grad)
+            return cls(alias, memory, copy, version(tensor), tensor.requires_grad, grad)
 
     def holds(self, tensor: Tensor, memory: Tensor) -> bool:
         """Whether the elements in memory are those of the copy."""
         assert self.copy is not None
         if not is_dense(tensor):  # sparse, nested or quantized
-            return tensor._version == self.version
+            return version(tensor) == self.version
         return _same_content(memory, self.copy)
 
     def restore(self, tensor: Tensor) -> None:
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(tensor.is_inference()):
             if is_dense(tensor) and _geometry(tensor) != _geometry(self.alias):
                 tensor.data = self.alias
             if tensor.is_leaf:
@@ -57,6 +57,11 @@ class TensorState(NamedTuple):
                     tensor.grad = self.grad
             if self.copy is not None and not self.holds(tensor, self.memory):
                 (self.memory if is_dense(tensor) else tensor).copy_(self.copy)
+
+
+def version(tensor: Tensor) -> int:
+    """How often it was written to; tensors of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def written_memory(tensor: Tensor) -> Tensor:

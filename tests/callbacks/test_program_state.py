@@ -1,31 +1,40 @@
 """State in the corners of a program: after rejected candidates it is that of the plain run."""
 
 import collections
+import contextlib
+import importlib
 import itertools
 import multiprocessing
 import random
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning.pytorch
 import numpy as np
 import pytest
 import torch
+import wandb
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.profilers import SimpleProfiler
+from tensorboard.backend.event_processing import event_accumulator
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import mse_loss, softplus
 
 from lightning_stableaa import AndersonCallback, SmoothingMonitor
+from tests.helpers import own_counters, own_state
 from tests.helpers.problems import assert_bitwise_equal
 from tests.helpers.regression import Regression, anderson, batches, counters, fit, weights
 
 GENERATOR = np.random.default_rng(0)
 CALLS = 0
+AVERAGE: Any = np.float64(0.0)
 
 
 class Meter:
@@ -52,8 +61,10 @@ def helper() -> None:
 
 
 def reset_globals() -> None:
-    global GENERATOR, CALLS
-    GENERATOR, CALLS = np.random.default_rng(0), 0
+    global GENERATOR, CALLS, AVERAGE
+    GENERATOR, CALLS, AVERAGE = np.random.default_rng(0), 0, np.float64(0.0)
+    own_state.SEEN = own_state.Meter.total = own_counters.CALLS = 0
+    own_counters.COUNTS.clear()
     METER.count = Namespace.step = 0
 
 
@@ -74,6 +85,7 @@ class Program(Regression):
         self.replay: Any = np.empty(4, dtype=object)
         layer: Any = self.network[0]
         layer.seen, layer.scale = [], torch.ones(())
+        layer._inputs, layer.state = [], SimpleNamespace(count=0)
         layer.register_forward_hook(lambda one, *_: one.seen.append(1.0))
         self.loader = torch.utils.data.DataLoader(
             torch.utils.data.TensorDataset(torch.arange(8)),
@@ -83,6 +95,9 @@ class Program(Regression):
         self.vocabulary: Any = collections.defaultdict(lambda: len(self.vocabulary))
         self.nodes = {Meter(): 0.0}
         self.settings = Settings(0)
+        self.meter: Any = Meter()
+        with torch.inference_mode():
+            self.bank = torch.zeros(4)
         with torch.random.fork_rng(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tracing is deprecated
             torch.manual_seed(0)
@@ -111,6 +126,33 @@ def globals_and_classes(*_: Any) -> float:
     return CALLS + METER.count + Namespace.step + float(GENERATOR.normal())
 
 
+def numbers_of_numpy_in_globals(*_: Any) -> float:
+    global AVERAGE
+    AVERAGE = 0.9 * AVERAGE + np.float64(1.0)
+    return float(AVERAGE)
+
+
+def modules_of_a_project(*_: Any) -> float:
+    from tests.helpers import own_counters as counters
+
+    own_state.bump()
+    own_state.Meter.total += 1
+    counters.CALLS += 1
+    return counters.CALLS + own_state.SEEN + own_state.Meter.total + len(counters.COUNTS)
+
+
+def objects_with_another_dict(module: Any, _: Any) -> float:
+    meter = module.meter
+    meter.__dict__ = {**vars(meter), "count": meter.count + 1}
+    return float(meter.count)
+
+
+def tensors_of_inference_mode(module: Any, _: Any) -> float:
+    with torch.inference_mode():
+        module.bank.add_(1.0)
+    return float(module.bank.sum())
+
+
 def of_class(module: Any, _: Any) -> float:
     return float(module.drawn.normal())
 
@@ -118,7 +160,9 @@ def of_class(module: Any, _: Any) -> float:
 def on_layers(module: Any, _: Any) -> float:
     layer = module.network[0]
     layer.scale.mul_(0.9)
-    return len(layer.seen) + float(layer.scale)
+    layer._inputs.append(1)
+    layer.state.count += 1
+    return len(layer.seen) + float(layer.scale) + len(layer._inputs) + layer.state.count
 
 
 def another_loader(module: Any, _: Any) -> float:
@@ -149,7 +193,11 @@ def of_trainer(module: Any, _: Any) -> float:
     module.trainer.seen = getattr(module.trainer, "seen", 0) + 1
     if module.global_step == 6 and module.trainer.accumulate_grad_batches < 2:
         module.trainer.accumulate_grad_batches *= 2
-    return module.trainer.seen
+    module.trainer.rows = getattr(module.trainer, "rows", [])
+    module.trainer.rows.append(1)
+    if len(module.trainer.rows) == 6:
+        module.trainer.fit_loop.max_epochs += 1
+    return module.trainer.seen + len(module.trainer.rows)
 
 
 def of_data(module: Any, batch_idx: Any) -> float:
@@ -175,6 +223,8 @@ PROGRAMS: dict[str, Callable[[Any, Any], float | None]] = {
             on_layers,
             another_loader,
         ),
+        *(numbers_of_numpy_in_globals, modules_of_a_project, tensors_of_inference_mode),
+        objects_with_another_dict,
         *(of_mixin, online_vocabulary, objects_as_keys, traced_statistics, of_trainer, of_data),
         own_optimizer_of_trained_weights,
     )
@@ -232,6 +282,20 @@ def next_number(module: Any) -> None:
     module.number = module.next_number()
 
 
+def another_process(module: Any) -> None:
+    module.pipe[0].send(1)
+
+
+class Feeder(threading.Thread):
+    """Prepares batches, as seen by its state."""
+
+    ready = 0
+
+
+def own_thread(module: Any) -> None:
+    module.feeder.ready += 1
+
+
 @pytest.mark.parametrize(
     ("effect", "reason"),
     [
@@ -239,6 +303,8 @@ def next_number(module: Any) -> None:
         (cleared_state, "state of the optimizer, changed by training_step"),
         (count_shared, "a multiprocessing.sharedctypes.Synchronized, which others may"),
         (next_number, "an iterator (itertools.count)"),
+        (another_process, "a multiprocessing.connection.Connection, which others may"),
+        (own_thread, "a thread (tests.callbacks.test_program_state.Feeder)"),
     ],
 )
 def test_state_that_cannot_be_put_back_disables_before_it_is_touched(
@@ -251,6 +317,10 @@ def test_state_that_cannot_be_put_back_disables_before_it_is_touched(
                 self.shared = multiprocessing.Value("i", 0)
             if effect is next_number:
                 self.next_number = itertools.count().__next__
+            if effect is another_process:
+                self.pipe = multiprocessing.Pipe()
+            if effect is own_thread:
+                self.feeder = Feeder()
 
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             effect(self)
@@ -400,3 +470,134 @@ def test_experiment_shows_its_values_and_takes_none(tmp_path: Path) -> None:
     assert callback.state_dict()["disabled"] is None
     assert len(Looks.folders) == 12
     assert set(Looks.folders) == {str(Path(logger.log_dir, "images"))}
+
+
+def test_logger_of_a_class_that_lets_no_other_derive_is_silent() -> None:
+    class Registered(Rows):
+        def __init_subclass__(cls, *, tag: str) -> None:
+            super().__init_subclass__()
+
+    class Logs(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.logger.log_metrics({"batch": 1.0}, step=self.global_step)  # pyright: ignore[reportOptionalMemberAccess]
+            return super().training_step(batch, batch_idx)
+
+    logger, callback = Registered(), rejecting()
+    fit(Logs(), batches(12), callback, max_epochs=1, logger=logger)
+    assert logger.rows == list(range(12))
+    assert counters(callback)["attempted"] >= 2
+
+
+class Experiment:
+    """Counts its rows, in a context of its own."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    @contextlib.contextmanager
+    def train(self) -> Any:
+        yield
+
+    def track(self, _: float) -> None:
+        self.rows += 1
+
+
+class OwnLogger(Rows):
+    """With an attribute instead of a property, and a method that Lightning does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experiment = Experiment()  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.written = 0
+
+    def write_row(self, _: float) -> None:
+        self.written += 1
+
+
+def test_experiment_and_methods_of_an_own_logger_are_silent() -> None:
+    class Logs(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            logger: Any = self.logger
+            with logger.experiment.train():
+                logger.experiment.track(1.0)
+            logger.write_row(1.0)
+            return super().training_step(batch, batch_idx)
+
+    callback, logger = rejecting(), OwnLogger()
+    fit(Logs(), batches(12), callback, max_epochs=1, logger=logger)
+    assert callback.state_dict()["disabled"] is None
+    assert (logger.experiment.rows, logger.written) == (12, 12)
+
+
+def test_experiments_reached_beside_the_logger_are_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Logs(Regression):
+        def on_fit_start(self) -> None:
+            self.writer: Any = self.logger.experiment  # pyright: ignore[reportOptionalMemberAccess]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.writer.add_scalar("own", 1.0, self.global_step)
+            wandb.log({"own": 1.0})
+            return super().training_step(batch, batch_idx)
+
+    rows: list[Any] = []
+    monkeypatch.setattr(wandb, "log", rows.append)
+    callback, logger = rejecting(), TensorBoardLogger(tmp_path)
+    fit(Logs(), batches(12), callback, max_epochs=1, logger=logger)
+    events = event_accumulator.EventAccumulator(logger.log_dir).Reload()
+    assert len(events.Scalars("own")) == 12
+    assert len(rows) == 12
+    assert callback.state_dict()["disabled"] is None
+
+
+@pytest.mark.parametrize("log", [[], lambda *_: None], ids=["list", "other arguments"])
+def test_progress_bar_needs_no_log_of_the_module(log: Any) -> None:
+    class Own(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.log = log
+            return mse_loss(self.network(batch[0]), batch[1])
+
+    callback = rejecting()
+    fit(Own(), batches(12), callback, max_epochs=1, enable_progress_bar=True)
+    assert counters(callback)["attempted"] >= 2
+
+
+def test_exit_of_an_evaluation_does_not_end_the_program() -> None:
+    class Exits(Regression):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.trained = self.network[0].weight.detach().clone()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if not torch.equal(self.network[0].weight, self.trained):
+                sys.exit(1)
+            return super().training_step(batch, batch_idx)
+
+    callback = rejecting()
+    trainer = fit(Exits(), batches(12), callback, max_epochs=1)
+    assert trainer.global_step == 12
+    assert "raised SystemExit: 1" in callback.state_dict()["disabled"]
+
+
+def test_state_of_an_installed_project_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    (folder / "installed_project.py").write_text(
+        "from tests.helpers.regression import Regression\n"
+        "SEEN = 0\n"
+        "class Module(Regression):\n"
+        "    total = 0\n"
+        "    def training_step(self, batch, batch_idx):\n"
+        "        global SEEN\n"
+        "        SEEN += 1\n"
+        "        type(self).total += 1\n"
+        "        return super().training_step(batch, batch_idx)\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    project = importlib.import_module("installed_project")
+    callback = rejecting()
+    fit(project.Module(), batches(12), callback, max_epochs=1)
+    assert (project.SEEN, project.Module.total) == (12, 12)
+    assert counters(callback)["loss_evaluations"] >= 4

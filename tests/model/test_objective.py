@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import signal
+import sys
 from contextlib import suppress
 from typing import Any
 
@@ -127,3 +129,22 @@ def test_preserve_state_restores_all_but_trained_after_error() -> None:
     assert norm.running_mean.tolist() == before  # type: ignore[union-attr]
     assert mean.update_count == 0
     assert norm.weight.tolist() == [2.0, 2.0]
+
+
+def test_exit_is_an_error_of_the_loss_unless_a_signal_asked_for_it() -> None:
+    def exits() -> torch.Tensor:
+        sys.exit(1)
+
+    def is_told_to() -> torch.Tensor:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError
+
+    with Objective(exits, stochastic=False) as objective:
+        assert objective().isnan()
+        assert isinstance(objective.error, SystemExit)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with Objective(is_told_to, stochastic=False) as objective, pytest.raises(SystemExit):
+            objective()
+    finally:
+        signal.signal(signal.SIGTERM, before)

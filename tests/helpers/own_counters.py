@@ -1,0 +1,4 @@
+"""What ``own_state`` counts in."""
+
+COUNTS: list[int] = []
+CALLS = 0
