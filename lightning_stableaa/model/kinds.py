@@ -52,6 +52,8 @@ FOREIGN_PACKAGES = frozenset(
     ]
 )
 
+_PROGRAM = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
+
 COLLECTIONS = (dict, list, tuple, set, frozenset, deque)
 
 CONTAINERS = (dict, list, set, deque, Tensor)
@@ -108,8 +110,7 @@ def _module_of(one: Any) -> str | None:
 
 def is_program(value: Any) -> bool:
     """Whether it is a function, a class or a module, which training does not change."""
-    kinds = types.FunctionType | types.BuiltinFunctionType | types.ModuleType | type
-    return isinstance(value, kinds)
+    return isinstance(value, _PROGRAM)
 
 
 def is_state(value: Any) -> bool:

@@ -295,8 +295,8 @@ class StateSnapshot:
             inside += [
                 one
                 for name, one in attributes.items()
-                if type(one) not in ATOM_TYPES
-                and name not in _MODULE_ATTRIBUTES
+                if name not in _MODULE_ATTRIBUTES
+                and type(one) not in ATOM_TYPES
                 and not is_program(one)
             ]
         else:
