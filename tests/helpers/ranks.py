@@ -22,7 +22,10 @@ import torch
 import torch.distributed as dist
 
 # Imported once, by the server that all processes are forked from.
-PRELOAD = ("torch.distributed.tensor", "torch.distributed.fsdp", "tests.helpers.ranks")
+PRELOAD = (
+    *("torch.distributed.tensor", "torch.distributed.fsdp"),
+    *("tests.helpers.ranks", "tests.helpers.regression"),
+)
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=30)  # of one that another rank does not join
 RUN_TIMEOUT = 120.0  # seconds, of a function
