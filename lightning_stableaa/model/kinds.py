@@ -194,6 +194,7 @@ def adopt(kind: type) -> None:
     """Make the packages of a class and of its bases the user's own, wherever they are installed."""
     packages = {base.__module__.split(".")[0] for base in kind.__mro__[:-1]}
     packages -= FOREIGN_PACKAGES | {"torch", "torchmetrics", __name__.split(".")[0]}
+    packages -= sys.stdlib_module_names  # such as that of ABC
     if not packages <= _OWN_PACKAGES:
         _OWN_PACKAGES.update(packages)
         is_own.cache_clear()
