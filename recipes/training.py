@@ -53,8 +53,11 @@ def fit(
     data, module = _data_and_module(config)
     callbacks = _instantiate_all(config.callbacks, "Callback", "callbacks")
     loggers = _instantiate_all(config.logger, "Logger", "logger")
-    before, after = [_SaveConfiguration(settings, folder)], [_Outcome(), _Interruption()]
-    of_run = [*before, *callbacks, *after, _MisspelledMetric()]
+    of_run = [
+        _SaveConfiguration(settings, folder),
+        *callbacks,
+        *(_Outcome(), _Interruption(), _MisspelledMetric()),
+    ]
     trainer = _make_trainer(config, callbacks=of_run, logger=loggers)
     if isinstance(trainer.strategy, ModelParallelStrategy) and isinstance(module, RecipeModule):
         module.configure_model = module.shard_weights  # a module of the user's own has its own

@@ -25,7 +25,7 @@ from lightning_stableaa.callbacks.manual_optimization import (
     single_objective,
 )
 from lightning_stableaa.distributed.dtensor import is_sharded, reshard_fsdp_modules
-from lightning_stableaa.model.kinds import NUMBERS, adopt, is_own, is_small_collection
+from lightning_stableaa.model.kinds import NUMBERS, is_own, is_small_collection
 from lightning_stableaa.model.objective import Objective, scalar
 from lightning_stableaa.model.parameters import trainable_parameters
 from lightning_stableaa.model.rng import RNGSnapshot, is_generator
@@ -65,7 +65,6 @@ class BatchObjective(Objective):
                 or any(isinstance(one, nn.SyncBatchNorm) for one in module.modules())
             ),
         )
-        adopt(type(module))
         self._trainer = trainer
         self._module = module
         self._tree = _tree_of(trainer)
@@ -196,11 +195,9 @@ class BatchObjective(Objective):
                 )
 
     def _silence_writer(self, one: Any) -> None:
-        names = _writing_methods(type(one))
-        try:
-            silent = _silent_class(type(one), names)
-        except TypeError:  # its class does not let others derive from it
-            for name in names:
+        silent = _silent_class(type(one))
+        if silent is None:
+            for name in [name for name in dir(one) if _writes(type(one), name)]:
                 self._leave.callback(replace_attribute(one, name, _nothing))
             return
         self._leave.callback(setattr, one, "__class__", type(one))
@@ -379,34 +376,34 @@ def _unreduced(tensor: Any, *_: Any, **__: Any) -> Any:
     return tensor
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
+def _nothing(*_: Any, **__: Any) -> Any:
+    return nullcontext()  # some are entered: with experiment.train():
+
+
+def _writes(kind: type, name: str) -> bool:
+    """Whether it is a method by which a logger, a profiler or an experiment writes."""
+    method = getattr(kind, name, None)
+    own = isinstance(method, types.FunctionType) and is_own(method.__module__)
+    return callable(method) and (
+        name in ("save", "after_save_checkpoint", "start", "stop", "flush")
+        or name.startswith(("log", "add_"))
+        or (own and not name.startswith(("_", "get", "is_")))
+    )
 
 
 @functools.cache
-def _writing_methods(kind: type) -> tuple[str, ...]:
-    """Of a logger, a profiler, or an experiment such as TensorBoard's writer."""
-    named = ("save", "after_save_checkpoint", "start", "stop", "flush")
-    found = []
-    for name in dir(kind):
-        method = getattr(kind, name)
-        own = isinstance(method, types.FunctionType) and is_own(method.__module__)
-        writes = name in named or name.startswith(("log", "add_"))
-        if callable(method) and (writes or (own and not name.startswith(("_", "get", "is_")))):
-            found.append(name)
-    return tuple(found)
-
-
-@functools.cache
-def _silent_class(kind: Any, methods: tuple[str, ...]) -> type:
-    """A class of which a logger or profiler still is one of its own, and writes nothing."""
-    silent: dict[str, Any] = dict.fromkeys(methods, _nothing)
+def _silent_class(kind: Any) -> type | None:
+    """A class of ``kind`` that writes nothing; ``None`` where none can derive from it as it is."""
+    silent: dict[str, Any] = {name: _nothing for name in dir(kind) if _writes(kind, name)}
     experiment = getattr(kind, "experiment", None)
     if isinstance(experiment, property):
         silent["experiment"] = property(
             lambda one: _SilentExperiment(functools.partial(experiment.__get__, one, type(one)))
         )
-    return type(kind.__name__, (kind,), silent)
+    try:
+        return type(kind.__name__, (kind,), silent)
+    except TypeError:  # it expects arguments of a class that derives from it
+        return None
 
 
 @functools.cache
@@ -447,18 +444,14 @@ class _SilentExperiment:
         self._read = read
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._read(), name, _no_context)
-        return _no_context if callable(found) and not name.startswith("get") else found
+        found = getattr(self._read(), name, _nothing)
+        return _nothing if callable(found) and not name.startswith("get") else found
 
     def __getitem__(self, _: Any) -> _SilentExperiment:  # of several experiments
         return self
 
     def __setitem__(self, *_: Any) -> None:
         pass
-
-
-def _no_context(*_: Any, **__: Any) -> Any:
-    return nullcontext()  # some are entered: with experiment.train():
 
 
 def has_own_loss(module: nn.Module) -> bool:

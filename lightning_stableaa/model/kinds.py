@@ -71,9 +71,6 @@ SHARED_PACKAGES = frozenset(
 _GLOBAL_OPERATIONS = frozenset(["LOAD_GLOBAL", "LOAD_NAME", "STORE_GLOBAL", "DELETE_GLOBAL"])
 _ATTRIBUTE_OPERATIONS = frozenset(["LOAD_ATTR", "LOAD_METHOD", "STORE_ATTR", "IMPORT_FROM"])
 
-# Installed packages that are the user's own none the less, as that of the LightningModule.
-_OWN_PACKAGES: set[str] = set()
-
 
 class Names(NamedTuple):
     """What the code of a function names: globals, attributes of anything, modules it imports."""
@@ -178,9 +175,7 @@ def names_of(code: types.CodeType) -> Names:
 
 @functools.cache
 def is_own(module: str | None) -> bool:
-    """Whether a module is of the user's project: adopted, or neither installed nor of Python."""
-    if module is not None and module.split(".")[0] in _OWN_PACKAGES:
-        return True
+    """Whether a module is of the user's project: neither installed nor of Python."""
     path = getattr(sys.modules.get(module or ""), "__file__", None)
     if module is None or path is None or module.split(".")[0] == __name__.split(".")[0]:
         return module == "__main__"
@@ -188,16 +183,6 @@ def is_own(module: str | None) -> bool:
         return False
     paths = sysconfig.get_paths()
     return not path.startswith((paths["stdlib"] + os.sep, paths["platstdlib"] + os.sep))
-
-
-def adopt(kind: type) -> None:
-    """Make the packages of a class and of its bases the user's own, wherever they are installed."""
-    packages = {base.__module__.split(".")[0] for base in kind.__mro__[:-1]}
-    packages -= FOREIGN_PACKAGES | {"torch", "torchmetrics", __name__.split(".")[0]}
-    packages -= sys.stdlib_module_names  # such as that of ABC
-    if not packages <= _OWN_PACKAGES:
-        _OWN_PACKAGES.update(packages)
-        is_own.cache_clear()
 
 
 def is_counted(value: Any) -> bool:

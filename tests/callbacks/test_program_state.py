@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import importlib
 import itertools
 import multiprocessing
 import random
@@ -429,15 +428,25 @@ class Rows(Logger):
             self.rows.append(step)
 
 
-def test_logger_of_a_module_that_is_not_registered_is_silent() -> None:
-    loaded = type("Rows", (Rows,), {"__module__": "loaded_by_a_path"})
+class Registered(Rows):
+    """Expects an argument of every class that derives from it."""
 
+    def __init_subclass__(cls, *, tag: str) -> None:
+        super().__init_subclass__()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [type("Rows", (Rows,), {"__module__": "loaded_by_a_path"}), Registered],
+    ids=["of a module that is not registered", "that registers what derives from it"],
+)
+def test_logger_of_unusual_class_is_silent(kind: Any) -> None:
     class Logs(Regression):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             self.logger.log_metrics({"batch": 1.0}, step=self.global_step)  # pyright: ignore[reportOptionalMemberAccess]
             return super().training_step(batch, batch_idx)
 
-    logger, callback = loaded(), rejecting()
+    logger, callback = kind(), rejecting()
     fit(Logs(), batches(12), callback, max_epochs=1, logger=logger)
     assert logger.rows == list(range(12))
     assert counters(callback)["attempted"] >= 2
@@ -470,22 +479,6 @@ def test_experiment_shows_its_values_and_takes_none(tmp_path: Path) -> None:
     assert callback.state_dict()["disabled"] is None
     assert len(Looks.folders) == 12
     assert set(Looks.folders) == {str(Path(logger.log_dir, "images"))}
-
-
-def test_logger_of_a_class_that_lets_no_other_derive_is_silent() -> None:
-    class Registered(Rows):
-        def __init_subclass__(cls, *, tag: str) -> None:
-            super().__init_subclass__()
-
-    class Logs(Regression):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            self.logger.log_metrics({"batch": 1.0}, step=self.global_step)  # pyright: ignore[reportOptionalMemberAccess]
-            return super().training_step(batch, batch_idx)
-
-    logger, callback = Registered(), rejecting()
-    fit(Logs(), batches(12), callback, max_epochs=1, logger=logger)
-    assert logger.rows == list(range(12))
-    assert counters(callback)["attempted"] >= 2
 
 
 class Experiment:
@@ -579,25 +572,24 @@ def test_exit_of_an_evaluation_does_not_end_the_program() -> None:
     assert "raised SystemExit: 1" in callback.state_dict()["disabled"]
 
 
-def test_state_of_an_installed_project_is_put_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "site-packages"
-    folder.mkdir()
-    (folder / "installed_project.py").write_text(
-        "from tests.helpers.regression import Regression\n"
-        "SEEN = 0\n"
-        "class Module(Regression):\n"
-        "    total = 0\n"
-        "    def training_step(self, batch, batch_idx):\n"
-        "        global SEEN\n"
-        "        SEEN += 1\n"
-        "        type(self).total += 1\n"
-        "        return super().training_step(batch, batch_idx)\n"
-    )
-    monkeypatch.syspath_prepend(folder)
-    project = importlib.import_module("installed_project")
-    callback = rejecting()
-    fit(project.Module(), batches(12), callback, max_epochs=1)
-    assert (project.SEEN, project.Module.total) == (12, 12)
+def test_manual_step_may_look_at_its_gradients() -> None:
+    class Manual(Regression):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization, self.norms = False, []
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(mse_loss(self.network(batch[0]), batch[1]))
+            self.norms.append(self.network[0].weight.grad.norm().item())  # pyright: ignore[reportOptionalMemberAccess]
+            optimizer.step()
+
+    ends, callback = [], rejecting()
+    for callbacks in ([], [callback]):
+        module = Manual()
+        fit(module, batches(12), *callbacks, max_epochs=1)
+        ends.append([weights(module), module.norms])
+    assert_bitwise_equal(*ends)
+    assert callback.state_dict()["disabled"] is None
     assert counters(callback)["loss_evaluations"] >= 4

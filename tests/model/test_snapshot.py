@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import array
 import functools
 import io
@@ -26,7 +25,6 @@ from torch.quasirandom import SobolEngine
 from torchmetrics import CatMetric, MeanMetric
 
 from lightning_stableaa.model import snapshot as snapshot_module
-from lightning_stableaa.model.kinds import adopt, is_own
 from lightning_stableaa.model.rng import RNGSnapshot
 from lightning_stableaa.model.snapshot import StateSnapshot, UnsupportedStateError
 
@@ -668,12 +666,3 @@ def test_snapshot_reports_draws_from_generators_within(name: str) -> None:
     assert snapshot.drew_random_numbers()
     snapshot.restore()
     assert not snapshot.drew_random_numbers()
-
-
-def test_adopted_packages_are_neither_of_python_nor_of_torch() -> None:
-    class Module(nn.Module, abc.ABC): ...
-
-    adopt(Module)
-    assert is_own(__name__)
-    assert not is_own("abc")
-    assert not is_own("torch.nn.modules.module")
