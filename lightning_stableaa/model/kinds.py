@@ -56,7 +56,9 @@ _PROGRAM = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, typ
 
 COLLECTIONS = (dict, list, tuple, set, frozenset, deque)
 
-CONTAINERS = (dict, list, set, deque, Tensor)
+_CHANGING = (dict, list, set, deque)
+
+CONTAINERS = (*_CHANGING, Tensor)
 
 # What another thread or process may take from, or that has its state outside of this one.
 SHARED_PACKAGES = frozenset(
@@ -125,7 +127,7 @@ def is_state(value: Any) -> bool:
 def is_small_collection(value: Any) -> bool:
     """Whether it is one of at most a thousand numbers, strings and the like."""
     return (
-        isinstance(value, dict | list | set | deque)
+        isinstance(value, _CHANGING)
         and len(value) <= 1000
         and not not_atoms([*value, *(value.values() if isinstance(value, dict) else ())])
     )

@@ -90,6 +90,10 @@ _Write = Callable[[Any, Any], object]
 
 _Kind = tuple[Any, Callable[[Any], Any], _Write]  # an object, how to read its contents and to write
 
+_NOT_FOLLOWED = FOREIGN_PACKAGES | {"torch"}  # of functions and classes
+
+_METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
+
 _TORCH_MODULES = ("torch.nn.", "torch._dynamo.", "torch.fx.")
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # of every module
@@ -241,7 +245,7 @@ class StateSnapshot:
             return self._capture_module(value)
         if isinstance(value, types.FunctionType):
             return self._capture_function(value)
-        if isinstance(value, types.MethodType | types.BuiltinMethodType | types.MethodWrapperType):
+        if isinstance(value, _METHODS):
             return not_atoms([value.__self__, getattr(value, "__func__", None)])
         if isinstance(value, weakref.ReferenceType):
             return not_atoms([value()])
@@ -311,7 +315,7 @@ class StateSnapshot:
         """What all objects of a class share: containers, and of the user's own classes numbers."""
         for base in kind.__mro__[:-1]:
             own = is_own(base.__module__)
-            if id(base) in self._seen or is_of(base, FOREIGN_PACKAGES | {"torch"}):
+            if id(base) in self._seen or is_of(base, _NOT_FOLLOWED):
                 continue
             if not own and not issubclass(base, nn.Module):
                 continue
@@ -348,7 +352,7 @@ class StateSnapshot:
 
     def _capture_function(self, function: Any) -> Iterable[Any]:
         """What a function remembers: attributes, defaults, cells, and the user's own globals."""
-        if (function.__module__ or "").split(".")[0] in FOREIGN_PACKAGES | {"torch"}:
+        if (function.__module__ or "").split(".")[0] in _NOT_FOLLOWED:
             return ()
         inside = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         inside += self._keep(vars(function), read_dict, write_dict).values()
