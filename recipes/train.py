@@ -38,7 +38,7 @@ from lightning_stableaa.recipes.launch import (
     join_submitit,
 )
 from lightning_stableaa.recipes.resuming import checkpoint_to_resume, existing_checkpoint
-from lightning_stableaa.recipes.signatures import Unresolved, class_attribute
+from lightning_stableaa.recipes.signatures import class_attribute
 from lightning_stableaa.recipes.sweep import RESULTS, point
 
 COMMAND = "stableaa-train"
@@ -182,9 +182,6 @@ def _class_attribute(path: str, name: str, *default: Any) -> Any:
             f"module._target_={path}: {error}; with recipe=own, name the metric, as in "
             "metric=val/loss; other recipes need a class derived from RecipeModule"
         ) from error
-    except Unresolved:
-        kind = hydra.utils.get_class(path)
-        return getattr(kind, name, *default)
 
 
 def _register_resolvers() -> None:

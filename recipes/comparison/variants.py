@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lightning_stableaa.recipes.cli_errors import check_run
 from lightning_stableaa.recipes.comparison.provenance import contents_of, fingerprint_of
-from lightning_stableaa.recipes.errors import UserError
-from lightning_stableaa.recipes.signatures import Unresolved, class_attribute
+from lightning_stableaa.recipes.errors import UserError, attribute_to
+from lightning_stableaa.recipes.signatures import class_attribute
 
 Mode = Literal["min", "max"]
 BASELINE = "plain"
@@ -310,14 +311,10 @@ def _monitored(run: DictConfig) -> tuple[str, Mode]:
 
 
 def _module_attribute(run: DictConfig, name: str, default: Any) -> Any:
-    """From the source alone where it says: importing Lightning takes seconds."""
     path = run.module._target_
-    try:
+    with attribute_to(f"module._target_={path}", ImportError), suppress(AttributeError):
         return class_attribute(path, name)
-    except AttributeError:
-        return default
-    except (Unresolved, ImportError):
-        return getattr(_import(path, "module._target_"), name, default)
+    return default
 
 
 def _prepare(run: DictConfig, metric: str, *, keep_loggers: bool) -> None:
