@@ -323,13 +323,15 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _describe(annotation: Any) -> str:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Literal):
-        return " or ".join(_describe(member) for member in typing.get_args(annotation))
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, typing.Literal):
+        return " or ".join(dict.fromkeys(map(_describe, typing.get_args(annotation))))
     if annotation is type(None):
         return "null"
-    if typing.get_args(annotation) or not inspect.isclass(annotation):
+    kind = origin or annotation
+    if kind is tuple or not inspect.isclass(kind):
         return re.sub(r"\b\w+\.", "", repr(annotation))
-    return annotation.__name__
+    return kind.__name__
 
 
 def _suggest(wrong: str, options: Iterable[Any]) -> str:
