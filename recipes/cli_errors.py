@@ -329,7 +329,7 @@ def _describe(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
     kind = origin or annotation
-    if kind is tuple or not inspect.isclass(kind):
+    if origin is tuple or not inspect.isclass(kind):
         return re.sub(r"\b\w+\.", "", repr(annotation))
     return kind.__name__
 
