@@ -80,8 +80,7 @@ def run_all(jobs: Sequence[Job], *, processes: int) -> Iterator[Run]:
         if run.is_user_error and run.variant == jobs[0].variant:
             shutil.rmtree(job.folder, ignore_errors=True)
             with suppress(OSError):  # not empty: other runs are there
-                for folder in job.folder.parents[:2]:  # variant, runs
-                    folder.rmdir()
+                os.removedirs(job.folder.parent)  # up to the locked folder of the comparison
             raise UserError(run.error)
         again = run.error is not None and errors[run.variant] == {run.error}
         errors[run.variant].add(run.error)
@@ -114,7 +113,7 @@ def finished_runs(plan: Plan) -> list[Run]:
     return [run for run in runs if run.labels["configuration"] == latest[run.variant]]
 
 
-def run_job(job: Job, *, in_own_process: bool = True) -> Run:
+def run_job(job: Job) -> Run:
     """Trains, and writes ``result.json``, of a failure too."""
     run = Run(job.variant, job.seed, job.labels)
     training = job.folder / "training"
@@ -128,7 +127,7 @@ def run_job(job: Job, *, in_own_process: bool = True) -> Run:
             )
         recorded = json.loads((training / CURVE).read_text()) | {"processor": processor()}
         recorded |= _smoothing_log(training / "metrics.csv")
-        if in_own_process:  # the peak is otherwise that of everything this process has done
+        if multiprocessing.parent_process() is not None:  # else the peak is not of this run alone
             recorded["peak_memory"] = _peak_memory()
         run = dataclasses.replace(run, **recorded)
     except USER_ERRORS as error:
@@ -145,7 +144,7 @@ def _in_this_process(waiting: deque[Job]) -> Iterator[tuple[Job, Run]]:
     while waiting:
         job = waiting.popleft()
         shutil.rmtree(job.folder, ignore_errors=True)
-        yield job, run_job(job, in_own_process=False)
+        yield job, run_job(job)
 
 
 def _in_workers(waiting: deque[Job], processes: int) -> Iterator[tuple[Job, Run]]:

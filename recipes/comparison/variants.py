@@ -121,49 +121,43 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
         )
     if options.module is not None:
         title = options.module.rpartition(".")[2]
-    # the whole path of a module: many a package has a class of the same name
-    standard = Path("comparisons") / (options.module or title)
-    # a name may be a number
-    folder = standard if options.folder in (None, "") else Path(str(options.folder))
-    folder /= options.subfolder if folder == standard and options.subfolder else ""
+    if options.folder in (None, ""):
+        # the whole path of a module: many a package has a class of the same name
+        folder = Path("comparisons", options.module or title, options.subfolder or "")
+    else:
+        folder = Path(str(options.folder))  # which may be a number
     seeds = _seeds(options.seeds)
     of_callbacks = [one for one in overrides if CALLBACK.match(one)]  # that some variants have
     fixed = [one for one in overrides if one not in of_callbacks]
     names = list(dict.fromkeys([BASELINE, *_expand(config)]))
     runs: dict[str, DictConfig] = {}
-    used: set[str] = set()
+    unused = set(of_callbacks)
     # composing takes most of the time here: once for a variant and all its modifications
     for base in dict.fromkeys(name.split("@")[0] for name in names):
         composed, applied = _compose_variant(base, fixed, of_callbacks)
-        used |= applied
+        unused -= applied
         runs |= {name: _modify(composed, name) for name in names if name.split("@")[0] == base}
-    for override in of_callbacks:
-        if override not in used:
-            raise UserError(f"{override}: no variant among {', '.join(names)} has that callback")
+    for override in sorted(unused):
+        raise UserError(f"{override}: no variant among {', '.join(names)} has that callback")
     metric, mode = _monitored(runs[BASELINE])
     loggers = any(re.match(r"[+~]*logger(\.|=|@|$)", override) for override in overrides)
     jobs: list[Job] = []
     comparison = ""
     for name in names:
-        about = _describe(name, runs[name])
+        about = runs[name].compare.about
         _prepare(runs[name], metric, keep_loggers=loggers)
         canonical = _resolve(runs[name], 0)
         check_run(canonical)  # or every run of the variant would be refused
         configuration = fingerprint_of(canonical)
         comparison = comparison or configuration  # that of plain: variants differ in callbacks
         callbacks = {key: one for key, one in canonical["callbacks"].items() if key != RECORDER}
+        of_variant = {"configuration": configuration, "comparison": comparison}
+        of_variant |= {"about": about, "callbacks": callbacks}
         for seed in seeds:
             settings = _resolve(runs[name], seed)
-            fingerprint = fingerprint_of(settings)
-            labels = {
-                "fingerprint": fingerprint,
-                "configuration": configuration,
-                "comparison": comparison,
-                "about": about,
-                "callbacks": callbacks,
-            }
+            labels = {"fingerprint": fingerprint_of(settings), **of_variant}
             # a folder per configuration: results of other settings stay, and are found again
-            own = folder / "runs" / name / f"seed{seed}-{fingerprint}"
+            own = folder / "runs" / name / f"seed{seed}-{labels['fingerprint']}"
             jobs.append(Job(name, seed, own, settings, contents_of(settings), labels))
     jobs.sort(key=lambda job: seeds.index(job.seed))
     return Plan(title, folder, metric, mode, names, seeds, comparison, jobs)
@@ -258,33 +252,26 @@ def _import(path: str, option: str) -> Any:
 
 def _modify(composed: DictConfig, name: str) -> DictConfig:
     """A copy with the callbacks that stand for ``@cosine`` and ``@3x``, ahead of its own."""
+    run = composed.copy()
     changes: dict[str, Any] = {}
     for modifier in name.split("@")[1:]:
         rate = re.fullmatch(r"(\d*\.?\d+)x", modifier)
         if modifier == "cosine" and "cosine" not in changes:
             changes["cosine"] = {"_target_": f"{CHANGES}.CosineSchedule"}
+            run.compare.about += ", cosine schedule to zero"
         elif rate and float(rate[1]) > 0 and MULTIPLE not in changes:
             target = f"{CHANGES}.LearningRateMultiple"
             changes[MULTIPLE] = {"_target_": target, "multiple": float(rate[1])}
+            run.compare.about += f", {rate[1]} times the learning rate"
         else:
             raise UserError(
                 f"compare.variants or compare.lr_sweep: {name} has the modifier @{modifier}; write "
                 "@3x for three times the learning rate, @cosine for a cosine schedule, each once"
             )
-    run = composed.copy()
-    kept = {name: one for name, one in run.callbacks.items() if name not in LEFT_OUT}
+    kept = {key: one for key, one in run.callbacks.items() if key not in LEFT_OUT}
     with open_dict(run):
         run.callbacks = {**changes, **kept}
     return run
-
-
-def _describe(name: str, run: DictConfig) -> str:
-    _, *modifiers = name.split("@")
-    texts = [
-        "cosine schedule to zero" if one == "cosine" else f"{one[:-1]} times the learning rate"
-        for one in modifiers
-    ]
-    return ", ".join([run.compare.about, *texts])
 
 
 def _monitored(run: DictConfig) -> tuple[str, Mode]:
