@@ -30,7 +30,6 @@ from lightning_stableaa.recipes.comparison.runner import (
 from lightning_stableaa.recipes.comparison.variants import (
     BASELINE,
     OWN_MODULE,
-    Job,
     Plan,
     make_plan,
 )
@@ -88,10 +87,16 @@ def _make_runs(plan: Plan, processes: int, runs: list[Run]) -> None:
     """Appends every run to ``runs``; shows the runs to make, and the time left."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     missing = [job for job in plan.jobs if finished_run(job) is None]
-    total, began, note = len(plan.jobs), time.monotonic(), ""
-    there = total - len(missing)
-    for line in _to_do(plan, missing):
-        console.print(line)
+    total, there = len(plan.jobs), len(plan.jobs) - len(missing)
+    console.print(
+        f"{plan.title}: {len(plan.variants)} variants x {len(plan.seeds)} seeds = "
+        f"{total} runs, {there} of them are there already"
+    )
+    for name in plan.variants:
+        seeds = [str(job.seed) for job in missing if job.variant == name]
+        if seeds:
+            console.print(f"  to make: {name}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
+    began, note = time.monotonic(), ""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     note_column = TextColumn("{task.fields[note]}")
     with Progress(*columns, TimeElapsedColumn(), note_column, console=console) as progress:
@@ -107,22 +112,11 @@ def _make_runs(plan: Plan, processes: int, runs: list[Run]) -> None:
             progress.update(bar, completed=count, note=note)
             if run.error is not None:
                 console.print(f"{run.variant}, seed {run.seed}, failed: {run.error}")
-                if (run.variant, run.seed) == (plan.jobs[0].variant, plan.jobs[0].seed):
+                if (run.variant, run.seed) == (BASELINE, plan.seeds[0]):
                     raise UserError(  # all others are compared with plain
                         f"{run.variant} failed with its first seed, {run.error}; fix that first, "
-                        f"{_logs(plan)}"
+                        f"what a run printed is in {plan.folder}/runs/VARIANT/SEED/{LOG}"
                     )
-
-
-def _to_do(plan: Plan, missing: Sequence[Job]) -> Iterator[str]:
-    yield (
-        f"{plan.title}: {len(plan.variants)} variants x {len(plan.seeds)} seeds = "
-        f"{len(plan.jobs)} runs, {len(plan.jobs) - len(missing)} of them are there already"
-    )
-    for name in plan.variants:
-        seeds = [str(job.seed) for job in missing if job.variant == name]
-        if seeds:
-            yield f"  to make: {name}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
 
 
 def _report(
@@ -160,12 +154,9 @@ def _keep_larger_report(plan: Plan, count: int) -> None:
         if kept["comparison"] != plan.comparison and len(kept["runs"]) > count:
             beside = plan.folder / f"report-{kept['comparison']}"
             beside.mkdir(exist_ok=True)
-            for path in [
-                one
-                for one in plan.folder.iterdir()
-                if one.suffix in (".json", ".csv", ".md", ".png")
-            ]:
-                path.replace(beside / path.name)
+            for pattern in ("results.*", "table.md", "*.png"):
+                for path in list(plan.folder.glob(pattern)):
+                    path.replace(beside / path.name)
 
 
 @contextmanager
@@ -188,10 +179,6 @@ def _exclusive_folder(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # not empty: something was written
                 for one in made:
                     one.rmdir()
-
-
-def _logs(plan: Plan) -> str:
-    return f"what a run printed is in {plan.folder}/runs/VARIANT/SEED/{LOG}"
 
 
 def _print(outcome: Outcome) -> None:
@@ -227,12 +214,11 @@ def _check_arguments(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"{package} is not installed: pip install 'lightning-stableaa[recipes,compare]'"
             )
-    for argument in arguments:
-        if argument in ("-m", "--multirun"):  # before Hydra writes what belongs to a sweep
-            raise UserError(
-                f"{argument}: a comparison makes its own runs, and the points of a sweep would "
-                "overwrite one report; call it once for each, with compare.folder"
-            )
+    for argument in {"-m", "--multirun"} & set(arguments):  # before Hydra writes for a sweep
+        raise UserError(
+            f"{argument}: a comparison makes its own runs, and the points of a sweep would "
+            "overwrite one report; call it once for each, with compare.folder"
+        )
 
 
 def main() -> None:

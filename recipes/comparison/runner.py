@@ -92,11 +92,9 @@ def run_all(jobs: Sequence[Job], *, processes: int) -> Iterator[Run]:
 
 
 def finished_run(job: Job) -> Run | None:
-    """The finished run of a job; None where there is none, or one of another configuration."""
+    """The finished run of a job, whose folder has its fingerprint; None where there is none."""
     run = _read(job.folder)
-    if run is None or run.error is not None:
-        return None
-    return run if run.labels["fingerprint"] == job.labels["fingerprint"] else None
+    return None if run is None or run.error is not None else run
 
 
 def finished_runs(plan: Plan) -> list[Run]:
@@ -176,7 +174,7 @@ def _in_workers(waiting: deque[Job], processes: int) -> Iterator[tuple[Job, Run]
 
 def _refuse_edited(job: Job) -> None:
     """A worker imports the module again: it would train another one."""
-    for name, _ in sorted(set(job.contents.items()) ^ set(contents_of(job.settings).items())):
+    for name, _ in sorted(job.contents.items() ^ contents_of(job.settings).items()):
         raise UserError(
             f"{name} was edited while the comparison ran; the same command starts over with what "
             "it is now; leave it alone until all runs are made"
@@ -199,15 +197,15 @@ def _work(job: Job) -> None:
 def _exit_with_parent() -> None:
     """Or a worker whose main process was killed would write beside that of the next attempt."""
     main = multiprocessing.parent_process()
-    if main is not None:
-        wait([main.sentinel])
-        os._exit(1)
+    assert main is not None
+    main.join()
+    os._exit(1)
 
 
 def _read(folder: Path) -> Run | None:
     try:
         return Run(**json.loads((folder / RESULT).read_text()))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError):
+    except (FileNotFoundError, TypeError):  # of another version
         return None
 
 
