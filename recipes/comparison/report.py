@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -107,8 +108,7 @@ def notes_on(plan: Plan, runs: Sequence[Run], missing: int, summary: Summary) ->
             "makes the others."
         )
     for name, one in summary.variants.items():
-        for reason in sorted(set(one["disabled"].values())):
-            count = list(one["disabled"].values()).count(reason)
+        for reason, count in sorted(Counter(one["disabled"].values()).items()):
             yield (
                 f"{name}: acceleration was switched off in {count} of {one['seeds']} seeds: "
                 f"{reason}."
@@ -153,7 +153,6 @@ def _table(plan: Plan, summary: Summary, notes: Sequence[str], seeds: Sequence[i
     count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     medians, appendix, failures = [], [], []
     for name, one in summary.variants.items():
-        on, memory = one["smoothing_on"], one["peak_memory"] / 2**20
         medians.append(
             {
                 "variant": name + (f" ({len(one['errors'])} failed)" if one["errors"] else ""),
@@ -165,9 +164,9 @@ def _table(plan: Plan, summary: Summary, notes: Sequence[str], seeds: Sequence[i
                 "rank": _number(one["rank"]),
                 "time": _number(one["time_ratio"]),
                 "processor time": _number(one["processor_ratio"]),
-                "memory, MiB": _number(memory, 4),
+                "memory, MiB": _number(one["peak_memory"] / 2**20, ".4g"),
                 "accepted": f"{one['accepted']} of {one['attempted']}" if one["attempted"] else "",
-                "average on": "" if math.isnan(on) else f"{on:.0%}",
+                "average on": _number(one["smoothing_on"], ".0%"),
             }
         )
         cost, stay = (_spread(one[figure]) for figure in ("cost_to_end_of_plain", "cost_to_stay"))
@@ -209,9 +208,8 @@ def _effect(one: Effect) -> str:
 def _spread(one: dict[str, Any]) -> str:
     if not one["count"]:
         return ""
-    median, lower, upper, worst = (_number(one[key]) for key in list(one)[:4])
-    return f"{median} ({lower} to {upper}; worst {worst})"
+    return "{median:.3g} ({lower:.3g} to {upper:.3g}; worst {worst:.3g})".format(**one)
 
 
-def _number(value: float, digits: int = 3) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}g}"
+def _number(value: float, style: str = ".3g") -> str:
+    return "" if math.isnan(value) else format(value, style)
