@@ -177,8 +177,6 @@ def check_run(settings: Mapping[str, Any]) -> None:
     for name, annotation in PLAIN.items():
         if not _fits(settings.get(name), annotation):
             raise UserError(f"{name}={settings.get(name)}: expected {_describe(annotation)}")
-    if not settings["run_folder"]:
-        raise UserError("run_folder is empty: give the path of a folder")
     for name, value in settings.items():
         # others may be a user's own, for interpolations
         known = [one for one in (*PLAIN, *BUILT, "callbacks", "logger") if one != name]

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import sys
 import time
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_stableaa.recipes.cli_errors import check_flags, exit_on_user_error
+from lightning_stableaa.recipes.cli_errors import exit_on_user_error
 from lightning_stableaa.recipes.comparison.runner import (
     LOG,
     Run,
@@ -35,7 +34,7 @@ from lightning_stableaa.recipes.comparison.variants import (
 )
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.files import disk_errors, locked
-from lightning_stableaa.recipes.train import config_only_mode, filter_warnings
+from lightning_stableaa.recipes.train import run_command
 
 COMMAND = "stableaa-compare"
 EXTRA = ("pandas", "scipy", "pytorch_optimizer", "schedulefree")
@@ -222,21 +221,13 @@ def _check_arguments(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of ``stableaa-compare``; a user error ends in one sentence and exit code 2."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.path.insert(0, str(Path.cwd()))  # a module of the user's own, as python -m would find it
+    """Entry point of ``stableaa-compare``."""
+    with exit_on_user_error(COMMAND):
+        _check_arguments(sys.argv[1:])
     names = {argument.split("=")[0].lstrip("+") for argument in sys.argv[1:]}
     if "compare.module" in names and "recipe" not in names:
         sys.argv.insert(1, OWN_MODULE)
-    filter_warnings()
-    with exit_on_user_error(COMMAND), config_only_mode(sys.argv):
-        _check_arguments(sys.argv[1:])
-        check_flags(sys.argv[1:])
-        try:
-            _compare_from_command_line()
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
+    run_command(COMMAND, _compare_from_command_line, "the same command goes on from here")
 
 
 if __name__ == "__main__":

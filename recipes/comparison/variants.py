@@ -54,7 +54,7 @@ REFUSED = {  # options of single runs, and what a comparison has in their place
 }
 REFUSED_BESIDE_MODULE = {
     "optimizer|scheduler": "the module brings its own; compare.lr_sweep has rates and schedules",
-    "module|model|architecture": "write compare.module_args.NAME=VALUE",
+    "module|model": "write compare.module_args.NAME=VALUE",
     "data": "write compare.datamodule_args.NAME=VALUE",
     "recipe": "compare.module takes its place; leave one of them out",
 }
@@ -216,8 +216,6 @@ def _insert_own_module(run: DictConfig) -> None:
             run[key] = path and {"_target_": path, **arguments}
         if not inspect.isclass(imported):
             continue
-        if key == "module":
-            _follow_tree(run, imported)
         try:
             inspect.signature(imported).bind(**arguments)
         except TypeError as error:
@@ -225,15 +223,6 @@ def _insert_own_module(run: DictConfig) -> None:
                 raise UserError(
                     f"compare.{name}={path}: {error}; write +compare.{name}_args.NAME=VALUE"
                 ) from error
-
-
-def _follow_tree(run: DictConfig, module: Any) -> None:
-    """Gives a module of pytorch_lightning the Trainer and the callbacks of its own tree."""
-    if any(one.__module__.startswith("pytorch_lightning.") for one in inspect.getmro(module)):
-        for settings in (run.trainer, *run.callbacks.values()):
-            settings._target_ = re.sub(
-                r"^lightning\.(pytorch\.)?", "pytorch_lightning.", settings._target_
-            )
 
 
 def _import(path: str, option: str) -> Any:
