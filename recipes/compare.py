@@ -66,10 +66,10 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Outcome:
         with _exclusive_folder(plan.folder):
             runs: list[Run] = []
             try:
-                _make_runs(plan, config.compare.jobs, runs)
+                _make_runs(plan, runs)
             finally:  # an interrupted comparison reports what is there
                 plain = [run for run in runs if run.variant == BASELINE and run.error is None]
-                outcome = _report(plan, runs, config, overrides) if plain else None
+                outcome = _report(plan, runs) if plain else None
             assert outcome is not None  # where plain failed, _make_runs raised
             return outcome
     except UserError as error:
@@ -82,7 +82,7 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Outcome:
         raise UserError(message) from error
 
 
-def _make_runs(plan: Plan, processes: int, runs: list[Run]) -> None:
+def _make_runs(plan: Plan, runs: list[Run]) -> None:
     """Appends every run to ``runs``; shows the runs to make, and the time left."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     missing = [job for job in plan.jobs if finished_run(job) is None]
@@ -100,7 +100,8 @@ def _make_runs(plan: Plan, processes: int, runs: list[Run]) -> None:
     note_column = TextColumn("{task.fields[note]}")
     with Progress(*columns, TimeElapsedColumn(), note_column, console=console) as progress:
         bar = progress.add_task(plan.title, total=total, note="")
-        for count, run in enumerate(run_all(plan.jobs, processes=processes), start=1):
+        made = run_all(plan.jobs, processes=plan.workers["side_by_side"])
+        for count, run in enumerate(made, start=1):
             runs.append(run)
             if count > there:
                 seconds = (time.monotonic() - began) / (count - there) * (total - count)
@@ -118,9 +119,7 @@ def _make_runs(plan: Plan, processes: int, runs: list[Run]) -> None:
                     )
 
 
-def _report(
-    plan: Plan, runs: Sequence[Run], config: DictConfig, overrides: Sequence[str]
-) -> Outcome:
+def _report(plan: Plan, runs: Sequence[Run]) -> Outcome:
     """Covers finished runs of earlier commands too: fewer variants never shrink a report."""
     from lightning_stableaa.recipes.comparison import plots, report, statistics
 
@@ -130,12 +129,8 @@ def _report(
     covered.sort(key=lambda run: (names.index(run.variant), run.seed))
     summary = statistics.summarise(covered, names, plan.mode)
     notes = list(report.notes_on(plan, covered, len(plan.jobs) - len(runs), summary))
-    extra = {
-        "workers": {"side_by_side": config.compare.jobs, "threads": config.threads},
-        "command_line": list(overrides),
-    }
     _keep_larger_report(plan, len(covered))
-    report.write_report(plan, covered, summary, notes, extra)
+    report.write_report(plan, covered, summary, notes)
     plots.draw(plan, covered, summary)
     failure = None
     for run in failed[:1]:

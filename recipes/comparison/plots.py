@@ -80,7 +80,8 @@ def _table(runs: Sequence[Run], columns: Callable[[Run], dict[str, list[float]]]
 def _draw_curves(plan: Plan, curves: pd.DataFrame, rsd: pd.DataFrame, summary: Summary) -> None:
     """The variants that the verdict is about, with RSD and acceptance below."""
     names = _main_variants(summary)
-    curves, rsd = (one[one["variant"].isin(names)] for one in (curves, rsd))
+    curves = curves.loc[curves["variant"].isin(names)]
+    rsd = rsd.loc[rsd["variant"].isin(names)]
     below = ["rsd"] * (not rsd.empty) + ["accepted"] * bool(curves["attempted"].any())
     mosaic: list[Any] = [["cost", "time"], *([one, "legend"] for one in below or ["legend"])]
     height = 4.2 + 1.9 * len(mosaic[1:])
@@ -126,10 +127,10 @@ def _draw_seeds(plan: Plan, curves: pd.DataFrame, summary: Summary) -> None:
     with _panels(plan, "seeds", names, "every seed; crosses: not finite") as panels:
         for name, axes in panels.items():
             color = style(name)["color"]
-            own = curves[curves["variant"] == name]
+            own = curves.loc[curves["variant"] == name]
             seeds = own.pivot(columns="seed", values=["cost", "values"])
             axes.plot(seeds["cost"], seeds["values"], color=color, lw=0.9)
-            lost = own.loc[own["values"].isna(), "cost"]
+            lost = own["cost"][own["values"].isna()]
             upper = axes.get_xaxis_transform()
             axes.plot(lost, [0.97] * len(lost), "x", color=color, transform=upper)
             one = summary.variants[name]

@@ -41,9 +41,7 @@ DEFINITIONS = """\
 """
 
 
-def write_report(
-    plan: Plan, runs: Sequence[Run], summary: Summary, notes: Sequence[str], extra: dict[str, Any]
-) -> None:
+def write_report(plan: Plan, runs: Sequence[Run], summary: Summary, notes: Sequence[str]) -> None:
     """Leaves the three files in the folder of ``plan``, each of them whole or as it was.
 
     Args:
@@ -51,7 +49,6 @@ def write_report(
         runs: finished and failed ones.
         summary: of the runs.
         notes: sentences that stand above the verdict.
-        extra: further entries of ``results.json``.
     """
     own = ("callbacks", "logger", "run_folder", "seed")  # of a variant, or of a single run
     settings = next(job.settings for job in plan.jobs if job.variant == BASELINE)
@@ -67,7 +64,8 @@ def write_report(
         "variants": summary.variants,
         "hardware": hardware(),
         "versions": versions(),
-        **extra,
+        "workers": plan.workers,
+        "command_line": plan.command_line,
         "config": {name: value for name, value in settings.items() if name not in own},
         "callbacks": {run.variant: run.labels["callbacks"] for run in runs},
         "runs": [

@@ -92,7 +92,7 @@ def run_all(jobs: Sequence[Job], *, processes: int) -> Iterator[Run]:
 
 
 def finished_run(job: Job) -> Run | None:
-    """The finished run of a job, whose folder has its fingerprint; None where there is none."""
+    """The finished run of a job, whose folder names its fingerprint; None where there is none."""
     run = _read(job.folder)
     return None if run is None or run.error is not None else run
 

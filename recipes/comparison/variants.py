@@ -93,6 +93,8 @@ class Plan:
     seeds: list[int]
     comparison: str  # fingerprint of all that variants and seeds share
     jobs: list[Job]  # all variants of one seed before the next, so that a part compares fairly
+    workers: dict[str, Any]  # how many side by side, and threads in each
+    command_line: list[str]
 
 
 def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
@@ -160,7 +162,10 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
             own = folder / "runs" / name / f"seed{seed}-{labels['fingerprint']}"
             jobs.append(Job(name, seed, own, settings, contents_of(settings), labels))
     jobs.sort(key=lambda job: seeds.index(job.seed))
-    return Plan(title, folder, metric, mode, names, seeds, comparison, jobs)
+    workers = {"side_by_side": options.jobs, "threads": config.threads}
+    return Plan(
+        title, folder, metric, mode, names, seeds, comparison, jobs, workers, list(overrides)
+    )
 
 
 def _refuse_conflict(override: str, *, own_module: bool) -> None:
