@@ -124,7 +124,7 @@ def find(path: str) -> Definition:
     package = module.partition(".")[0]
     if not package or not name:
         raise ImportError(f"{path!r} is no import path such as my_package.MyModule")
-    if _spec(package) is None:
+    if _spec(package) is None and package not in sys.modules:
         raise ModuleNotFoundError(f"there is no module {package}")
     if _spec(module) is None:
         raise Unresolved(path)  # a class within a class, or a module made at run time
