@@ -1,7 +1,6 @@
 """One sentence for each way in which a configuration can be wrong."""
 
 import difflib
-import enum
 import inspect
 import math
 import os
@@ -13,7 +12,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
 from hydra.errors import (
@@ -63,31 +62,30 @@ def exit_on_user_error(command: str) -> Iterator[None]:
     """Ends ``command`` with one sentence and exit code 2 on a wrong configuration."""
     try:
         yield
-    except USER_ERRORS as error:
-        _refuse(command, error)
-    except ValueError as error:
-        if not _raised_by_hydra(error):
-            raise
-        _refuse(command, error)  # such as "Config group override must be a string or a list"
-    except OSError as error:
-        if error.errno not in FULL | REFUSED or not _raised_by_hydra(error):
-            raise
-        folder = PurePath(os.getcwd())  # where Hydra makes the folder of a run
-        reason = f"current folder {folder}: {error.strerror}; change to one that can be written to"
-        _refuse(command, UserError(reason))
+    except (*USER_ERRORS, ValueError, OSError) as error:
+        sentence = format_error(error)
+        if not isinstance(error, USER_ERRORS):
+            if not _raised_by_hydra(error):
+                raise
+            if isinstance(error, OSError):
+                if error.errno not in FULL | REFUSED:
+                    raise
+                # where Hydra makes the folder of a run
+                folder = f"current folder {os.getcwd()}: {error.strerror}"
+                sentence = f"{folder}; change to one that can be written to"
+        print(f"{command}: {sentence}", file=sys.stderr)
+        sys.exit(2)
 
 
 def _raised_by_hydra(error: BaseException) -> bool:
-    """Whether this package was not called by Hydra, but Hydra did something on its own."""
+    """Whether this package was not called by Hydra, but Hydra did something on its own.
+
+    Such as a ValueError, "Config group override must be a string or a list".
+    """
     frames = traceback.walk_tb(error.__traceback__)
     packages = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in frames]
     callers = [one for one in packages if one in ("hydra", "lightning_stableaa")]
     return callers[-1:] == ["hydra"]
-
-
-def _refuse(command: str, error: Exception) -> NoReturn:
-    print(f"{command}: {format_error(error)}", file=sys.stderr)
-    sys.exit(2)
 
 
 def format_error(error: Exception) -> str:
@@ -179,13 +177,12 @@ def check_run(settings: Mapping[str, Any]) -> None:
     for name, annotation in PLAIN.items():
         if not _fits(settings.get(name), annotation):
             raise UserError(f"{name}={settings.get(name)}: expected {_describe(annotation)}")
-    if not settings["run_folder"]:
-        raise UserError("run_folder is empty: give the path of a folder")
     for name, value in settings.items():
         # others may be a user's own, for interpolations
         known = [one for one in (*PLAIN, *BUILT, "callbacks", "logger") if one != name]
-        if name not in known and name not in PLAIN and not isinstance(value, Mapping):
-            _check_typo(name, known)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        if close and name not in PLAIN and not isinstance(value, Mapping):
+            raise UserError(f"{name}: there is no such option; did you mean {close[0]}?")
     for name in BUILT:
         if settings.get(name) is not None:
             _check_target(settings[name], name)
@@ -278,12 +275,6 @@ def _check_target(value: Any, option: str) -> None:
         raise UserError(f"{option}={value}: expected a dict with a _target_, the class to build")
 
 
-def _check_typo(name: str, known: Iterable[str]) -> None:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-    if close:
-        raise UserError(f"{name}: there is no such option; did you mean {close[0]}?")
-
-
 def check_options(config: Mapping[str, Any], path: str = "") -> None:
     """Compares every plain value with the constructor that it is meant for.
 
@@ -317,7 +308,7 @@ def _fits(value: Any, annotation: Any) -> bool:
     if origin is typing.Literal:
         return value in typing.get_args(annotation)
     expected = origin or annotation
-    if expected is Any or not inspect.isclass(expected) or _is_unchecked_type(expected):
+    if expected is Any or not inspect.isclass(expected):
         return True
     if isinstance(value, bool) or value is None:
         return expected in (type(value), object)
@@ -329,18 +320,16 @@ def _fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, (int, float) if expected is float else expected)
 
 
-def _is_unchecked_type(expected: type) -> bool:
-    """Whether a YAML value can be converted to it, or cannot be checked against it."""
-    protocol = getattr(expected, "_is_protocol", False)
-    return protocol or issubclass(expected, PurePath | enum.Enum)
-
-
 def _describe(annotation: Any) -> str:
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Literal):
-        return " or ".join(_describe(member) for member in typing.get_args(annotation))
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, typing.Literal):
+        return " or ".join(dict.fromkeys(map(_describe, typing.get_args(annotation))))
     if annotation is type(None):
         return "null"
-    return annotation.__name__ if inspect.isclass(annotation) else repr(annotation)
+    kind = origin or annotation
+    if origin is tuple or not inspect.isclass(kind):
+        return re.sub(r"\b\w+\.", "", repr(annotation))
+    return kind.__name__
 
 
 def _suggest(wrong: str, options: Iterable[Any]) -> str:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import sys
 import time
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from lightning_stableaa.recipes.cli_errors import check_flags, exit_on_user_error
+from lightning_stableaa.recipes.cli_errors import exit_on_user_error
 from lightning_stableaa.recipes.comparison.runner import (
     LOG,
     Run,
@@ -30,13 +29,12 @@ from lightning_stableaa.recipes.comparison.runner import (
 from lightning_stableaa.recipes.comparison.variants import (
     BASELINE,
     OWN_MODULE,
-    Job,
     Plan,
     make_plan,
 )
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.files import disk_errors, locked
-from lightning_stableaa.recipes.train import config_only_mode, filter_warnings
+from lightning_stableaa.recipes.train import run_command
 
 COMMAND = "stableaa-compare"
 EXTRA = ("pandas", "scipy", "pytorch_optimizer", "schedulefree")
@@ -68,10 +66,10 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Outcome:
         with _exclusive_folder(plan.folder):
             runs: list[Run] = []
             try:
-                _make_runs(plan, config.compare.jobs, runs)
+                _make_runs(plan, runs)
             finally:  # an interrupted comparison reports what is there
                 plain = [run for run in runs if run.variant == BASELINE and run.error is None]
-                outcome = _report(plan, runs, config, overrides) if plain else None
+                outcome = _report(plan, runs) if plain else None
             assert outcome is not None  # where plain failed, _make_runs raised
             return outcome
     except UserError as error:
@@ -84,19 +82,26 @@ def compare(config: DictConfig, overrides: list[str], title: str) -> Outcome:
         raise UserError(message) from error
 
 
-def _make_runs(plan: Plan, processes: int, runs: list[Run]) -> None:
+def _make_runs(plan: Plan, runs: list[Run]) -> None:
     """Appends every run to ``runs``; shows the runs to make, and the time left."""
     console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     missing = [job for job in plan.jobs if finished_run(job) is None]
-    total, began, note = len(plan.jobs), time.monotonic(), ""
-    there = total - len(missing)
-    for line in _to_do(plan, missing):
-        console.print(line)
+    total, there = len(plan.jobs), len(plan.jobs) - len(missing)
+    console.print(
+        f"{plan.title}: {len(plan.variants)} variants x {len(plan.seeds)} seeds = "
+        f"{total} runs, {there} of them are there already"
+    )
+    for name in plan.variants:
+        seeds = [str(job.seed) for job in missing if job.variant == name]
+        if seeds:
+            console.print(f"  to make: {name}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
+    began, note = time.monotonic(), ""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     note_column = TextColumn("{task.fields[note]}")
     with Progress(*columns, TimeElapsedColumn(), note_column, console=console) as progress:
         bar = progress.add_task(plan.title, total=total, note="")
-        for count, run in enumerate(run_all(plan.jobs, processes=processes), start=1):
+        made = run_all(plan.jobs, processes=plan.workers["side_by_side"])
+        for count, run in enumerate(made, start=1):
             runs.append(run)
             if count > there:
                 seconds = (time.monotonic() - began) / (count - there) * (total - count)
@@ -107,27 +112,14 @@ def _make_runs(plan: Plan, processes: int, runs: list[Run]) -> None:
             progress.update(bar, completed=count, note=note)
             if run.error is not None:
                 console.print(f"{run.variant}, seed {run.seed}, failed: {run.error}")
-                if (run.variant, run.seed) == (plan.jobs[0].variant, plan.jobs[0].seed):
+                if (run.variant, run.seed) == (BASELINE, plan.seeds[0]):
                     raise UserError(  # all others are compared with plain
                         f"{run.variant} failed with its first seed, {run.error}; fix that first, "
-                        f"{_logs(plan)}"
+                        f"what a run printed is in {plan.folder}/runs/VARIANT/SEED/{LOG}"
                     )
 
 
-def _to_do(plan: Plan, missing: Sequence[Job]) -> Iterator[str]:
-    yield (
-        f"{plan.title}: {len(plan.variants)} variants x {len(plan.seeds)} seeds = "
-        f"{len(plan.jobs)} runs, {len(plan.jobs) - len(missing)} of them are there already"
-    )
-    for name in plan.variants:
-        seeds = [str(job.seed) for job in missing if job.variant == name]
-        if seeds:
-            yield f"  to make: {name}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
-
-
-def _report(
-    plan: Plan, runs: Sequence[Run], config: DictConfig, overrides: Sequence[str]
-) -> Outcome:
+def _report(plan: Plan, runs: Sequence[Run]) -> Outcome:
     """Covers finished runs of earlier commands too: fewer variants never shrink a report."""
     from lightning_stableaa.recipes.comparison import plots, report, statistics
 
@@ -137,12 +129,8 @@ def _report(
     covered.sort(key=lambda run: (names.index(run.variant), run.seed))
     summary = statistics.summarise(covered, names, plan.mode)
     notes = list(report.notes_on(plan, covered, len(plan.jobs) - len(runs), summary))
-    extra = {
-        "workers": {"side_by_side": config.compare.jobs, "threads": config.threads},
-        "command_line": list(overrides),
-    }
     _keep_larger_report(plan, len(covered))
-    report.write_report(plan, covered, summary, notes, extra)
+    report.write_report(plan, covered, summary, notes)
     plots.draw(plan, covered, summary)
     failure = None
     for run in failed[:1]:
@@ -160,12 +148,9 @@ def _keep_larger_report(plan: Plan, count: int) -> None:
         if kept["comparison"] != plan.comparison and len(kept["runs"]) > count:
             beside = plan.folder / f"report-{kept['comparison']}"
             beside.mkdir(exist_ok=True)
-            for path in [
-                one
-                for one in plan.folder.iterdir()
-                if one.suffix in (".json", ".csv", ".md", ".png")
-            ]:
-                path.replace(beside / path.name)
+            for pattern in ("results.*", "table.md", "*.png"):
+                for path in list(plan.folder.glob(pattern)):
+                    path.replace(beside / path.name)
 
 
 @contextmanager
@@ -188,10 +173,6 @@ def _exclusive_folder(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # not empty: something was written
                 for one in made:
                     one.rmdir()
-
-
-def _logs(plan: Plan) -> str:
-    return f"what a run printed is in {plan.folder}/runs/VARIANT/SEED/{LOG}"
 
 
 def _print(outcome: Outcome) -> None:
@@ -227,30 +208,21 @@ def _check_arguments(arguments: Sequence[str]) -> None:
             raise UserError(
                 f"{package} is not installed: pip install 'lightning-stableaa[recipes,compare]'"
             )
-    for argument in arguments:
-        if argument in ("-m", "--multirun"):  # before Hydra writes what belongs to a sweep
-            raise UserError(
-                f"{argument}: a comparison makes its own runs, and the points of a sweep would "
-                "overwrite one report; call it once for each, with compare.folder"
-            )
+    for argument in {"-m", "--multirun"} & set(arguments):  # before Hydra writes for a sweep
+        raise UserError(
+            f"{argument}: a comparison makes its own runs, and the points of a sweep would "
+            "overwrite one report; call it once for each, with compare.folder"
+        )
 
 
 def main() -> None:
-    """Entry point of ``stableaa-compare``; a user error ends in one sentence and exit code 2."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    sys.path.insert(0, str(Path.cwd()))  # a module of the user's own, as python -m would find it
+    """Entry point of ``stableaa-compare``."""
+    with exit_on_user_error(COMMAND):
+        _check_arguments(sys.argv[1:])
     names = {argument.split("=")[0].lstrip("+") for argument in sys.argv[1:]}
     if "compare.module" in names and "recipe" not in names:
         sys.argv.insert(1, OWN_MODULE)
-    filter_warnings()
-    with exit_on_user_error(COMMAND), config_only_mode(sys.argv):
-        _check_arguments(sys.argv[1:])
-        check_flags(sys.argv[1:])
-        try:
-            _compare_from_command_line()
-        except KeyboardInterrupt:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
-            sys.exit(130)
+    run_command(COMMAND, _compare_from_command_line, "the same command goes on from here")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from omegaconf import ListConfig
 
 from lightning_stableaa.recipes.errors import UserError
-from lightning_stableaa.recipes.signatures import Unresolved, class_attribute
+from lightning_stableaa.recipes.signatures import class_attribute
 
 COMMAND = "-m lightning_stableaa.recipes.train"
 
@@ -162,7 +162,7 @@ def count(value: Any) -> int | None:
 def _check_sharding(module: str, optimizer: Any) -> None:
     try:
         shardable = class_attribute(module, "shardable")
-    except (Unresolved, AttributeError):
+    except (AttributeError, ImportError):
         shardable = True
     if not shardable:
         raise UserError(

@@ -12,7 +12,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +38,7 @@ from lightning_stableaa.recipes.launch import (
     join_submitit,
 )
 from lightning_stableaa.recipes.resuming import checkpoint_to_resume, existing_checkpoint
-from lightning_stableaa.recipes.signatures import Unresolved, class_attribute
+from lightning_stableaa.recipes.signatures import class_attribute
 from lightning_stableaa.recipes.sweep import RESULTS, point
 
 COMMAND = "stableaa-train"
@@ -182,9 +182,6 @@ def _class_attribute(path: str, name: str, *default: Any) -> Any:
             f"module._target_={path}: {error}; with recipe=own, name the metric, as in "
             "metric=val/loss; other recipes need a class derived from RecipeModule"
         ) from error
-    except Unresolved:
-        kind = hydra.utils.get_class(path)
-        return getattr(kind, name, *default)
 
 
 def _register_resolvers() -> None:
@@ -305,19 +302,24 @@ def config_only_mode(arguments: list[str]) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main() -> None:
-    """Entry point of ``stableaa-train``; a user error ends in one sentence and exit code 2."""
+def run_command(command: str, run: Callable[[], None], interrupted: str) -> None:
+    """Runs a function of Hydra's; a user error ends in one sentence and exit code 2."""
     # makes Hydra raise its errors instead of printing them itself and exiting with code 1
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     sys.path.insert(0, str(Path.cwd()))  # a module of the user's own, as python -m would find it
     filter_warnings()
-    with exit_on_user_error(COMMAND), config_only_mode(sys.argv):
+    with exit_on_user_error(command), config_only_mode(sys.argv):
         check_flags(sys.argv[1:])
         try:
-            _train_from_command_line()
+            run()
         except KeyboardInterrupt:
-            print(f"{COMMAND}: interrupted; nothing was written", file=sys.stderr)
+            print(f"{command}: interrupted; {interrupted}", file=sys.stderr)
             sys.exit(130)
+
+
+def main() -> None:
+    """Entry point of ``stableaa-train``."""
+    run_command(COMMAND, _train_from_command_line, "nothing was written")
 
 
 if __name__ == "__main__":  # as launchers start it: torchrun -m lightning_stableaa.recipes.train

@@ -6,8 +6,6 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
 
-from lightning_stableaa.recipes.errors import UserError
-
 
 class LateWeightAveraging(WeightAveraging):
     """Lightning's ``WeightAveraging`` over the last part of the run.
@@ -26,12 +24,6 @@ class LateWeightAveraging(WeightAveraging):
         super().__init__(multi_avg_fn=self._average)
         self.start_share = start_share
         self.start_step = 0
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuses what Lightning's own class would fail on without a reason."""
-        if not isinstance(pl_module, LightningModule):
-            raise UserError("swa averages modules of lightning, not of pytorch_lightning")
-        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Computes the step at which averaging begins."""

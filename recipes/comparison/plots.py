@@ -3,11 +3,10 @@
 import math
 import textwrap
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from lightning_stableaa.recipes.comparison.runner import Run
@@ -47,14 +46,13 @@ COLORS = {
     "schedule_free": "#009E73",
     "lbfgs": "#B0A000",
 }
-OTHERS = ("#6D4C41", "#AD1457", "#2E7D32", "#1565C0", "#EF6C00", "#6A1B9A")
 DASHES = ("--", "-.", ":")
 
 
 def style(name: str) -> dict[str, Any]:
     """Colour and line of a variant, the same in any comparison; dashes mark another rate."""
     base, _, change = name.partition("@")
-    color = COLORS.get(base, OTHERS[zlib.crc32(base.encode()) % len(OTHERS)])
+    color = COLORS.get(base, f"C{zlib.crc32(base.encode()) % 10}")
     dashes = DASHES[zlib.crc32(change.encode()) % len(DASHES)]
     return {"color": color, "linestyle": dashes if change else "-"}
 
@@ -62,61 +60,60 @@ def style(name: str) -> dict[str, Any]:
 def draw(plan: Plan, runs: Sequence[Run], summary: Summary) -> None:
     """Draws ``curves.png``, ``variants.png``, ``seeds.png`` and ``ratios.png``."""
     finished = [run for run in runs if run.error is None]
-    curves = pd.concat(
-        pd.DataFrame(run.curve).assign(variant=run.variant, seed=run.seed) for run in finished
-    )
-    curves.index.name = "validation"
+    curves = _table(finished, lambda run: run.curve)
     curves["cost"] = curves["gradients"] + LOSS_COST * curves["loss_evaluations"]
     curves["share"] = curves["accepted"] / curves["attempted"].where(curves["attempted"] > 0)
-    _draw_curves(plan, curves, finished, summary)
-    _draw_variants(plan, curves, summary)
+    rsd = _table(finished, lambda run: {"cost": run.rsd_gradients, "rsd": run.rsd})
+    _draw_curves(plan, curves, rsd, summary)
+    _draw_variants(plan, curves)
     _draw_seeds(plan, curves, summary)
     _draw_ratios(plan, summary)
 
 
-def _draw_curves(plan: Plan, curves: pd.DataFrame, runs: Sequence[Run], summary: Summary) -> None:
+def _table(runs: Sequence[Run], columns: Callable[[Run], dict[str, list[float]]]) -> pd.DataFrame:
+    """What all runs recorded, one below the other; NaN for all that is not finite."""
+    tables = [pd.DataFrame(columns(run)).assign(variant=run.variant, seed=run.seed) for run in runs]
+    table = pd.concat(tables).rename_axis("validation")
+    return table.replace([math.inf, -math.inf], math.nan)
+
+
+def _draw_curves(plan: Plan, curves: pd.DataFrame, rsd: pd.DataFrame, summary: Summary) -> None:
     """The variants that the verdict is about, with RSD and acceptance below."""
     names = _main_variants(summary)
-    rsd = [
-        pd.DataFrame({"cost": run.rsd_gradients, "rsd": run.rsd, "variant": run.variant})
-        for run in runs
-        if run.rsd and run.variant in names
-    ]
-    tried = [name for name in names if summary.variants[name]["attempted"]]
-    below = ["rsd"] * bool(rsd) + ["accepted"] * bool(tried)
+    curves = curves.loc[curves["variant"].isin(names)]
+    rsd = rsd.loc[rsd["variant"].isin(names)]
+    below = ["rsd"] * (not rsd.empty) + ["accepted"] * bool(curves["attempted"].any())
     mosaic: list[Any] = [["cost", "time"], *([one, "legend"] for one in below or ["legend"])]
-    count = summary.runs.index.get_level_values("seed").nunique()
-    with _figure(plan, "curves", 10, 4.2 + 1.9 * len(mosaic[1:])) as figure:
+    height = 4.2 + 1.9 * len(mosaic[1:])
+    with _figure(plan, "curves", 10, height) as figure:
         axes = figure.subplot_mosaic(mosaic, height_ratios=[3, *[1.3] * len(mosaic[1:])])
         for name in names:
-            _band(axes["cost"], curves, name, label=name)
+            _band(axes["cost"], curves, name)
             _band(axes["time"], curves, name, x="seconds")
-        for name in tried:
-            _band(axes["accepted"], curves, name, y="share")
-        if rsd:
-            table = pd.concat(rsd).rename_axis("validation")
-            for name in table["variant"].unique():
-                _band(axes["rsd"], table, name, y="rsd", quartiles=False)
-            axes["rsd"].set(ylabel="RSD (median)", yscale="log")
-            label_within_decades(axes["rsd"], "y")
-        if tried:
-            axes["accepted"].set(ylabel="accepted\nshare", ylim=(-0.05, 1.05))
         for key, label in (("cost", COST), ("time", "training time, s")):
             axes[key].set(xlabel=label, ylabel=plan.metric)
-            _scale(axes[key], curves.loc[curves["variant"].isin(names), "values"], plan)
+            _scale(axes[key], curves["values"], plan)
+        if "rsd" in below:
+            for name in rsd["variant"].unique():
+                _band(axes["rsd"], rsd, name, y="rsd")
+            axes["rsd"].set(ylabel="RSD", yscale="log")
+            label_within_decades(axes["rsd"], "y")
+        if "accepted" in below:
+            for name in curves.loc[curves["attempted"] > 0, "variant"].unique():
+                _band(axes["accepted"], curves, name, y="share")
+            axes["accepted"].set(ylabel="accepted\nshare", ylim=(-0.05, 1.05))
         for key in below:
             axes[key].sharex(axes["cost"])
             axes[key].set(xlabel=COST if key == below[-1] else "")
-        axes["legend"].axis("off")
         handles, labels = axes["cost"].get_legend_handles_labels()
-        title = f"median and quartiles of {count} seeds"
+        title = f"median and quartiles of {curves['seed'].nunique()} seeds"
+        axes["legend"].axis("off")
         axes["legend"].legend(handles, labels, title=title, loc="center")
 
 
-def _draw_variants(plan: Plan, curves: pd.DataFrame, summary: Summary) -> None:
+def _draw_variants(plan: Plan, curves: pd.DataFrame) -> None:
     """Median and quartiles of every variant beside those of plain."""
-    names = [name for name in summary.variants if name in set(curves["variant"])]
-    names = [name for name in names if name != BASELINE] or names
+    names = [name for name in curves["variant"].unique() if name != BASELINE] or [BASELINE]
     with _panels(plan, "variants", names, f"median and quartiles, {BASELINE} in black") as panels:
         for name, axes in panels.items():
             for drawn in dict.fromkeys([BASELINE, name]):
@@ -126,17 +123,16 @@ def _draw_variants(plan: Plan, curves: pd.DataFrame, summary: Summary) -> None:
 
 def _draw_seeds(plan: Plan, curves: pd.DataFrame, summary: Summary) -> None:
     """Every run of every variant; crosses at the upper edge are validations without a number."""
-    names = [name for name in summary.variants if name in set(curves["variant"])]
+    names = list(curves["variant"].unique())
     with _panels(plan, "seeds", names, "every seed; crosses: not finite") as panels:
         for name, axes in panels.items():
             color = style(name)["color"]
-            run: Any
-            for _, run in curves[curves["variant"] == name].groupby("seed"):
-                finite = np.isfinite(run["values"])
-                axes.plot(run["cost"], run["values"].where(finite), color=color, lw=0.9)
-                lost = run["cost"][~finite]
-                upper = {"transform": axes.get_xaxis_transform(), "color": color}
-                axes.plot(lost, np.full(len(lost), 0.97), "x", **upper)
+            own = curves.loc[curves["variant"] == name]
+            seeds = own.pivot(columns="seed", values=["cost", "values"])
+            axes.plot(seeds["cost"], seeds["values"], color=color, lw=0.9)
+            lost = own["cost"][own["values"].isna()]
+            upper = axes.get_xaxis_transform()
+            axes.plot(lost, [0.97] * len(lost), "x", color=color, transform=upper)
             one = summary.variants[name]
             if one["diverged"]:
                 label = f"{one['diverged']} of {one['seeds']} diverged"
@@ -182,33 +178,22 @@ def _main_variants(summary: Summary) -> list[str]:
 
 
 def _band(
-    axes: "Axes",
-    table: pd.DataFrame,
-    name: str,
-    *,
-    x: str = "cost",
-    y: str = "values",
-    quartiles: bool = True,
-    label: str | None = None,
+    axes: "Axes", table: pd.DataFrame, name: str, *, x: str = "cost", y: str = "values"
 ) -> None:
     """Median and quartiles of the i-th values of all seeds, at the median of their i-th ``x``."""
-    own = table.loc[table["variant"] == name, [x, y]].replace([math.inf, -math.inf], math.nan)
-    groups = own.groupby("validation")
-    middle = groups.median()
-    if quartiles:
-        lower, upper = (groups[y].quantile(share) for share in (0.25, 0.75))
-        color = style(name)["color"]
-        axes.fill_between(middle[x], lower, upper, color=color, alpha=0.15, linewidth=0)
-    axes.plot(middle[x], middle[y], **style(name), linewidth=1.5, label=label)
+    own = table.loc[table["variant"] == name, [x, y]].groupby("validation")
+    lower, middle, upper = (own.quantile(share) for share in (0.25, 0.5, 0.75))
+    color = style(name)["color"]
+    axes.fill_between(middle[x], lower[y], upper[y], color=color, alpha=0.15, linewidth=0)
+    axes.plot(middle[x], middle[y], **style(name), linewidth=1.5, label=name)
     axes.grid(alpha=0.25)
 
 
 def _scale(axes: "Axes", values: Any, plan: Plan, *, largest_range: float = 1e3) -> None:
     """Logarithmic for errors, up to ``largest_range`` times the median."""
-    finite = values[np.isfinite(values)]
-    if plan.mode == "min" and len(finite) and finite.min() > 0:
-        top = min(finite.max(), largest_range * finite.median())
-        axes.set(yscale="log", ylim=(finite.min() / 1.2, top * 1.2))
+    if plan.mode == "min" and values.min() > 0:  # not of no values, whose least is NaN
+        top = min(values.max(), largest_range * values.median())
+        axes.set(yscale="log", ylim=(values.min() / 1.2, top * 1.2))
         label_within_decades(axes, "y")
 
 

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ import lightning_stableaa
 from lightning_stableaa import recipes
 
 PACKAGES = (
-    "lightning-stableaa lightning pytorch-lightning torch torchmetrics numpy pytorch-optimizer "
-    "schedulefree"
+    *("lightning-stableaa", "lightning", "pytorch-lightning", "torch", "torchmetrics", "numpy"),
+    *("pytorch-optimizer", "schedulefree"),
 )
 
 
@@ -37,12 +38,10 @@ def hardware() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """Of Python and the packages that can change a result; None where one is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES.split():
-        try:
+    found: dict[str, str | None] = {"python": platform.python_version(), **dict.fromkeys(PACKAGES)}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
     return found
 
 
@@ -80,20 +79,19 @@ def hash_of_package() -> str:
 
 def contents_of(settings: dict[str, Any]) -> dict[str, str]:
     """Hashes of the user's own sources, and of the data files that settings name."""
-    hashes: dict[str, str] = {}
+    files: dict[str, Path] = {}
     for key in ("module", "data"):
-        target = (settings.get(key) or {}).get("_target_", "")
+        built = settings.get(key) or {}
+        target = built.get("_target_", "")
         if target and not target.startswith("lightning_stableaa."):
             source = inspect.getsourcefile(get_object(target)) or "site-packages"
-            # installed packages have a version instead
-            for path in (
-                sorted(Path(source).parent.glob("*.py")) if "site-packages" not in source else ()
-            ):
-                hashes[f"{key}/{path.name}"] = _hash(path)  # what lies beside it may be imported
-        for text in _texts(settings.get(key)):
+            if "site-packages" not in source:  # installed packages have a version instead
+                beside = Path(source).parent.glob("*.py")  # what lies there may be imported
+                files |= {f"{key}/{path.name}": path for path in sorted(beside)}
+        for text in _texts(built):
             if os.path.isfile(text):  # False of what cannot be a path, where Path.is_file raises
-                hashes[text] = _hash(Path(text))
-    return hashes
+                files[text] = Path(text)
+    return {name: _hash(path, path.stat().st_mtime_ns) for name, path in files.items()}
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -104,14 +102,9 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(one)
 
 
-def _hash(path: Path) -> str:
-    state = path.stat()
-    return _hash_of_content(path, state.st_mtime_ns, state.st_size)
-
-
 @functools.cache
-def _hash_of_content(path: Path, *_: int) -> str:
-    """Computed once for all runs, as long as time and size stay."""
+def _hash(path: Path, _changed: int) -> str:
+    """Computed once for all runs, as long as the time of the last change stays."""
     content = hashlib.sha256()
     with path.open("rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):

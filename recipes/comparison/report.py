@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,9 +41,7 @@ DEFINITIONS = """\
 """
 
 
-def write_report(
-    plan: Plan, runs: Sequence[Run], summary: Summary, notes: Sequence[str], extra: dict[str, Any]
-) -> None:
+def write_report(plan: Plan, runs: Sequence[Run], summary: Summary, notes: Sequence[str]) -> None:
     """Leaves the three files in the folder of ``plan``, each of them whole or as it was.
 
     Args:
@@ -50,7 +49,6 @@ def write_report(
         runs: finished and failed ones.
         summary: of the runs.
         notes: sentences that stand above the verdict.
-        extra: further entries of ``results.json``.
     """
     own = ("callbacks", "logger", "run_folder", "seed")  # of a variant, or of a single run
     settings = next(job.settings for job in plan.jobs if job.variant == BASELINE)
@@ -66,7 +64,8 @@ def write_report(
         "variants": summary.variants,
         "hardware": hardware(),
         "versions": versions(),
-        **extra,
+        "workers": plan.workers,
+        "command_line": plan.command_line,
         "config": {name: value for name, value in settings.items() if name not in own},
         "callbacks": {run.variant: run.labels["callbacks"] for run in runs},
         "runs": [
@@ -107,8 +106,7 @@ def notes_on(plan: Plan, runs: Sequence[Run], missing: int, summary: Summary) ->
             "makes the others."
         )
     for name, one in summary.variants.items():
-        for reason in sorted(set(one["disabled"].values())):
-            count = list(one["disabled"].values()).count(reason)
+        for reason, count in sorted(Counter(one["disabled"].values()).items()):
             yield (
                 f"{name}: acceleration was switched off in {count} of {one['seeds']} seeds: "
                 f"{reason}."
@@ -153,7 +151,6 @@ def _table(plan: Plan, summary: Summary, notes: Sequence[str], seeds: Sequence[i
     count = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     medians, appendix, failures = [], [], []
     for name, one in summary.variants.items():
-        on, memory = one["smoothing_on"], one["peak_memory"] / 2**20
         medians.append(
             {
                 "variant": name + (f" ({len(one['errors'])} failed)" if one["errors"] else ""),
@@ -165,9 +162,9 @@ def _table(plan: Plan, summary: Summary, notes: Sequence[str], seeds: Sequence[i
                 "rank": _number(one["rank"]),
                 "time": _number(one["time_ratio"]),
                 "processor time": _number(one["processor_ratio"]),
-                "memory, MiB": _number(memory, 4),
+                "memory, MiB": _number(one["peak_memory"] / 2**20, ".4g"),
                 "accepted": f"{one['accepted']} of {one['attempted']}" if one["attempted"] else "",
-                "average on": "" if math.isnan(on) else f"{on:.0%}",
+                "average on": _number(one["smoothing_on"], ".0%"),
             }
         )
         cost, stay = (_spread(one[figure]) for figure in ("cost_to_end_of_plain", "cost_to_stay"))
@@ -209,9 +206,8 @@ def _effect(one: Effect) -> str:
 def _spread(one: dict[str, Any]) -> str:
     if not one["count"]:
         return ""
-    median, lower, upper, worst = (_number(one[key]) for key in list(one)[:4])
-    return f"{median} ({lower} to {upper}; worst {worst})"
+    return "{median:.3g} ({lower:.3g} to {upper:.3g}; worst {worst:.3g})".format(**one)
 
 
-def _number(value: float, digits: int = 3) -> str:
-    return "" if math.isnan(value) else f"{value:.{digits}g}"
+def _number(value: float, style: str = ".3g") -> str:
+    return "" if math.isnan(value) else format(value, style)

@@ -80,8 +80,7 @@ def run_all(jobs: Sequence[Job], *, processes: int) -> Iterator[Run]:
         if run.is_user_error and run.variant == jobs[0].variant:
             shutil.rmtree(job.folder, ignore_errors=True)
             with suppress(OSError):  # not empty: other runs are there
-                for folder in job.folder.parents[:2]:  # variant, runs
-                    folder.rmdir()
+                os.removedirs(job.folder.parent)  # up to the locked folder of the comparison
             raise UserError(run.error)
         again = run.error is not None and errors[run.variant] == {run.error}
         errors[run.variant].add(run.error)
@@ -93,11 +92,9 @@ def run_all(jobs: Sequence[Job], *, processes: int) -> Iterator[Run]:
 
 
 def finished_run(job: Job) -> Run | None:
-    """The finished run of a job; None where there is none, or one of another configuration."""
+    """The finished run of a job, whose folder names its fingerprint; None where there is none."""
     run = _read(job.folder)
-    if run is None or run.error is not None:
-        return None
-    return run if run.labels["fingerprint"] == job.labels["fingerprint"] else None
+    return None if run is None or run.error is not None else run
 
 
 def finished_runs(plan: Plan) -> list[Run]:
@@ -114,7 +111,7 @@ def finished_runs(plan: Plan) -> list[Run]:
     return [run for run in runs if run.labels["configuration"] == latest[run.variant]]
 
 
-def run_job(job: Job, *, in_own_process: bool = True) -> Run:
+def run_job(job: Job) -> Run:
     """Trains, and writes ``result.json``, of a failure too."""
     run = Run(job.variant, job.seed, job.labels)
     training = job.folder / "training"
@@ -128,7 +125,7 @@ def run_job(job: Job, *, in_own_process: bool = True) -> Run:
             )
         recorded = json.loads((training / CURVE).read_text()) | {"processor": processor()}
         recorded |= _smoothing_log(training / "metrics.csv")
-        if in_own_process:  # the peak is otherwise that of everything this process has done
+        if multiprocessing.parent_process() is not None:  # else the peak is not of this run alone
             recorded["peak_memory"] = _peak_memory()
         run = dataclasses.replace(run, **recorded)
     except USER_ERRORS as error:
@@ -145,7 +142,7 @@ def _in_this_process(waiting: deque[Job]) -> Iterator[tuple[Job, Run]]:
     while waiting:
         job = waiting.popleft()
         shutil.rmtree(job.folder, ignore_errors=True)
-        yield job, run_job(job, in_own_process=False)
+        yield job, run_job(job)
 
 
 def _in_workers(waiting: deque[Job], processes: int) -> Iterator[tuple[Job, Run]]:
@@ -177,7 +174,7 @@ def _in_workers(waiting: deque[Job], processes: int) -> Iterator[tuple[Job, Run]
 
 def _refuse_edited(job: Job) -> None:
     """A worker imports the module again: it would train another one."""
-    for name, _ in sorted(set(job.contents.items()) ^ set(contents_of(job.settings).items())):
+    for name, _ in sorted(job.contents.items() ^ contents_of(job.settings).items()):
         raise UserError(
             f"{name} was edited while the comparison ran; the same command starts over with what "
             "it is now; leave it alone until all runs are made"
@@ -200,15 +197,15 @@ def _work(job: Job) -> None:
 def _exit_with_parent() -> None:
     """Or a worker whose main process was killed would write beside that of the next attempt."""
     main = multiprocessing.parent_process()
-    if main is not None:
-        wait([main.sentinel])
-        os._exit(1)
+    assert main is not None
+    main.join()
+    os._exit(1)
 
 
 def _read(folder: Path) -> Run | None:
     try:
         return Run(**json.loads((folder / RESULT).read_text()))
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, TypeError):
+    except (FileNotFoundError, TypeError):  # of another version
         return None
 
 

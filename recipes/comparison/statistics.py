@@ -4,7 +4,6 @@ Cost is counted in gradients of a batch. A further evaluation of the loss, such 
 counts one third: a backward pass takes about twice the time of a forward pass.
 """
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,11 +17,12 @@ from lightning_stableaa.recipes.comparison.runner import Run
 from lightning_stableaa.recipes.comparison.variants import BASELINE, Mode
 
 LOSS_COST = 1 / 3  # of a gradient
-DIVERGED = {"min": 9.0, "max": 0.5}  # times the first validation, beyond it
+DIVERGED = {1: 9.0, -1: 0.5}  # times the first validation, beyond it, by the sign of the metric
 NEVER = 2.0  # times the whole cost: what a run that never reached a target counts as (PAR2)
 TIE = 0.002  # values closer than this, relative, are ties
 ENOUGH_SEEDS = 5
 SPREADS = ("final", "equal_cost", "best", "worst_after_best")
+MEDIANS = ("rank", "time_ratio", "processor_ratio", "peak_memory", "smoothing_on")
 APPENDIX = ("cost_to_end_of_plain", "cost_to_stay")  # over the cost of plain, less is better
 
 
@@ -74,7 +74,7 @@ class Effect:
     seeds: int
     p: float  # two-sided sign test
     side: int  # 1 where the interval is on the better side of 1, -1 on the worse, else 0
-    never: int = 0  # seeds that never reached the target
+    never: int  # seeds that never reached the target
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,11 @@ def summarise(runs: Sequence[Run], names: Sequence[str], mode: Mode) -> Summary:
     finished = {(run.variant, run.seed): run for run in runs if run.error is None}
     curves = {key: _curve(run, sign) for key, run in finished.items()}
     tuned = _tuned_baseline(curves)
-    rows = {
-        (name, seed): _row(run, finished[BASELINE, seed], curves, tuned, mode)
-        for (name, seed), run in sorted(finished.items())
-        if (BASELINE, seed) in finished
-    }
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.index = pd.MultiIndex.from_tuples(list(rows), names=["variant", "seed"])
+    table = pd.DataFrame(
+        _row(run, finished[BASELINE, run.seed], curves, tuned, sign)
+        for _, run in sorted(finished.items())
+        if (BASELINE, run.seed) in finished
+    ).set_index(["variant", "seed"])
     table["rank"] = (sign * table["equal_cost"]).groupby("seed").rank()
     figures = {"time_to_target": f"time to target of {tuned}"}
     figures |= {"best_over_plain": f"best, over that of {BASELINE}"}
@@ -116,9 +114,8 @@ def summarise(runs: Sequence[Run], names: Sequence[str], mode: Mode) -> Summary:
         labels = of_variant[0].labels if of_variant else {}
         own: Any = table[table.index.get_level_values("variant") == name]
         effects = {one: effect(own[one], sign) for one in figures}
-        effects["time_to_target"] = dataclasses.replace(
-            effect(own["time_to_target"], 1), never=int((~own["reached_target"]).sum())
-        )
+        never = int((~own["reached_target"]).sum())
+        effects["time_to_target"] = effect(own["time_to_target"], 1, never)
         variants[name] = {
             "about": labels.get("about"),
             "seeds": len(own),
@@ -129,16 +126,13 @@ def summarise(runs: Sequence[Run], names: Sequence[str], mode: Mode) -> Summary:
             **{one: spread(own[one], 1) for one in APPENDIX},
             **{one: int(own[one].sum()) for one in ("diverged", "attempted", "accepted")},
             "too_late": int((~own["validated"]).sum()),
-            **{
-                one: own[one].astype(float).quantile(0.5)
-                for one in ("rank", "time_ratio", "processor_ratio", "peak_memory", "smoothing_on")
-            },
+            **{one: own[one].astype(float).quantile(0.5) for one in MEDIANS},
             "disabled": own["disabled"].dropna().droplevel("variant").to_dict(),
         }
     return Summary(tuned, table, figures, variants)
 
 
-def effect(ratios: pd.Series, sign: int) -> Effect:
+def effect(ratios: pd.Series, sign: int, never: int = 0) -> Effect:
     """Effect over seeds; ``sign`` is 1 where a ratio below 1 is better, else -1.
 
     NaN, which stands for what could not be compared, is left out.
@@ -147,7 +141,7 @@ def effect(ratios: pd.Series, sign: int) -> Effect:
         logs = np.log(ratios.dropna().to_numpy(float))
     lower = upper = math.nan
     if not len(logs):
-        return Effect(math.nan, lower, upper, 0, 0, 0, math.nan, 0)
+        return Effect(math.nan, lower, upper, 0, 0, 0, math.nan, 0, never)
     if not np.isfinite(logs).all():
         lower = upper = logs.mean()
     elif len(logs) > 1:
@@ -156,7 +150,7 @@ def effect(ratios: pd.Series, sign: int) -> Effect:
     side = int(max(sign * lower, sign * upper) < -TIE) - int(min(sign * lower, sign * upper) > TIE)
     p = binomtest(better, better + worse).pvalue if better + worse else 1.0
     ratio, lower, upper = (float(np.exp(one)) for one in (logs.mean(), lower, upper))
-    return Effect(ratio, lower, upper, better, worse, len(logs), float(p), side)
+    return Effect(ratio, lower, upper, better, worse, len(logs), float(p), side, never)
 
 
 def outcome(runs: pd.DataFrame, effects: dict[str, Effect], extrapolates: bool) -> str:
@@ -203,9 +197,8 @@ def _tuned_baseline(curves: dict[tuple[str, int], Curve]) -> str:
 
 
 def _row(
-    run: Run, plain: Run, curves: dict[tuple[str, int], Curve], tuned: str, mode: Mode
+    run: Run, plain: Run, curves: dict[tuple[str, int], Curve], tuned: str, sign: int
 ) -> dict[str, Any]:
-    sign = 1 if mode == "min" else -1
     own, base = curves[run.variant, run.seed], curves[BASELINE, run.seed]
     goal = curves.get((tuned, run.seed))
     same = not run.curve["accepted"][-1] and np.array_equal(own.losses, base.losses)
@@ -214,10 +207,12 @@ def _row(
     budget, end = base.costs[-1], base.losses[-1]
     best = shown.best_at(budget)
     late = own.losses[len(own.losses) // 2 :]
-    limit = base.losses[0] + DIVERGED[mode] * abs(base.losses[0])
+    limit = base.losses[0] + DIVERGED[sign] * abs(base.losses[0])
     last = {name: values[-1] for name, values in run.curve.items() if name != "values"}
     first = {name: values[-1] for name, values in plain.curve.items()}
     return {
+        "variant": run.variant,
+        "seed": run.seed,
         "final": sign * own.losses[-1],
         "equal_cost": sign * shown.value_at(budget),
         "best": sign * best,

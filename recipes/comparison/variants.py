@@ -4,6 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from lightning_stableaa.recipes.cli_errors import check_run
 from lightning_stableaa.recipes.comparison.provenance import contents_of, fingerprint_of
-from lightning_stableaa.recipes.errors import UserError
-from lightning_stableaa.recipes.signatures import Unresolved, class_attribute
+from lightning_stableaa.recipes.errors import UserError, attribute_to
+from lightning_stableaa.recipes.signatures import class_attribute
 
 Mode = Literal["min", "max"]
 BASELINE = "plain"
@@ -53,7 +54,7 @@ REFUSED = {  # options of single runs, and what a comparison has in their place
 }
 REFUSED_BESIDE_MODULE = {
     "optimizer|scheduler": "the module brings its own; compare.lr_sweep has rates and schedules",
-    "module|model|architecture": "write compare.module_args.NAME=VALUE",
+    "module|model": "write compare.module_args.NAME=VALUE",
     "data": "write compare.datamodule_args.NAME=VALUE",
     "recipe": "compare.module takes its place; leave one of them out",
 }
@@ -92,6 +93,8 @@ class Plan:
     seeds: list[int]
     comparison: str  # fingerprint of all that variants and seeds share
     jobs: list[Job]  # all variants of one seed before the next, so that a part compares fairly
+    workers: dict[str, Any]  # how many side by side, and threads in each
+    command_line: list[str]
 
 
 def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
@@ -120,52 +123,49 @@ def make_plan(config: DictConfig, overrides: Sequence[str], title: str) -> Plan:
         )
     if options.module is not None:
         title = options.module.rpartition(".")[2]
-    # the whole path of a module: many a package has a class of the same name
-    standard = Path("comparisons") / (options.module or title)
-    # a name may be a number
-    folder = standard if options.folder in (None, "") else Path(str(options.folder))
-    folder /= options.subfolder if folder == standard and options.subfolder else ""
+    if options.folder in (None, ""):
+        # the whole path of a module: many a package has a class of the same name
+        folder = Path("comparisons", options.module or title, options.subfolder or "")
+    else:
+        folder = Path(str(options.folder))  # which may be a number
     seeds = _seeds(options.seeds)
     of_callbacks = [one for one in overrides if CALLBACK.match(one)]  # that some variants have
     fixed = [one for one in overrides if one not in of_callbacks]
     names = list(dict.fromkeys([BASELINE, *_expand(config)]))
     runs: dict[str, DictConfig] = {}
-    used: set[str] = set()
+    unused = set(of_callbacks)
     # composing takes most of the time here: once for a variant and all its modifications
     for base in dict.fromkeys(name.split("@")[0] for name in names):
         composed, applied = _compose_variant(base, fixed, of_callbacks)
-        used |= applied
+        unused -= applied
         runs |= {name: _modify(composed, name) for name in names if name.split("@")[0] == base}
-    for override in of_callbacks:
-        if override not in used:
-            raise UserError(f"{override}: no variant among {', '.join(names)} has that callback")
+    for override in sorted(unused):
+        raise UserError(f"{override}: no variant among {', '.join(names)} has that callback")
     metric, mode = _monitored(runs[BASELINE])
     loggers = any(re.match(r"[+~]*logger(\.|=|@|$)", override) for override in overrides)
     jobs: list[Job] = []
     comparison = ""
     for name in names:
-        about = _describe(name, runs[name])
+        about = runs[name].compare.about
         _prepare(runs[name], metric, keep_loggers=loggers)
         canonical = _resolve(runs[name], 0)
         check_run(canonical)  # or every run of the variant would be refused
         configuration = fingerprint_of(canonical)
         comparison = comparison or configuration  # that of plain: variants differ in callbacks
         callbacks = {key: one for key, one in canonical["callbacks"].items() if key != RECORDER}
+        of_variant = {"configuration": configuration, "comparison": comparison}
+        of_variant |= {"about": about, "callbacks": callbacks}
         for seed in seeds:
             settings = _resolve(runs[name], seed)
-            fingerprint = fingerprint_of(settings)
-            labels = {
-                "fingerprint": fingerprint,
-                "configuration": configuration,
-                "comparison": comparison,
-                "about": about,
-                "callbacks": callbacks,
-            }
+            labels = {"fingerprint": fingerprint_of(settings), **of_variant}
             # a folder per configuration: results of other settings stay, and are found again
-            own = folder / "runs" / name / f"seed{seed}-{fingerprint}"
+            own = folder / "runs" / name / f"seed{seed}-{labels['fingerprint']}"
             jobs.append(Job(name, seed, own, settings, contents_of(settings), labels))
     jobs.sort(key=lambda job: seeds.index(job.seed))
-    return Plan(title, folder, metric, mode, names, seeds, comparison, jobs)
+    workers = {"side_by_side": options.jobs, "threads": config.threads}
+    return Plan(
+        title, folder, metric, mode, names, seeds, comparison, jobs, workers, list(overrides)
+    )
 
 
 def _refuse_conflict(override: str, *, own_module: bool) -> None:
@@ -221,8 +221,6 @@ def _insert_own_module(run: DictConfig) -> None:
             run[key] = path and {"_target_": path, **arguments}
         if not inspect.isclass(imported):
             continue
-        if key == "module":
-            _follow_tree(run, imported)
         try:
             inspect.signature(imported).bind(**arguments)
         except TypeError as error:
@@ -230,15 +228,6 @@ def _insert_own_module(run: DictConfig) -> None:
                 raise UserError(
                     f"compare.{name}={path}: {error}; write +compare.{name}_args.NAME=VALUE"
                 ) from error
-
-
-def _follow_tree(run: DictConfig, module: Any) -> None:
-    """Gives a module of pytorch_lightning the Trainer and the callbacks of its own tree."""
-    if any(one.__module__.startswith("pytorch_lightning.") for one in inspect.getmro(module)):
-        for settings in (run.trainer, *run.callbacks.values()):
-            settings._target_ = re.sub(
-                r"^lightning\.(pytorch\.)?", "pytorch_lightning.", settings._target_
-            )
 
 
 def _import(path: str, option: str) -> Any:
@@ -257,33 +246,26 @@ def _import(path: str, option: str) -> Any:
 
 def _modify(composed: DictConfig, name: str) -> DictConfig:
     """A copy with the callbacks that stand for ``@cosine`` and ``@3x``, ahead of its own."""
+    run = composed.copy()
     changes: dict[str, Any] = {}
     for modifier in name.split("@")[1:]:
         rate = re.fullmatch(r"(\d*\.?\d+)x", modifier)
         if modifier == "cosine" and "cosine" not in changes:
             changes["cosine"] = {"_target_": f"{CHANGES}.CosineSchedule"}
+            run.compare.about += ", cosine schedule to zero"
         elif rate and float(rate[1]) > 0 and MULTIPLE not in changes:
             target = f"{CHANGES}.LearningRateMultiple"
             changes[MULTIPLE] = {"_target_": target, "multiple": float(rate[1])}
+            run.compare.about += f", {rate[1]} times the learning rate"
         else:
             raise UserError(
                 f"compare.variants or compare.lr_sweep: {name} has the modifier @{modifier}; write "
                 "@3x for three times the learning rate, @cosine for a cosine schedule, each once"
             )
-    run = composed.copy()
-    kept = {name: one for name, one in run.callbacks.items() if name not in LEFT_OUT}
+    kept = {key: one for key, one in run.callbacks.items() if key not in LEFT_OUT}
     with open_dict(run):
         run.callbacks = {**changes, **kept}
     return run
-
-
-def _describe(name: str, run: DictConfig) -> str:
-    _, *modifiers = name.split("@")
-    texts = [
-        "cosine schedule to zero" if one == "cosine" else f"{one[:-1]} times the learning rate"
-        for one in modifiers
-    ]
-    return ", ".join([run.compare.about, *texts])
 
 
 def _monitored(run: DictConfig) -> tuple[str, Mode]:
@@ -310,14 +292,10 @@ def _monitored(run: DictConfig) -> tuple[str, Mode]:
 
 
 def _module_attribute(run: DictConfig, name: str, default: Any) -> Any:
-    """From the source alone where it says: importing Lightning takes seconds."""
     path = run.module._target_
-    try:
+    with attribute_to(f"module._target_={path}", ImportError), suppress(AttributeError):
         return class_attribute(path, name)
-    except AttributeError:
-        return default
-    except (Unresolved, ImportError):
-        return getattr(_import(path, "module._target_"), name, default)
+    return default
 
 
 def _prepare(run: DictConfig, metric: str, *, keep_loggers: bool) -> None:

@@ -106,16 +106,6 @@ class NeedsWidth(Module):
         super().__init__(width=width)
 
 
-class _ModuleOfTheOtherTree:
-    """Stands for ``pytorch_lightning.LightningModule``, which takes seconds to import."""
-
-    __module__ = "pytorch_lightning.core.module"
-
-
-class OfTheOtherTree(_ModuleOfTheOtherTree):
-    """A module of the package ``pytorch_lightning``."""
-
-
 class Data(lightning.LightningDataModule):
     """Five batches of four rows, the same in every epoch."""
 

@@ -141,15 +141,6 @@ def test_stochastic_recipe_value_reaches_callback(
     assert made.jobs[1].settings["callbacks"]["anderson"]["stochastic"] == stochastic
 
 
-def test_own_module_other_tree_gets_its_trainer(plan: MakePlan) -> None:
-    options = ["recipe=_own", f"compare.module={OWN}.OfTheOtherTree", "compare.metric=val/loss"]
-    settings = plan("compare.seeds=1", *options, variants="ema").jobs[1].settings
-    assert settings["trainer"]["_target_"] == "pytorch_lightning.Trainer"
-    target = settings["callbacks"]["ema"]["_target_"]
-    assert target == "pytorch_lightning.callbacks.EMAWeightAveraging"
-    assert settings["data"] is None
-
-
 def own(module: str, folder: Path, *, data: str = "Data", seeds: int, epochs: int) -> list[str]:
     """Options of a comparison of a module that is no recipe, in this process."""
     return [
@@ -432,6 +423,7 @@ def test_style_variant_has_one_color_everywhere() -> None:
 
 
 MODULE = [f"compare.module={OWN}.Module", "compare.metric=val/loss"]
+OTHER_TREE = ["compare.module=pytorch_lightning.demos.boring_classes.BoringModel"]
 SWEEP = [*BURGERS, "compare.variants=[lr_sweep]"]
 
 
@@ -474,6 +466,10 @@ SWEEP = [*BURGERS, "compare.variants=[lr_sweep]"]
         ),
         (["compare.module=nowhere.Module"], r".*No module named 'nowhere'; give an import .*"),
         ([f"compare.module={OWN}.Modle", MODULE[1]], rf".*{OWN} has no Modle; give an .*"),
+        (
+            [*OTHER_TREE, MODULE[1], *ONE_RUN],
+            r"compare.module._target_=.*: is a module of pytorch_lightning; .*",
+        ),
         ([*ONE_RUN, MODULE[0]], r"compare.metric is not given: name what validation logs, .*"),
         ([*MODULE, *ONE_RUN, "+compare.module_args.depth=3"], r".*did you mean width\?"),
         ([f"compare.module={OWN}.NeedsWidth", MODULE[1]], r".*argument: 'width'; write .*"),

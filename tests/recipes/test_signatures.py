@@ -58,6 +58,14 @@ def test_class_attribute_equals_the_imported_one(recipe: str, name: str) -> None
     assert class_attribute(path, name) == getattr(get_object(path), name)
 
 
+class Expressed:
+    monitor = "/".join(("val", "loss"))
+
+
+def test_class_attribute_that_is_an_expression_is_imported() -> None:
+    assert class_attribute(f"{__name__}.Expressed", "monitor") == "val/loss"
+
+
 @pytest.mark.parametrize(
     ("path", "error", "message"),
     [
