@@ -81,7 +81,8 @@ class Model:
     def candidate(self, horizon: float) -> tuple[Vector, float, float] | None:
         """The candidate, its gain, and a bound of its rounding error; ``None`` if nothing moved."""
         options, pairs, newest = self.options, self.history.pairs(), self.history.iterates[-1]
-        starts, residuals = (np.array([x for x, _ in pairs]), np.array([y - x for x, y in pairs]))
+        starts = np.array([x for x, _ in pairs])
+        residuals = np.array([end - x for x, end in pairs])
         if not residuals.any():
             return None
         step = reference.anderson(
