@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from lightning_stableaa import AndersonAccelerator, Status, StepReport
 from lightning_stableaa.model.objective import preserve_state
 from tests.helpers.histories import iterates_of
-from tests.helpers.problems import Quadratic, accepted_steps, assert_bitwise_equal
+from tests.helpers.problems import Loop, Quadratic, accepted_steps, assert_bitwise_equal
 
 # Two residuals each, as steps of two weights.
 NOISE = [[1.0, 0.0], [0.0, 1.0]]  # independent: gain 1
@@ -189,23 +190,15 @@ def evaluate(
     *,
     stochastic: bool = False,
     **options: Any,
-) -> tuple[StepReport, Tensor, AndersonAccelerator]:
+) -> tuple[StepReport, Loop]:
     """One attempt after two given steps, between two given losses."""
     x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    optimizer = torch.optim.SGD([x], lr=1.0)
-    accelerator = AndersonAccelerator(
-        optimizer, store_every_n_steps=1, accelerate_every_n_steps=2, **options
-    )
-    report = StepReport(status=Status.NO_OPTIMIZER_STEP)
+    loop, report = Loop([x], accelerate_every_n_steps=2, **options), None
     for residual in residuals:
-        x.grad = -torch.tensor(residual, dtype=torch.float64)
-        optimizer.step()
-        losses = iter([before, before])
-        report = accelerator.step(
-            lambda losses=losses: torch.tensor(next(losses, after), dtype=torch.float64),
-            stochastic=stochastic,
-        )
-    return report, x.detach(), accelerator
+        losses = iter(torch.tensor([before, before, after], dtype=torch.float64))
+        report = loop.step(residual, loss=lambda losses=losses: next(losses), stochastic=stochastic)
+    assert report is not None
+    return report, loop
 
 
 @pytest.mark.parametrize(
@@ -233,15 +226,13 @@ def test_acceptance_status_follows_losses_and_gain(
     stochastic: bool,
     status: Status,
 ) -> None:
-    report, x, accelerator = evaluate(
-        residuals, before, after, stochastic=stochastic, regularization=1e-8
-    )
+    report, loop = evaluate(residuals, before, after, stochastic=stochastic, regularization=1e-8)
     assert report.status is status
     assert report.gain == pytest.approx(gain, abs=1e-6)  # the ridge of 1e-8 leaves that much
     assert report.stochastic is stochastic
-    assert accelerator.outcomes == {status: 1}
+    assert loop.accelerator.outcomes == {status: 1}
     own = torch.tensor(residuals, dtype=torch.float64).sum(dim=0)
-    assert torch.equal(x, own) is not report.accepted
+    assert torch.equal(loop.parameters[0], own) is not report.accepted
     if status is Status.SKIPPED_NOISE_DOMINATED:
         assert (report.loss_evaluations, report.loss_before) == (0, None)
     else:
@@ -253,15 +244,13 @@ def test_acceptance_of_a_loss_that_draws_random_numbers_is_stochastic() -> None:
     """``stochastic=False`` does not hold of a loss that draws its own samples."""
     problem, reports = Quadratic(size=4, accelerate_every_n_steps=2), []
     for step in torch.eye(4, dtype=torch.float64):
-        problem.parameters[0].grad = step
-        problem.optimizer.step()
         drawn: list[float] = []
 
         def loss(drawn: list[float] = drawn) -> Tensor:
             drawn.append(torch.rand(1).item())
             return torch.ones(())
 
-        reports.append(problem.accelerator.step(loss, stochastic=False))
+        reports.append(problem.step(step, loss=loss, stochastic=False))
         assert len(set(drawn)) <= 1  # every evaluation sees the same random numbers
     # seen in the first evaluation, and what it shows counts beforehand from then on
     assert problem.accelerator.outcomes == {
@@ -272,21 +261,19 @@ def test_acceptance_of_a_loss_that_draws_random_numbers_is_stochastic() -> None:
 
 
 def test_acceptance_without_safeguard_takes_every_finite_candidate_unevaluated() -> None:
-    report, _, accelerator = evaluate(NOISE, math.nan, math.nan, safeguard="none")
+    report, loop = evaluate(NOISE, math.nan, math.nan, safeguard="none")
     assert (report.status, report.loss_before, report.horizon) == (Status.ACCEPTED, None, 0.0)
-    assert accelerator.loss_evaluations == 0
+    assert loop.accelerator.loss_evaluations == 0
 
 
 def test_acceptance_of_a_maximizing_optimizer_raises_the_loss() -> None:
+    maximize = functools.partial(torch.optim.SGD, maximize=True)
     x = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([x], lr=1.0, maximize=True)
-    accelerator = AndersonAccelerator(optimizer, store_every_n_steps=1, accelerate_every_n_steps=2)
-    statuses = []
-    for sign in (1.0, 1.0, -1.0, -1.0):
-        x.grad = torch.tensor([1.0, 0.0])
-        optimizer.step()
-        report = accelerator.step(lambda sign=sign: sign * x.sum(), stochastic=False)
-        statuses.append(report.status)
+    loop = Loop([x], make_optimizer=maximize, accelerate_every_n_steps=2)
+    statuses = [
+        loop.step([-1.0, 0.0], loss=lambda sign=sign: sign * x.sum(), stochastic=False).status
+        for sign in (1.0, 1.0, -1.0, -1.0)
+    ]
     assert statuses[1::2] == [Status.ACCEPTED, Status.REJECTED_LOSS_INCREASE]
 
 
@@ -372,19 +359,11 @@ def test_non_finite_weights_clear_the_history_and_acceleration_resumes() -> None
 def test_candidate_beyond_the_precision_of_the_weights_rejects(safeguard: Any) -> None:
     """Of float16 beside float32, in which the candidate is formed."""
     x, other = nn.Parameter(torch.tensor([-5e4, 5e4]).half()), nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.SGD([other, x], lr=1.0)
-    accelerator = AndersonAccelerator(
-        optimizer,
-        store_every_n_steps=1,
-        accelerate_every_n_steps=2,
-        regularization=1e-8,
-        safeguard=safeguard,
-    )
-    reports = []
-    for step in (5e4 / 15, 5e4 / 16):  # nearly equal steps: the extrapolation goes far
-        x.grad = torch.tensor([step, -step]).half()
-        optimizer.step()
-        reports.append(accelerator.step(lambda: -x.float()[1], stochastic=False))
+    options: Any = {"regularization": 1e-8, "safeguard": safeguard}
+    loop = Loop([x, other], lambda: -x.float()[1], accelerate_every_n_steps=2, **options)
+    reports = [  # nearly equal steps: the extrapolation goes far
+        loop.step([-step, step], stochastic=False) for step in (5e4 / 15, 5e4 / 16)
+    ]
     rejected = Status.REJECTED_NON_FINITE_CANDIDATE
     assert [one.status for one in reports] == [Status.STORED, rejected]
     assert bool(x.isfinite().all())
@@ -404,66 +383,45 @@ class MasterWeights(torch.optim.SGD):
 
 def test_optimizer_with_master_weights_disables_before_a_candidate_is_lost() -> None:
     x = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    optimizer = MasterWeights([x], lr=0.1)
-    accelerator = AndersonAccelerator(optimizer, store_every_n_steps=1, accelerate_every_n_steps=2)
-    own, reports = [], []
-    for _ in range(2):
-        x.grad = x.detach().clone()
-        optimizer.step()
-        own.append(x.detach().clone())
-        reports.append(accelerator.step(lambda: x.float().square().sum(), stochastic=False))
-    assert [one.status for one in reports] == [Status.STORED, Status.DISABLED]
-    assert not reports[1].accepted
-    assert accelerator.disabled is not None
-    assert accelerator.disabled.endswith("use an optimizer without master weights")
-    assert torch.equal(x, own[1])
+    options: Any = {"make_optimizer": MasterWeights, "learning_rate": 0.1}
+    loop = Loop([x], lambda: x.float().square().sum(), **options)
+    loop.run(2)
+    loop.train_step()
+    own, report = x.detach().clone(), loop.accelerator.step(loop.loss, stochastic=False)
+    assert (report.status, report.accepted) == (Status.DISABLED, False)
+    assert str(loop.accelerator.disabled).endswith("use an optimizer without master weights")
+    assert torch.equal(x, own)
 
 
 # --- parameters of every kind ---
 
 
 def test_complex_weights_move_as_their_real_and_imaginary_parts() -> None:
-    def minimise(x: nn.Parameter) -> AndersonAccelerator:
-        optimizer = torch.optim.SGD([x], lr=0.5)
-        accelerator = AndersonAccelerator(
-            optimizer, store_every_n_steps=1, accelerate_every_n_steps=3
-        )
+    def minimise(x: nn.Parameter) -> Any:
         scale = torch.tensor([[1.0, 0.5], [0.1, 0.02]], dtype=torch.float64)
 
         def loss() -> Tensor:
-            parts = torch.view_as_real(x) if x.is_complex() else x
-            return (scale * parts.square()).sum()
+            return (scale * (torch.view_as_real(x) if x.is_complex() else x).square()).sum()
 
-        for _ in range(9):
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
-            accelerator.step(loss, stochastic=False)
-        return accelerator
+        loop = Loop([x], loss, learning_rate=0.5)
+        loop.run(9, stochastic=False)
+        return loop.accelerator.outcomes
 
     parts = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     x, y = nn.Parameter(torch.view_as_complex(parts.clone())), nn.Parameter(parts.clone())
-    assert minimise(x).outcomes == minimise(y).outcomes == {Status.ACCEPTED: 3}
+    assert minimise(x) == minimise(y) == {Status.ACCEPTED: 3}
     assert torch.equal(torch.view_as_real(x.detach()), y.detach())
 
 
 def test_lazy_module_is_accelerated_from_its_first_step_on() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 1))
-        x = torch.randn(8, 3)
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        accelerator = AndersonAccelerator(
-            optimizer, store_every_n_steps=1, accelerate_every_n_steps=3, safeguard="none"
-        )
-        reports = []
-        for _ in range(6):
-            optimizer.zero_grad()
-            module(x).square().mean().backward()
-            optimizer.step()
-            reports.append(accelerator.step())
-    assert accepted_steps(reports) == [3, 6]
-    assert accelerator.state_dict()["iterates"]["rows"].shape[1] == 3 * 4 + 4 + 4 + 1
+        module, x = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(8, 3)
+        loss = lambda: module(x).square().mean()  # noqa: E731
+        loop = Loop(module.parameters(), loss, learning_rate=0.1, safeguard="none")
+        assert accepted_steps(loop.run(6)) == [3, 6]
+    rows = loop.accelerator.state_dict()["iterates"]["rows"]
+    assert rows.shape[1] == 3 * 4 + 4 + 4 + 1
 
 
 def test_optimizers_in_turns_keep_the_parameters_that_are_frozen_meanwhile() -> None:
@@ -490,25 +448,23 @@ def test_optimizers_in_turns_keep_the_parameters_that_are_frozen_meanwhile() -> 
 def test_changed_parameters_restart_the_history(change: str) -> None:
     weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
     weights[1].requires_grad_(change != "unfrozen")
-    optimizer = torch.optim.SGD(weights, lr=0.1)
-    accelerator = AndersonAccelerator(
-        optimizer, store_every_n_steps=1, accelerate_every_n_steps=100, safeguard="none"
+    loop = Loop(
+        weights,
+        lambda: torch.stack([one.square().sum() for one in weights]).sum(),
+        learning_rate=0.1,
+        accelerate_every_n_steps=100,
     )
-    statuses = []
-    for step in range(6):
-        if step == 3 and change == "replaced":
-            weights[1].data = weights[1].detach().clone()
-        elif step == 3:
-            weights[1].requires_grad_(change == "unfrozen")
-            weights[1].grad = None
-        optimizer.zero_grad()
-        torch.stack([one.square().sum() for one in weights]).sum().backward()
-        optimizer.step()
-        statuses.append(accelerator.step().status)
+    statuses = [one.status for one in loop.run(3)]
+    if change == "replaced":
+        weights[1].data = weights[1].detach().clone()
+    else:
+        weights[1].requires_grad_(change == "unfrozen")
+        weights[1].grad = None
+    statuses += [one.status for one in loop.run(3)]
     assert statuses == [Status.STORED] * 3 + [Status.PARAMETERS_CHANGED] + [Status.STORED] * 2
     elements = 2 if change == "frozen" else 5
-    assert iterates_of(accelerator.state_dict()["iterates"]).shape == (3, elements)
-    assert accelerator.outcomes[Status.PARAMETERS_CHANGED] == 1
+    assert iterates_of(loop.accelerator.state_dict()["iterates"]).shape == (3, elements)
+    assert loop.accelerator.outcomes[Status.PARAMETERS_CHANGED] == 1
 
 
 # --- errors ---
