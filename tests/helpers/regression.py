@@ -165,14 +165,20 @@ def capped(**options: Any) -> AndersonCallback:
 
 
 def assert_plain_run(
-    callback: Any, make_module: Callable[[], Any], loader: Any = None, **options: Any
+    callback: Any,
+    make_module: Callable[[], Any],
+    loader: Any = None,
+    *,
+    beside: Iterable[Any] = (),
+    **options: Any,
 ) -> Any:
-    """A fit beside the callback ends bitwise as the one without it; the Trainer of the former."""
+    """A fit with the callback ends bitwise as the one without it; the Trainer of the former."""
     ends, trainer = [], None
     for callbacks in ([], [callback]):
         torch.manual_seed(7)
         module = make_module()
-        trainer = fit(module, batches() if loader is None else loader, *callbacks, **options)
+        data = batches() if loader is None else loader
+        trainer = fit(module, data, *callbacks, *beside, **options)
         ends.append(end_of(trainer, module))
     assert_bitwise_equal(ends[1], ends[0])
     return trainer
