@@ -121,8 +121,11 @@ def averagings() -> dict[str, Any]:
 
 
 @needs_averaging
-@pytest.mark.parametrize("val_check_interval", [1.0, 3], ids=["epochs", "within epochs"])
-@pytest.mark.parametrize("name", ["WeightAveraging", "EMAWeightAveraging"])
+@pytest.mark.parametrize(
+    ("name", "val_check_interval"),
+    [("WeightAveraging", 1.0), ("EMAWeightAveraging", 3)],
+    ids=["epochs", "within epochs"],
+)
 def test_weight_averaging_evaluates_averages_of_accelerated_training(
     name: str, val_check_interval: Any, tmp_path: Path
 ) -> None:
