@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
 from lightning_stableaa import AndersonAccelerator, Status, StepReport
 from lightning_stableaa.model.objective import preserve_state
@@ -101,59 +102,41 @@ def test_loss_evaluations_three_in_two_self_checks_and_two_afterwards(stochastic
 # --- what it leaves untouched ---
 
 
-class Normalised(nn.Module):
-    """Buffers that move with every forward pass, and random numbers of three generators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.layers = nn.Sequential(
-                nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1)
-            )
-            self.batch = torch.randn(16, 3)
-
-    def loss(self) -> Tensor:
-        scale = 1 + 0.1 * (random.random() + np.random.random())
-        error = self.layers(self.batch) - self.batch.sum(dim=1, keepdim=True)
-        return scale * error.square().mean()
-
-
-def train_normalised(steps: int, options: dict[str, Any] | None) -> tuple[Any, Any]:
-    """State of the module and of the generators after so many steps, and the accelerator."""
+def train_with_rejections(*, accelerated: bool) -> tuple[Loop, Any]:
+    """40 steps with buffers that move, random numbers of three generators, and their state."""
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(1)
-    module = Normalised()
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
-    accelerator = None if options is None else AndersonAccelerator(optimizer, **options)
+    layers = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1)
+    module, x, start = nn.Sequential(*layers), torch.randn(16, 3), torch.zeros(())
 
-    def distance(start: list[Tensor]) -> Tensor:
+    def loss() -> Tensor:
+        scale = 1 + 0.1 * (random.random() + np.random.random())
+        return scale * (module(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+    def distance() -> Tensor:
         with preserve_state(module):
-            module.loss()
-        pairs = zip(module.parameters(), start, strict=True)
-        return torch.stack([(one - other).square().sum() for one, other in pairs]).sum()
+            loss()
+        return (parameters_to_vector(module.parameters()) - start).square().sum()
 
-    for _ in range(steps):
-        optimizer.zero_grad()
-        module.loss().backward()
-        optimizer.step()
-        if accelerator is not None:
-            start = [one.detach().clone() for one in module.parameters()]
-            accelerator.step(lambda start=start: distance(start))
+    options: Any = {"make_optimizer": torch.optim.Adam, "learning_rate": 0.02}
+    loop = Loop(module.parameters(), loss, **options, accelerate_every_n_steps=2)
+    for _ in range(40):
+        loop.train_step()
+        start = parameters_to_vector(module.parameters()).detach()
+        if accelerated:
+            loop.accelerator.step(distance)
     drawn = torch.rand(1).item(), random.random(), np.random.random()
     gradients = [one.grad for one in module.parameters()]
-    return (module.state_dict(), gradients, optimizer.state_dict(), drawn), accelerator
+    return loop, (module.state_dict(), gradients, loop.optimizer.state_dict(), drawn)
 
 
 def test_run_without_accepted_candidate_is_bitwise_the_plain_run() -> None:
-    options = {"store_every_n_steps": 1, "accelerate_every_n_steps": 2}
-    plain, _ = train_normalised(40, None)
-    observed, accelerator = train_normalised(40, options)
+    _, plain = train_with_rejections(accelerated=False)
+    loop, observed = train_with_rejections(accelerated=True)
     assert_bitwise_equal(observed, plain)
-    assert accelerator.attempted == 20
-    increases = accelerator.outcomes[Status.REJECTED_LOSS_INCREASE]
+    increases = loop.accelerator.outcomes[Status.REJECTED_LOSS_INCREASE]
     # the loss draws random numbers: noise-dominated residuals are skipped without an evaluation
-    assert increases + accelerator.outcomes[Status.SKIPPED_NOISE_DOMINATED] == 20
+    assert increases + loop.accelerator.outcomes[Status.SKIPPED_NOISE_DOMINATED] == 20
     assert increases >= 2
 
 
