@@ -16,14 +16,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
 
 from tests.helpers.problems import assert_bitwise_equal
 from tests.helpers.regression import (
+    Alternates,
     Record,
     Reports,
     Steered,
-    Steering,
     Validated,
     anderson,
     assert_plain_run,
@@ -48,22 +47,11 @@ def _empty_working_folder(
     monkeypatch.chdir(tmp_path_factory.mktemp("working"))
 
 
-class Program(Validated):
-    """Accepts every second candidate, by the steering."""
+class Program(Steered, Validated):
+    """Accepts every second candidate."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.steering = Alternates()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        return loss + self.steering.offset if self.steering.at_candidate(self) else loss
-
-
-class Alternates(Steering):
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module)
-        self.offset = -1e3 if trainer.global_step % 4 == 2 else 1e3
+        super().__init__(steering=Alternates(4, at=2))
 
 
 def run(order: Iterable[Any], *, epochs: int = 3, **options: Any) -> dict[str, Any]:

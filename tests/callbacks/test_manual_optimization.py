@@ -6,7 +6,7 @@ from typing import Any
 import lightning.pytorch
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import mse_loss, softplus
 
 from tests.helpers.regression import (
@@ -249,22 +249,25 @@ def test_manual_step_without_one_loss_is_left_alone_with_one_warning(
     assert sum("is off" in one for one in sentences) == 1
 
 
-class Leaves(Manual):
+class Leaves(Several):
     """Raises at candidates, between toggle_optimizer and untoggle_optimizer."""
 
-    def step(self, optimizer: Any, batch: Any) -> None:
-        callbacks: Any = self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
-        if any(isinstance(one, Steering) and one.at_candidate(self) for one in callbacks):
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.ModuleList([self.first, self.second])
+        self.steering = Steering()
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer, _ = self.optimizers()  # pyright: ignore[reportGeneralTypeIssues]
+        at_candidate = self.steering.at_candidate(self)
+        self.toggle_optimizer(optimizer)
+        if at_candidate:
             raise RuntimeError("outside of the domain")
-        super().step(optimizer, batch)
+        self.untoggle_optimizer(optimizer)
+        super().training_step(batch, batch_idx)
 
 
 def test_error_at_a_candidate_leaves_no_parameter_toggled() -> None:
-    def make_module() -> Any:
-        module: Any = Leaves("toggled")
-        module.steering = Steering()
-        return module
-
     callback = anderson()
-    assert_plain_run(callback, make_module, max_epochs=STEPS)
+    assert_plain_run(callback, Leaves, max_epochs=STEPS)
     assert outcomes(callback)["rejected_error"] >= 5

@@ -18,9 +18,9 @@ from tests.helpers.problems import assert_bitwise_equal
 from tests.helpers.ranks import Ranks
 from tests.helpers.regression import (
     INPUTS,
+    Alternates,
     Record,
     Steered,
-    Steering,
     anderson,
     batches,
     counters,
@@ -40,22 +40,14 @@ pytestmark = pytest.mark.filterwarnings(
 KEY = "AndersonCallback"
 
 
-class Alternates(Steering):
-    """Accepts, then rejects, by the step: the candidates of 6, 18 and 30."""
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module)
-        self.offset = -1e3 if trainer.global_step % 12 == 6 else 1e3
-
-
 class Stepwise(Steered):
-    """Batch and random numbers belong to the step; batch normalisation is state of its own."""
+    """Batch and random numbers belong to the step; the candidates of 6, 18 and 30 are accepted."""
 
     def __init__(self, make_optimizer: Any = None) -> None:
         layers = [nn.Linear(INPUTS, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.1)]
         adam = lambda p: torch.optim.Adam(p, lr=1e-3)  # noqa: E731
         net = network(*layers, nn.Linear(8, 1))
-        super().__init__(net, make_optimizer or adam, steering=Alternates())
+        super().__init__(net, make_optimizer or adam, steering=Alternates(12, at=6))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         generator = torch.Generator().manual_seed(self.global_step)

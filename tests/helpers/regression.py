@@ -124,6 +124,18 @@ class Steering(Callback):
         )
 
 
+class Alternates(Steering):
+    """Accepts the candidates of every so many steps, and rejects the others."""
+
+    def __init__(self, every: int, *, at: int) -> None:
+        super().__init__()
+        self.every, self.at = every, at
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module)
+        self.offset = -1e3 if trainer.global_step % self.every == self.at else 1e3
+
+
 class Steered(Regression):
     """Its training_step is evaluated, and the steering decides."""
 
