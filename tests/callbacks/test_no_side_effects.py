@@ -144,7 +144,10 @@ class Program(Regression):
         self.loader = DataLoader(TensorDataset(torch.arange(8)), shuffle=True, generator=generator)
 
     def configure_optimizers(self) -> Any:
-        return self.make_optimizer([*self.network.parameters(), self.book])
+        optimizer = self.make_optimizer([*self.network.parameters(), self.book])
+        if "step_of_schedule" not in self.effects:  # by which the optimizer would be reached too
+            return optimizer
+        return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.99)]
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         offset = self.steering.offset if self.steering.at_candidate(self) else 0.0
@@ -275,6 +278,12 @@ def step_of_own(module: Any, _: Any) -> float:
     return scale.item()
 
 
+def step_of_schedule(module: Any, _: Any) -> str:
+    schedule = module.lr_schedulers()
+    schedule.step()
+    return f"{schedule.last_epoch} {schedule.get_last_lr()}"
+
+
 def of_trainer(module: Any, _: Any) -> float:
     trainer = module.trainer
     trainer.seen = getattr(trainer, "seen", 0) + 1
@@ -325,8 +334,8 @@ EFFECTS: dict[str, Callable[[Any, Any], Any]] = {
     for one in (
         *(momentum_encoder, containers, modes, metrics, globals_and_classes),
         *(numbers_of_numpy_in_globals, modules_of_a_project, objects, attributes_of_layers),
-        *(tensor_of_inference_mode, traced_statistics, replaced_codes, step_of_own, of_trainer),
-        *(files, gradient_of_the_inputs, slope_of_the_network),
+        *(tensor_of_inference_mode, traced_statistics, replaced_codes, step_of_own),
+        *(step_of_schedule, of_trainer, files, gradient_of_the_inputs, slope_of_the_network),
     )
 }
 
@@ -583,8 +592,8 @@ def test_evaluations_log_nothing_by_any_way_and_keep_what_callbacks_log(
         rows, own = [Rows(), Unregistered(), Registered()], OwnLogger()
         board = TensorBoardLogger(tmp_path / f"{len(callbacks)}", version="same")
         around = [LogsBeside("before"), *callbacks, LogsBeside("after")]
-        options = {"max_epochs": 2, "log_every_n_steps": 1, "profiler": log["profiler"]}
-        fit(log["module"], batches(4), *around, logger=[*rows, own, board], **options)
+        options = {"max_epochs": 8, "log_every_n_steps": 1, "profiler": log["profiler"]}
+        fit(log["module"], batches(), *around, logger=[*rows, own, board], **options)
         events = event_accumulator.EventAccumulator(board.log_dir).Reload()
         return {
             "rows": [one.rows for one in rows],

@@ -270,9 +270,10 @@ def cell_of(function: Any) -> Any:
     return function.__closure__[0].cell_contents
 
 
-def default(*, store: list[Any]) -> Callable[..., None]:
-    def stored(store: list[Any] = store, *, other: list[Any] = store) -> None:
-        store.append(other)
+def with_defaults(first: list[int], second: list[int]) -> Callable[..., None]:
+    def stored(one: list[int] = first, *, other: list[int] = second) -> None:
+        one.append(1)
+        other.append(1)
 
     return stored
 
@@ -330,10 +331,10 @@ CASES: dict[str, tuple[Any, ...]] = {
         lambda v: setattr(v, "calls", 1),
         lambda v: hasattr(v, "calls"),
     ),
-    "default of a function": (
-        lambda: default(store=[]),
+    "defaults of a function": (
+        lambda: with_defaults([], []),
         lambda v: v(),
-        lambda v: len(v.__defaults__[0]),
+        lambda v: repr([v.__defaults__, v.__kwdefaults__]),
     ),
     "global": (lambda: count_globally, lambda v: v(), lambda _: CALLS),
     "number of a class": (Counts, lambda v: v(), lambda _: Counts.calls),
