@@ -188,8 +188,8 @@ SUMMARIES: list[tuple[dict[Status, int], int, Status | None]] = [
     ({ERROR: 2, INCREASE: 2}, logging.INFO, None),
     ({ERROR: 5}, logging.WARNING, ERROR),
     ({ERROR: 3, INCREASE: 2}, logging.WARNING, ERROR),
-    ({ERROR: 5, Status.ACCEPTED: 1}, logging.WARNING, ERROR),
-    ({ERROR: 4, Status.ACCEPTED: 2}, logging.INFO, None),  # from a quarter on
+    ({ERROR: 4, Status.ACCEPTED: 1}, logging.WARNING, ERROR),
+    ({ERROR: 6, Status.ACCEPTED: 2}, logging.INFO, None),  # from a quarter on
 ]
 
 

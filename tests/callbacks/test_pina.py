@@ -74,10 +74,10 @@ def test_run_without_accepted_candidate_is_bitwise_the_plain_run(
     """Without attempts, and with steps capped to nothing, whatever else was evaluated."""
     never = AndersonCallback(warmup_steps=10**9)
     capped = AndersonCallback(max_extrapolation=1e-30, stochastic=False)
-    plain = fit(solver_of(kind), steps=65, batch=batch)
-    for callback, attempted in ((never, 0), (capped, 3)):
-        assert_bitwise_equal(fit(solver_of(kind), callback, steps=65, batch=batch), plain)
-        assert counters(callback)["optimizer_steps"] == 65
+    plain = fit(solver_of(kind), steps=45, batch=batch)
+    for callback, attempted in ((never, 0), (capped, 2)):
+        assert_bitwise_equal(fit(solver_of(kind), callback, steps=45, batch=batch), plain)
+        assert counters(callback)["optimizer_steps"] == 45
         assert counters(callback)["attempted"] == attempted
         assert counters(callback)["accepted"] == 0
         assert callback.state_dict()["disabled"] is None  # the loss repeats itself
