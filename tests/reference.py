@@ -45,13 +45,18 @@ def mixing_coefficients(residuals: Sequence[Vector], regularization: float | Non
     rows = np.array([residuals[j] for j in moved])
     gram = rows @ rows.T
     mean_square = np.trace(gram) / len(moved)
-    if regularization is None:
-        regularization = REGULARIZATION * noise(residuals)
-    ridge = max(regularization, len(moved) * EPS) * mean_square
-    z = np.linalg.solve(gram + ridge * np.eye(len(moved)), np.ones(len(moved)))
+    shift = ridge(residuals, regularization) * mean_square
+    z = np.linalg.solve(gram + shift * np.eye(len(moved)), np.ones(len(moved)))
     alpha = np.zeros(len(residuals))
     alpha[moved] = z / z.sum()
     return alpha
+
+
+def ridge(residuals: Sequence[Vector], regularization: float | None) -> float:
+    """lambda of equation (3), with a floor for residuals that depend on each other."""
+    if regularization is None:
+        regularization = REGULARIZATION * noise(residuals)
+    return max(regularization, sum(r.any() for r in residuals) * EPS)
 
 
 def noise(residuals: Sequence[Vector]) -> float:

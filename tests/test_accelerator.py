@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -11,15 +12,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 
-from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
+from lightning_stableaa import AndersonAccelerator, Status, StepReport
 from lightning_stableaa.model.objective import preserve_state
 from tests.helpers.histories import iterates_of
-from tests.helpers.problems import (
-    Quadratic,
-    accepted_steps,
-    assert_bitwise_equal,
-)
+from tests.helpers.problems import Loop, Quadratic, accepted_steps, assert_bitwise_equal
 
 # Two residuals each, as steps of two weights.
 NOISE = [[1.0, 0.0], [0.0, 1.0]]  # independent: gain 1
@@ -82,25 +80,6 @@ def test_schedule_statuses_count_optimizer_steps() -> None:
     assert accelerator.outcomes == {Status.ACCEPTED: 2}
 
 
-def test_step_counter_ignores_steps_without_gradient_and_those_grad_scaler_skips() -> None:
-    problem = Quadratic(accelerate_every_n_steps=100)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    statuses = []
-    for kind in ("step", "no gradient", "overflow", "step", "step"):
-        problem.optimizer.zero_grad()
-        if kind != "no gradient":
-            scaler.scale(problem.loss() * (math.inf if kind == "overflow" else 1.0)).backward()
-            scaler.step(problem.optimizer)
-            scaler.update()
-        else:
-            problem.optimizer.step()
-        statuses.append(problem.accelerator.step(problem.loss).status)
-    skipped = Status.NO_OPTIMIZER_STEP
-    assert statuses == [Status.STORED, skipped, skipped, Status.STORED, Status.STORED]
-    assert problem.accelerator.optimizer_steps == 3
-    assert len(iterates_of(problem.accelerator.state_dict()["iterates"])) == 4
-
-
 def test_step_counter_detached_accelerator_sees_no_steps() -> None:
     problem = Quadratic(safeguard="none")
     problem.accelerator.detach()
@@ -123,78 +102,42 @@ def test_loss_evaluations_three_in_two_self_checks_and_two_afterwards(stochastic
 # --- what it leaves untouched ---
 
 
-class Normalised(nn.Module):
-    """Buffers that move with every forward pass, and random numbers of three generators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.layers = nn.Sequential(
-                nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1)
-            )
-            self.batch = torch.randn(16, 3)
-
-    def loss(self) -> Tensor:
-        scale = 1 + 0.1 * (random.random() + np.random.random())
-        error = self.layers(self.batch) - self.batch.sum(dim=1, keepdim=True)
-        return scale * error.square().mean()
-
-
-def train_normalised(steps: int, options: dict[str, Any] | None) -> tuple[Any, Any]:
-    """State of the module and of the generators after so many steps, and the accelerator."""
+def train_with_rejections(*, accelerated: bool) -> tuple[Loop, Any]:
+    """40 steps with buffers that move, random numbers of three generators, and their state."""
     for seed in (torch.manual_seed, random.seed, np.random.seed):
         seed(1)
-    module = Normalised()
-    optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
-    accelerator = None if options is None else AndersonAccelerator(optimizer, **options)
+    layers = nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1)
+    module, x, start = nn.Sequential(*layers), torch.randn(16, 3), torch.zeros(())
 
-    def distance(start: list[Tensor]) -> Tensor:
+    def loss() -> Tensor:
+        scale = 1 + 0.1 * (random.random() + np.random.random())
+        return scale * (module(x) - x.sum(dim=1, keepdim=True)).square().mean()
+
+    def distance() -> Tensor:
         with preserve_state(module):
-            module.loss()
-        pairs = zip(module.parameters(), start, strict=True)
-        return torch.stack([(one - other).square().sum() for one, other in pairs]).sum()
+            loss()
+        return (parameters_to_vector(module.parameters()) - start).square().sum()
 
-    for _ in range(steps):
-        optimizer.zero_grad()
-        module.loss().backward()
-        optimizer.step()
-        if accelerator is not None:
-            start = [one.detach().clone() for one in module.parameters()]
-            accelerator.step(lambda start=start: distance(start))
+    options: Any = {"make_optimizer": torch.optim.Adam, "learning_rate": 0.02}
+    loop = Loop(module.parameters(), loss, **options, accelerate_every_n_steps=2)
+    for _ in range(40):
+        loop.train_step()
+        start = parameters_to_vector(module.parameters()).detach()
+        if accelerated:
+            loop.accelerator.step(distance)
     drawn = torch.rand(1).item(), random.random(), np.random.random()
     gradients = [one.grad for one in module.parameters()]
-    return (module.state_dict(), gradients, optimizer.state_dict(), drawn), accelerator
+    return loop, (module.state_dict(), gradients, loop.optimizer.state_dict(), drawn)
 
 
-@pytest.mark.parametrize(
-    ("options", "rejected"),
-    [
-        ({"store_every_n_steps": 1, "accelerate_every_n_steps": 2}, 20),
-        ({"store_every_n_steps": 2, "accelerate_every_n_steps": 4, "warmup_steps": 100}, 0),
-        (
-            {
-                "store_every_n_steps": 2,
-                "accelerate_every_n_steps": 4,
-                "warmup_steps": 100,
-                "smoothing": Smoothing(rsd_threshold=0.0),
-            },
-            0,
-        ),
-    ],
-    ids=["rejected", "warmup", "averages"],
-)
-def test_run_without_accepted_candidate_is_bitwise_the_plain_run(
-    options: dict[str, Any], rejected: int
-) -> None:
-    plain, _ = train_normalised(40, None)
-    observed, accelerator = train_normalised(40, options)
+def test_run_without_accepted_candidate_is_bitwise_the_plain_run() -> None:
+    _, plain = train_with_rejections(accelerated=False)
+    loop, observed = train_with_rejections(accelerated=True)
     assert_bitwise_equal(observed, plain)
-    assert accelerator.attempted == rejected
-    increases = accelerator.outcomes[Status.REJECTED_LOSS_INCREASE]
+    increases = loop.accelerator.outcomes[Status.REJECTED_LOSS_INCREASE]
     # the loss draws random numbers: noise-dominated residuals are skipped without an evaluation
-    assert increases + accelerator.outcomes[Status.SKIPPED_NOISE_DOMINATED] == rejected
-    assert increases >= min(rejected, 2)
+    assert increases + loop.accelerator.outcomes[Status.SKIPPED_NOISE_DOMINATED] == 20
+    assert increases >= 2
 
 
 def test_loss_error_of_the_user_leaves_the_weights_and_the_accelerator_usable() -> None:
@@ -230,23 +173,15 @@ def evaluate(
     *,
     stochastic: bool = False,
     **options: Any,
-) -> tuple[StepReport, Tensor, AndersonAccelerator]:
+) -> tuple[StepReport, Loop]:
     """One attempt after two given steps, between two given losses."""
     x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    optimizer = torch.optim.SGD([x], lr=1.0)
-    accelerator = AndersonAccelerator(
-        optimizer, store_every_n_steps=1, accelerate_every_n_steps=2, **options
-    )
-    report = StepReport(status=Status.NO_OPTIMIZER_STEP)
+    loop, report = Loop([x], accelerate_every_n_steps=2, **options), None
     for residual in residuals:
-        x.grad = -torch.tensor(residual, dtype=torch.float64)
-        optimizer.step()
-        losses = iter([before, before])
-        report = accelerator.step(
-            lambda losses=losses: torch.tensor(next(losses, after), dtype=torch.float64),
-            stochastic=stochastic,
-        )
-    return report, x.detach(), accelerator
+        losses = iter(torch.tensor([before, before, after], dtype=torch.float64))
+        report = loop.step(residual, loss=lambda losses=losses: next(losses), stochastic=stochastic)
+    assert report is not None
+    return report, loop
 
 
 @pytest.mark.parametrize(
@@ -274,15 +209,13 @@ def test_acceptance_status_follows_losses_and_gain(
     stochastic: bool,
     status: Status,
 ) -> None:
-    report, x, accelerator = evaluate(
-        residuals, before, after, stochastic=stochastic, regularization=1e-8
-    )
+    report, loop = evaluate(residuals, before, after, stochastic=stochastic, regularization=1e-8)
     assert report.status is status
     assert report.gain == pytest.approx(gain, abs=1e-6)  # the ridge of 1e-8 leaves that much
     assert report.stochastic is stochastic
-    assert accelerator.outcomes == {status: 1}
+    assert loop.accelerator.outcomes == {status: 1}
     own = torch.tensor(residuals, dtype=torch.float64).sum(dim=0)
-    assert torch.equal(x, own) is not report.accepted
+    assert torch.equal(loop.parameters[0], own) is not report.accepted
     if status is Status.SKIPPED_NOISE_DOMINATED:
         assert (report.loss_evaluations, report.loss_before) == (0, None)
     else:
@@ -294,15 +227,13 @@ def test_acceptance_of_a_loss_that_draws_random_numbers_is_stochastic() -> None:
     """``stochastic=False`` does not hold of a loss that draws its own samples."""
     problem, reports = Quadratic(size=4, accelerate_every_n_steps=2), []
     for step in torch.eye(4, dtype=torch.float64):
-        problem.parameters[0].grad = step
-        problem.optimizer.step()
         drawn: list[float] = []
 
         def loss(drawn: list[float] = drawn) -> Tensor:
             drawn.append(torch.rand(1).item())
             return torch.ones(())
 
-        reports.append(problem.accelerator.step(loss, stochastic=False))
+        reports.append(problem.step(step, loss=loss, stochastic=False))
         assert len(set(drawn)) <= 1  # every evaluation sees the same random numbers
     # seen in the first evaluation, and what it shows counts beforehand from then on
     assert problem.accelerator.outcomes == {
@@ -313,84 +244,80 @@ def test_acceptance_of_a_loss_that_draws_random_numbers_is_stochastic() -> None:
 
 
 def test_acceptance_without_safeguard_takes_every_finite_candidate_unevaluated() -> None:
-    report, _, accelerator = evaluate(NOISE, math.nan, math.nan, safeguard="none")
+    report, loop = evaluate(NOISE, math.nan, math.nan, safeguard="none")
     assert (report.status, report.loss_before, report.horizon) == (Status.ACCEPTED, None, 0.0)
-    assert accelerator.loss_evaluations == 0
+    assert loop.accelerator.loss_evaluations == 0
 
 
 def test_acceptance_of_a_maximizing_optimizer_raises_the_loss() -> None:
+    maximize = functools.partial(torch.optim.SGD, maximize=True)
     x = nn.Parameter(torch.zeros(2))
-    optimizer = torch.optim.SGD([x], lr=1.0, maximize=True)
-    accelerator = AndersonAccelerator(optimizer, store_every_n_steps=1, accelerate_every_n_steps=2)
-    statuses = []
-    for sign in (1.0, 1.0, -1.0, -1.0):
-        x.grad = torch.tensor([1.0, 0.0])
-        optimizer.step()
-        report = accelerator.step(lambda sign=sign: sign * x.sum(), stochastic=False)
-        statuses.append(report.status)
+    loop = Loop([x], make_optimizer=maximize, accelerate_every_n_steps=2)
+    statuses = [
+        loop.step([-1.0, 0.0], loss=lambda sign=sign: sign * x.sum(), stochastic=False).status
+        for sign in (1.0, 1.0, -1.0, -1.0)
+    ]
     assert statuses[1::2] == [Status.ACCEPTED, Status.REJECTED_LOSS_INCREASE]
 
 
 # --- what is not finite, or not repeatable ---
 
 
-@pytest.mark.parametrize("raises_at", [0, 2], ids=["weights", "candidate"])
-def test_loss_that_raises_rejects(raises_at: int) -> None:
+def outside_of_domain() -> Tensor:
+    raise ArithmeticError("negative density")
+
+
+AGAIN = "the loss cannot be evaluated again, and raised"
+
+
+@pytest.mark.parametrize(
+    ("fault", "attempts_before", "reason"),
+    [
+        # called twice at the weights, then at the candidate
+        (lambda call, loss: outside_of_domain() if call == 0 else loss, 0, None),
+        (lambda call, loss: outside_of_domain() if call == 2 else loss, 0, None),
+        (lambda *_: outside_of_domain(), 2, None),  # the loss has proved to be usable
+        (
+            lambda *_: outside_of_domain(),
+            0,
+            f"{AGAIN} ArithmeticError: negative density; define anderson_loss(",
+        ),
+        (
+            lambda *_: None,
+            0,
+            f"{AGAIN} ValueError: the loss must be a single number, got None: ret",
+        ),
+        (lambda call, loss: loss + call, 0, "two losses of the same batch at the same weights di"),
+    ],
+    ids=["at the weights", "at the candidate", "later", "always", "none", "not repeatable"],
+)
+def test_loss_at_fault_rejects_or_disables_with_its_reason(
+    fault: Any, attempts_before: int, reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
     problem = Quadratic(accelerate_every_n_steps=3)
-    problem.run(2)
+    problem.run(2 + 3 * attempts_before, stochastic=False)
     problem.train_step()
     weights, calls = problem.solution(), itertools.count()
 
-    def outside_of_domain() -> Tensor:
-        if next(calls) == raises_at:
-            raise ArithmeticError("negative density")
-        return problem.loss()
-
-    report = problem.accelerator.step(outside_of_domain, stochastic=False)
-    assert report.status is Status.REJECTED_ERROR
+    accelerator = problem.accelerator
+    report = accelerator.step(lambda: fault(next(calls), problem.loss()), stochastic=False)
+    assert report.status is (Status.DISABLED if reason else Status.REJECTED_ERROR)
+    assert not report.accepted
     assert torch.equal(problem.solution(), weights)
+    if reason is None:
+        assert accelerator.disabled is None
+        return
+    assert str(accelerator.disabled).startswith(reason)
+    assert f"off for the rest of this run: {accelerator.disabled}" in caplog.text
+    assert accelerator.state_dict()["iterates"] is None  # the memory is given back
+    assert [one.status for one in problem.run(4)] == [Status.DISABLED] * 4
+    assert (accelerator.optimizer_steps, accelerator.attempt_is_next) == (7, False)
 
-
-def test_loss_that_raises_twice_at_the_weights_disables_with_its_error() -> None:
-    problem = Quadratic(accelerate_every_n_steps=3)
-    problem.run(2)
-    problem.train_step()
-    weights = problem.solution()
-
-    def broken() -> Tensor:
-        raise AttributeError("no such field")
-
-    report = problem.accelerator.step(broken, stochastic=False)
-    assert report.status is Status.DISABLED
-    assert problem.accelerator.disabled == (
-        "the loss cannot be evaluated again, and raised AttributeError: no such field; define "
-        "anderson_loss(batch) on the LightningModule, or pass another loss_fn"
-    )
-    assert torch.equal(problem.solution(), weights)
-
-
-def test_loss_that_is_none_disables_with_a_sentence() -> None:
-    problem = Quadratic(accelerate_every_n_steps=3)
-    problem.run(2)
-    problem.train_step()
-    nothing: Any = lambda: None  # noqa: E731
-    assert problem.accelerator.step(nothing, stochastic=False).status is Status.DISABLED
-    assert "must be a single number, got None: return it" in str(problem.accelerator.disabled)
-
-
-def test_loss_that_raises_after_the_first_checks_rejects() -> None:
-    problem = Quadratic(accelerate_every_n_steps=2)
-    problem.run(6)
-    problem.train_step()
-    problem.accelerator.step(problem.loss, stochastic=False)
-    problem.train_step()
-
-    def outside_of_domain() -> Tensor:
-        raise ArithmeticError("negative density")
-
-    report = problem.accelerator.step(outside_of_domain, stochastic=False)
-    assert report.status is Status.REJECTED_ERROR
-    assert problem.accelerator.disabled is None
+    resumed = Quadratic(accelerate_every_n_steps=3)
+    resumed.load_state_dict(problem.state_dict())
+    assert [one.status for one in resumed.run(4)] == [Status.DISABLED] * 4
+    state = resumed.accelerator.state_dict()
+    assert (state["counters"]["optimizer_steps"], state["disabled"]) == (11, accelerator.disabled)
 
 
 def test_non_finite_weights_clear_the_history_and_acceleration_resumes() -> None:
@@ -415,49 +342,14 @@ def test_non_finite_weights_clear_the_history_and_acceleration_resumes() -> None
 def test_candidate_beyond_the_precision_of_the_weights_rejects(safeguard: Any) -> None:
     """Of float16 beside float32, in which the candidate is formed."""
     x, other = nn.Parameter(torch.tensor([-5e4, 5e4]).half()), nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.SGD([other, x], lr=1.0)
-    accelerator = AndersonAccelerator(
-        optimizer,
-        store_every_n_steps=1,
-        accelerate_every_n_steps=2,
-        regularization=1e-8,
-        safeguard=safeguard,
-    )
-    reports = []
-    for step in (5e4 / 15, 5e4 / 16):  # nearly equal steps: the extrapolation goes far
-        x.grad = torch.tensor([step, -step]).half()
-        optimizer.step()
-        reports.append(accelerator.step(lambda: -x.float()[1], stochastic=False))
+    options: Any = {"regularization": 1e-8, "safeguard": safeguard}
+    loop = Loop([x, other], lambda: -x.float()[1], accelerate_every_n_steps=2, **options)
+    reports = [  # nearly equal steps: the extrapolation goes far
+        loop.step([-step, step], stochastic=False) for step in (5e4 / 15, 5e4 / 16)
+    ]
     rejected = Status.REJECTED_NON_FINITE_CANDIDATE
     assert [one.status for one in reports] == [Status.STORED, rejected]
     assert bool(x.isfinite().all())
-
-
-def test_loss_that_is_not_repeatable_disables_with_its_sentence(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    problem = Quadratic(accelerate_every_n_steps=3)
-    problem.run(2)
-    problem.train_step()
-    weights, calls = problem.solution(), itertools.count()
-    report = problem.accelerator.step(lambda: problem.loss() + next(calls), stochastic=False)
-    accelerator = problem.accelerator
-    assert (report.status, report.accepted) == (Status.DISABLED, False)
-    assert torch.equal(problem.solution(), weights)
-    assert accelerator.disabled is not None
-    assert accelerator.disabled.startswith(
-        "two losses of the same batch at the same weights differ"
-    )
-    assert f"off for the rest of this run: {accelerator.disabled}" in caplog.text
-    assert accelerator.state_dict()["iterates"] is None  # the memory is given back
-    assert [one.status for one in problem.run(4)] == [Status.DISABLED] * 4
-    assert (accelerator.optimizer_steps, accelerator.attempt_is_next) == (7, False)
-
-    resumed = Quadratic(accelerate_every_n_steps=3)
-    resumed.load_state_dict(problem.state_dict())
-    assert [one.status for one in resumed.run(4)] == [Status.DISABLED] * 4
-    state = resumed.accelerator.state_dict()
-    assert (state["counters"]["optimizer_steps"], state["disabled"]) == (11, accelerator.disabled)
 
 
 class MasterWeights(torch.optim.SGD):
@@ -474,66 +366,45 @@ class MasterWeights(torch.optim.SGD):
 
 def test_optimizer_with_master_weights_disables_before_a_candidate_is_lost() -> None:
     x = nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-    optimizer = MasterWeights([x], lr=0.1)
-    accelerator = AndersonAccelerator(optimizer, store_every_n_steps=1, accelerate_every_n_steps=2)
-    own, reports = [], []
-    for _ in range(2):
-        x.grad = x.detach().clone()
-        optimizer.step()
-        own.append(x.detach().clone())
-        reports.append(accelerator.step(lambda: x.float().square().sum(), stochastic=False))
-    assert [one.status for one in reports] == [Status.STORED, Status.DISABLED]
-    assert not reports[1].accepted
-    assert accelerator.disabled is not None
-    assert accelerator.disabled.endswith("use an optimizer without master weights")
-    assert torch.equal(x, own[1])
+    options: Any = {"make_optimizer": MasterWeights, "learning_rate": 0.1}
+    loop = Loop([x], lambda: x.float().square().sum(), **options)
+    loop.run(2)
+    loop.train_step()
+    own, report = x.detach().clone(), loop.accelerator.step(loop.loss, stochastic=False)
+    assert (report.status, report.accepted) == (Status.DISABLED, False)
+    assert str(loop.accelerator.disabled).endswith("use an optimizer without master weights")
+    assert torch.equal(x, own)
 
 
 # --- parameters of every kind ---
 
 
 def test_complex_weights_move_as_their_real_and_imaginary_parts() -> None:
-    def minimise(x: nn.Parameter) -> AndersonAccelerator:
-        optimizer = torch.optim.SGD([x], lr=0.5)
-        accelerator = AndersonAccelerator(
-            optimizer, store_every_n_steps=1, accelerate_every_n_steps=3
-        )
+    def minimise(x: nn.Parameter) -> Any:
         scale = torch.tensor([[1.0, 0.5], [0.1, 0.02]], dtype=torch.float64)
 
         def loss() -> Tensor:
-            parts = torch.view_as_real(x) if x.is_complex() else x
-            return (scale * parts.square()).sum()
+            return (scale * (torch.view_as_real(x) if x.is_complex() else x).square()).sum()
 
-        for _ in range(9):
-            optimizer.zero_grad()
-            loss().backward()
-            optimizer.step()
-            accelerator.step(loss, stochastic=False)
-        return accelerator
+        loop = Loop([x], loss, learning_rate=0.5)
+        loop.run(9, stochastic=False)
+        return loop.accelerator.outcomes
 
     parts = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     x, y = nn.Parameter(torch.view_as_complex(parts.clone())), nn.Parameter(parts.clone())
-    assert minimise(x).outcomes == minimise(y).outcomes == {Status.ACCEPTED: 3}
+    assert minimise(x) == minimise(y) == {Status.ACCEPTED: 3}
     assert torch.equal(torch.view_as_real(x.detach()), y.detach())
 
 
 def test_lazy_module_is_accelerated_from_its_first_step_on() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        module = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 1))
-        x = torch.randn(8, 3)
-        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-        accelerator = AndersonAccelerator(
-            optimizer, store_every_n_steps=1, accelerate_every_n_steps=3, safeguard="none"
-        )
-        reports = []
-        for _ in range(6):
-            optimizer.zero_grad()
-            module(x).square().mean().backward()
-            optimizer.step()
-            reports.append(accelerator.step())
-    assert accepted_steps(reports) == [3, 6]
-    assert accelerator.state_dict()["iterates"]["rows"].shape[1] == 3 * 4 + 4 + 4 + 1
+        module, x = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.Linear(4, 1)), torch.randn(8, 3)
+        loss = lambda: module(x).square().mean()  # noqa: E731
+        loop = Loop(module.parameters(), loss, learning_rate=0.1, safeguard="none")
+        assert accepted_steps(loop.run(6)) == [3, 6]
+    rows = loop.accelerator.state_dict()["iterates"]["rows"]
+    assert rows.shape[1] == 3 * 4 + 4 + 4 + 1
 
 
 def test_optimizers_in_turns_keep_the_parameters_that_are_frozen_meanwhile() -> None:
@@ -560,25 +431,23 @@ def test_optimizers_in_turns_keep_the_parameters_that_are_frozen_meanwhile() -> 
 def test_changed_parameters_restart_the_history(change: str) -> None:
     weights = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))]
     weights[1].requires_grad_(change != "unfrozen")
-    optimizer = torch.optim.SGD(weights, lr=0.1)
-    accelerator = AndersonAccelerator(
-        optimizer, store_every_n_steps=1, accelerate_every_n_steps=100, safeguard="none"
+    loop = Loop(
+        weights,
+        lambda: torch.stack([one.square().sum() for one in weights]).sum(),
+        learning_rate=0.1,
+        accelerate_every_n_steps=100,
     )
-    statuses = []
-    for step in range(6):
-        if step == 3 and change == "replaced":
-            weights[1].data = weights[1].detach().clone()
-        elif step == 3:
-            weights[1].requires_grad_(change == "unfrozen")
-            weights[1].grad = None
-        optimizer.zero_grad()
-        torch.stack([one.square().sum() for one in weights]).sum().backward()
-        optimizer.step()
-        statuses.append(accelerator.step().status)
+    statuses = [one.status for one in loop.run(3)]
+    if change == "replaced":
+        weights[1].data = weights[1].detach().clone()
+    else:
+        weights[1].requires_grad_(change == "unfrozen")
+        weights[1].grad = None
+    statuses += [one.status for one in loop.run(3)]
     assert statuses == [Status.STORED] * 3 + [Status.PARAMETERS_CHANGED] + [Status.STORED] * 2
     elements = 2 if change == "frozen" else 5
-    assert iterates_of(accelerator.state_dict()["iterates"]).shape == (3, elements)
-    assert accelerator.outcomes[Status.PARAMETERS_CHANGED] == 1
+    assert iterates_of(loop.accelerator.state_dict()["iterates"]).shape == (3, elements)
+    assert loop.accelerator.outcomes[Status.PARAMETERS_CHANGED] == 1
 
 
 # --- errors ---
@@ -596,12 +465,6 @@ def test_step_without_loss_raises_where_the_safeguard_needs_one() -> None:
     problem = Quadratic()
     with pytest.raises(ValueError, match="safeguard='loss' needs a loss_fn, got None: call step"):
         problem.accelerator.step()
-
-
-def test_optimizer_without_trainable_parameter_raises() -> None:
-    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-    with pytest.raises(ValueError, match="holds no trainable parameter: nothing to accelerate"):
-        AndersonAccelerator(torch.optim.SGD([frozen]))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
@@ -61,11 +60,3 @@ def test_fabric_loop_resumed_or_not_is_bitwise_the_plain_loop(tmp_path: Path) ->
         assert_bitwise_equal(weights, plain)
         assert accelerator.outcomes == own.outcomes
     assert own.outcomes[Status.ACCEPTED] >= 1
-
-
-def test_fabric_wrapped_lbfgs_raises() -> None:
-    net = nn.Linear(2, 1)
-    fabric = Fabric(accelerator="cpu", devices=1)
-    _, optimizer = fabric.setup(net, torch.optim.LBFGS(net.parameters()))
-    with pytest.raises(ValueError, match=r"^optimizer must make one update a step, got LBFGS"):
-        AndersonAccelerator(optimizer)

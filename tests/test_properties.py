@@ -20,12 +20,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from torch import Tensor, nn
 
 from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
-from lightning_stableaa.core.acceptance import (
-    NOISE_DOMINATED,
-    ROUNDING_ERRORS,
-)
+from lightning_stableaa.core.acceptance import NOISE_DOMINATED, ROUNDING_ERRORS
 from lightning_stableaa.options import Options
-from tests.helpers.model_based import EPS, Model, Vector
+from tests.helpers.model_based import Model
+from tests.reference import EPS, Vector
 
 EXAMPLES = int(os.environ.get("STABLEAA_EXAMPLES", "0"))
 
@@ -87,7 +85,7 @@ class AcceleratorMachine(RuleBasedStateMachine):
         """The first iterate is stored before a step, of the parameters of the construction."""
         if not self.started:
             self.started = True
-            self.model.push(self.tracked_weights())
+            self.model.history.push(self.tracked_weights())
 
     def evaluate(self, x: Any, kind: str) -> Any:  # of tensors or arrays
         return (x * x).sum() * (math.nan if kind == "nan" else -1.0 if kind == "worse" else 1.0)
@@ -160,7 +158,7 @@ class AcceleratorMachine(RuleBasedStateMachine):
             self.model.steps, self.model.since_attempt = model.steps, model.since_attempt
             self.tracked, self.written = self.moving, False
             own = weights = self.tracked_weights()
-            self.model.push(own)
+            self.model.history.push(own)
         elif self.written:
             status, self.written = Status.EXTERNAL_UPDATE, False
             model.restart_at(own)

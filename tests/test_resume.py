@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import multiprocessing
-import os
-import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +15,6 @@ from tests.helpers.problems import (
     accepted_steps,
     assert_bitwise_equal,
 )
-from tests.helpers.ranks import PRELOAD
 
 STEPS = 36
 
@@ -128,35 +123,3 @@ def test_load_of_another_version_raises() -> None:
     state = problem.accelerator.state_dict() | {"version": 99}
     with pytest.raises(ValueError, match=r"has version 99, this package reads version \d"):
         problem.accelerator.load_state_dict(state)
-
-
-def _train_and_die(path: str, steps: int, kill_at: int | None) -> None:
-    """Trains from the last checkpoint on, saves one every four steps, and may kill itself."""
-    torch.set_num_threads(1)
-    problem, file = Quadratic(**PROBLEM), Path(path)
-    if file.exists():
-        problem.load_state_dict(torch.load(file, weights_only=True))
-    while problem.step_index < steps:
-        problem.step(stochastic=False)
-        if problem.step_index == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        if problem.step_index % 4 == 0 or problem.step_index == steps:
-            partial = file.with_suffix(".partial")
-            torch.save(problem.state_dict(), partial)
-            partial.replace(file)
-
-
-@pytest.mark.ddp
-def test_killed_process_resumes_bitwise_from_its_last_checkpoint(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOAD))
-    whole = Quadratic(**PROBLEM)
-    whole.run(STEPS, stochastic=False)
-    path, codes = tmp_path / "last.pt", []
-    for kill_at in (6, 19, 26, None):
-        process = context.Process(target=_train_and_die, args=(str(path), STEPS, kill_at))
-        process.start()
-        process.join()
-        codes.append(process.exitcode)
-    assert codes == [-signal.SIGKILL] * 3 + [0]
-    assert_bitwise_equal(torch.load(path, weights_only=True), whole.state_dict())

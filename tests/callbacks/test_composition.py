@@ -16,22 +16,19 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
 from tests.helpers.problems import assert_bitwise_equal
 from tests.helpers.regression import (
-    INPUTS,
+    Alternates,
     Record,
-    Regression,
     Reports,
-    Steering,
+    Steered,
     Validated,
     anderson,
+    assert_plain_run,
     batches,
     counters,
     fit,
-    network,
     outcomes,
     trained,
     weights,
@@ -50,22 +47,11 @@ def _empty_working_folder(
     monkeypatch.chdir(tmp_path_factory.mktemp("working"))
 
 
-class Program(Validated):
-    """Accepts every second candidate, by the steering."""
+class Program(Steered, Validated):
+    """Accepts every second candidate."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.steering = Alternates()
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        return loss + self.steering.offset if self.steering.at_candidate(self) else loss
-
-
-class Alternates(Steering):
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module)
-        self.offset = -1e3 if trainer.global_step % 4 == 2 else 1e3
+        super().__init__(steering=Alternates(4, at=2))
 
 
 def run(order: Iterable[Any], *, epochs: int = 3, **options: Any) -> dict[str, Any]:
@@ -123,8 +109,11 @@ def averagings() -> dict[str, Any]:
 
 
 @needs_averaging
-@pytest.mark.parametrize("val_check_interval", [1.0, 3], ids=["epochs", "within epochs"])
-@pytest.mark.parametrize("name", ["WeightAveraging", "EMAWeightAveraging"])
+@pytest.mark.parametrize(
+    ("name", "val_check_interval"),
+    [("WeightAveraging", 1.0), ("EMAWeightAveraging", 3)],
+    ids=["epochs", "within epochs"],
+)
 def test_weight_averaging_evaluates_averages_of_accelerated_training(
     name: str, val_check_interval: Any, tmp_path: Path
 ) -> None:
@@ -179,39 +168,17 @@ def test_stochastic_weight_averaging_ends_with_averages(first: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "attempted"),
     [
-        {"gradient_clip_val": 0.1},
-        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
-        {"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]},
+        ({"gradient_clip_val": 0.1}, 6),
+        ({"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, 6),
+        ({"beside": [GradientAccumulationScheduler({0: 1, 1: 2})]}, 4),
     ],
     ids=["norm", "value", "accumulation"],
 )
-def test_rejected_candidates_beside_gradient_settings_are_plain_run(options: Any) -> None:
-    def end(*callbacks: Any) -> Any:
-        module = Program()
-        module.steering = Steering(1e3)
-        more = options.get("callbacks", [])
-        rest = {k: v for k, v in options.items() if k != "callbacks"}
-        fit(module, batches(4), *callbacks, *more, val=batches(), max_epochs=3, **rest)
-        return weights(module)
-
+def test_rejected_candidates_beside_gradient_settings_are_plain_run(
+    options: Any, attempted: int
+) -> None:
     callback = anderson()
-    assert torch.equal(end(callback), end())
-    assert counters(callback)["accepted"] == 0
-    assert counters(callback)["attempted"] == (4 if "callbacks" in options else 6)
-
-
-def test_batch_norm_statistics_of_accepted_weights_by_update_bn() -> None:
-    """The recipe: they belong to the weights of the steps, and are recomputed at the end."""
-    net = network(nn.Linear(INPUTS, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
-    module, loader, callback = Regression(net), batches(4), anderson(safeguard="none")
-    fit(module, loader, callback, max_epochs=4)
-    assert counters(callback)["accepted"] == 8
-    update_bn(([x] for x, _ in loader), module.network)
-    inputs = torch.cat([x for x, _ in loader])
-    features = module.network[0](inputs)
-    mean = torch.stack([one.mean(0) for one in features.split(8)]).mean(0)
-    variance = torch.stack([one.var(0) for one in features.split(8)]).mean(0)
-    torch.testing.assert_close(module.network[1].running_mean, mean)
-    torch.testing.assert_close(module.network[1].running_var, variance)
+    assert_plain_run(callback, Steered, batches(4), max_epochs=3, **options)
+    assert outcomes(callback) == {"rejected_loss_increase": attempted}

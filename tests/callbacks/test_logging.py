@@ -1,9 +1,11 @@
 """What a user sees: rows of the logger, the progress bar, one summary."""
 
+import collections
 import csv
 import logging
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from lightning_stableaa import SmoothingMonitor
+from lightning_stableaa import SmoothingMonitor, Status
+from lightning_stableaa.callbacks.summary import summarize
+from lightning_stableaa.options import Options
 from tests.helpers.regression import (
     Regression,
     Reports,
@@ -21,7 +25,6 @@ from tests.helpers.regression import (
     anderson,
     batches,
     fit,
-    network,
 )
 
 Row = dict[str, float]
@@ -168,112 +171,84 @@ def test_without_progress_bar_nothing_is_logged_by_the_module() -> None:
 
 # The summary at the end of fit.
 
-HEAD = "Anderson acceleration: {} of {} extrapolations accepted in {} optimizer steps"
+HEAD = "Anderson acceleration: {} of {} extrapolations accepted in 20 optimizer steps"
+
+INCREASE, ERROR = Status.REJECTED_LOSS_INCREASE, Status.REJECTED_ERROR
+NOISE, STILL = Status.SKIPPED_NOISE_DOMINATED, Status.REJECTED_ZERO_RESIDUAL
+WRITTEN, REPLACED = Status.EXTERNAL_UPDATE, Status.PARAMETERS_CHANGED
+
+# Outcomes of all attempts, and the cause that is named; a warning where an option helps.
+SUMMARIES: list[tuple[dict[Status, int], int, Status | None]] = [
+    ({Status.ACCEPTED: 10}, logging.INFO, None),
+    ({STILL: 2}, logging.WARNING, STILL),
+    ({INCREASE: 10}, logging.INFO, INCREASE),
+    ({NOISE: 8, ERROR: 2}, logging.INFO, NOISE),
+    ({INCREASE: 4}, logging.INFO, None),  # too few
+    ({ERROR: 4}, logging.WARNING, ERROR),
+    ({ERROR: 2, INCREASE: 2}, logging.INFO, None),
+    ({ERROR: 5}, logging.WARNING, ERROR),
+    ({ERROR: 3, INCREASE: 2}, logging.WARNING, ERROR),
+    ({ERROR: 4, Status.ACCEPTED: 1}, logging.WARNING, ERROR),
+    ({ERROR: 6, Status.ACCEPTED: 2}, logging.INFO, None),  # from a quarter on
+]
 
 
-def summary(
-    caplog: pytest.LogCaptureFixture, module: Any, *, epochs: int, **options: Any
-) -> tuple[str, str]:
-    callback = anderson(**options)
-    with caplog.at_level(logging.INFO):
-        fit(module, batches(), callback, max_epochs=epochs)
-    (record,) = [one for one in caplog.records if one.getMessage().startswith("Anderson accel")]
-    return record.levelname, record.getMessage()
-
-
-def test_summary_of_accepted_candidates_is_one_sentence(caplog: pytest.LogCaptureFixture) -> None:
-    level, text = summary(caplog, Regression(), epochs=20, safeguard="none")
-    assert (level, text) == ("INFO", HEAD.format(10, 10, 20) + ".")
-
-
-def test_summary_names_what_failed_in_every_attempt_of_a_short_run(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    module = Regression()
-    module.make_optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.0)
-    level, text = summary(caplog, module, epochs=4)
-    assert level == "WARNING"
-    assert "2 of 2: the weights did not move between stored iterates" in text
-
-
-def test_summary_of_rejections_by_loss_is_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """Training is what it was: nothing is wrong."""
-    level, text = summary(caplog, Steered(), epochs=20)
-    assert level == "INFO"
-    assert text == HEAD.format(0, 10, 20) + (
-        ". Most frequent cause, 10 of 10: the candidate did not lower the loss of the current "
-        "batch."
+def engine_with(outcomes: dict[Status, int], **options: Any) -> Any:
+    """What an engine shows after 20 steps, with these options or attributes."""
+    steps, disabled = options.pop("optimizer_steps", 20), options.pop("disabled", None)
+    attempts = {one: count for one, count in outcomes.items() if one not in (WRITTEN, REPLACED)}
+    return SimpleNamespace(
+        attempted=sum(attempts.values()),
+        accepted=attempts.get(Status.ACCEPTED, 0),
+        optimizer_steps=steps,
+        disabled=disabled,
+        outcomes=collections.Counter(outcomes),
+        options=Options(**options),
     )
 
 
-class Raises(Steered):
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        if self.steering.at_candidate(self) and self.global_step > self.raises_after:
-            raise ValueError("outside of the domain")
-        return super().training_step(batch, batch_idx)
-
-
-@pytest.mark.parametrize(
-    ("epochs", "raises_after", "level"),
-    [(8, 0, "WARNING"), (8, 4, "INFO"), (10, 0, "WARNING"), (10, 4, "WARNING"), (10, 99, "INFO")],
-    ids=["errors alone", "too few attempts", "errors", "mostly errors", "no errors"],
-)
-def test_summary_warns_where_an_option_helps(
-    epochs: int, raises_after: int, level: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(("outcomes", "level", "cause"), SUMMARIES)
+def test_summary_names_the_most_frequent_cause_and_warns_where_an_option_helps(
+    outcomes: dict[Status, int], level: int, cause: Status | None
 ) -> None:
-    module = Raises()
-    module.raises_after = raises_after
-    found, text = summary(caplog, module, epochs=epochs)
-    assert found == level
-    assert ("lower max_extrapolation" in text) == (level == "WARNING")
+    engine = engine_with(outcomes)
+    head = HEAD.format(engine.accepted, engine.attempted)
+    rest = ""
+    if cause is not None:
+        rest = f". Most frequent cause, {outcomes[cause]} of {engine.attempted}: {cause.hint}"
+    assert summarize(engine) == (level, f"{head}{rest}.")
 
 
-@pytest.mark.parametrize(("accepted", "level"), [(1, "WARNING"), (2, "INFO")])
-def test_summary_is_no_warning_from_a_quarter_accepted(
-    accepted: int, level: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    class Sometimes(Steering):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            super().on_train_batch_end(trainer, pl_module)
-            self.offset = -1e3 if trainer.global_step <= 2 * accepted else math.nan
-
-    found, _ = summary(caplog, Steered(steering=Sometimes()), epochs=12)
-    assert found == level
-
-
-def test_summary_of_short_run_names_the_schedule(caplog: pytest.LogCaptureFixture) -> None:
-    level, text = summary(caplog, Regression(), epochs=3, warmup_steps=7)
-    assert level == "WARNING"
-    assert text == HEAD.format(0, 0, 3) + (
-        ": none was due with two residuals in the history; train longer, or lower "
-        "accelerate_every_n_steps (2) together with store_every_n_steps (1), or warmup_steps (7)."
+def test_summary_without_attempts_names_what_prevented_them() -> None:
+    schedule = {"accelerate_every_n_steps": 8, "store_every_n_steps": 2, "warmup_steps": 30}
+    head = HEAD.format(0, 0)
+    for status in (WRITTEN, REPLACED):
+        text = f"{head}, since 9 cycles were interrupted: {status.hint}."
+        assert summarize(engine_with({status: 9})) == (logging.WARNING, text)
+    level, text = summarize(engine_with({}, optimizer_steps=0))
+    assert level == logging.WARNING
+    assert "in 0 optimizer steps: no step with gradients was seen of the optimizers" in text
+    off = summarize(engine_with({}, disabled="the reason"))
+    assert off == (logging.WARNING, f"{head}, until it was switched off: the reason.")
+    assert summarize(engine_with({}, **schedule)) == (
+        logging.WARNING,
+        f"{head}: none was due with two residuals in the history; train longer, or lower "
+        "accelerate_every_n_steps (8) together with store_every_n_steps (2), or warmup_steps (30).",
     )
 
 
-class Clamped(Regression):
-    @torch.no_grad()
-    def on_train_batch_start(self, *_: Any) -> None:
-        for parameter in self.parameters():
-            parameter.clamp_(-0.2, 0.2)
-
-
-class OtherMemory(Regression):
-    def on_train_batch_end(self, *_: Any) -> None:
-        for one in self.parameters():
-            one.data = one.data.clone()
-
-
 @pytest.mark.parametrize(
-    ("kind", "hint"),
+    ("lr", "level", "text"),
     [
-        (Clamped, "something other than the optimizer changed the weights"),
-        (OtherMemory, "write new values into them"),
+        (0.01, "INFO", HEAD.format(10, 10) + "."),
+        (0.0, "WARNING", HEAD.format(0, 10) + f". Most frequent cause, 10 of 10: {STILL.hint}."),
     ],
 )
-def test_summary_names_what_keeps_sequences_from_growing(
-    kind: Any, hint: str, caplog: pytest.LogCaptureFixture
+def test_summary_is_one_sentence_at_the_end_of_a_fit(
+    lr: float, level: str, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    level, text = summary(caplog, kind(network()), epochs=12)
-    assert level == "WARNING"
-    assert text.startswith(HEAD.format(0, 0, 12))
-    assert hint in text
+    module = Regression(None, lambda parameters: torch.optim.SGD(parameters, lr=lr))
+    with caplog.at_level(logging.INFO):
+        fit(module, batches(), anderson(safeguard="none"), max_epochs=20)
+    found = [(one.levelname, one.getMessage()) for one in caplog.records]
+    assert [one for one in found if one[1].startswith("Anderson accel")] == [(level, text)]

@@ -1,22 +1,21 @@
 """Modules that step their optimizers themselves: compared without their steps, or left alone."""
 
-import logging
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss, softplus
 
-from lightning_stableaa import AndersonCallback
-from tests.helpers.problems import assert_bitwise_equal
 from tests.helpers.regression import (
-    SETTING,
     Reports,
     Steering,
     anderson,
+    assert_plain_run,
     batches,
+    capped,
     counters,
     fit,
     network,
@@ -50,7 +49,7 @@ class Manual(lightning.pytorch.LightningModule):
         self.automatic_optimization = False
         self.way = way
         self.network = network()
-        self.schedule_steps = 0
+        self.seen: list[float] = []
 
     def loss(self, batch: Any) -> Tensor:
         x, y = batch
@@ -62,13 +61,14 @@ class Manual(lightning.pytorch.LightningModule):
         result = getattr(self, WAYS[self.way])(optimizer, batch)
         schedule: Any = self.lr_schedulers()
         schedule.step()
-        self.schedule_steps += 1
         self.log("train/loss", self.loss(batch))
         return result
 
     def step(self, optimizer: Any, batch: Any) -> None:
         optimizer.zero_grad()
         self.manual_backward(self.loss(batch))
+        gradient: Any = self.network[0].weight.grad
+        self.seen.append(gradient.norm().item())  # which a step may look at
         optimizer.step()
 
     def step_of_closure(self, optimizer: Any, batch: Any) -> None:
@@ -109,52 +109,32 @@ class Manual(lightning.pytorch.LightningModule):
         return [optimizer], [schedule]
 
 
-def everything(trainer: Any, module: Any) -> dict[str, Any]:
-    """Weights, optimizer, schedule and counters after a fit."""
-    return {
-        "weights": module.state_dict(),
-        "optimizer": trainer.optimizers[0].state_dict()["state"],
-        "rates": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        "steps": [trainer.global_step, getattr(module, "schedule_steps", 0)],
-        "frozen": [one.requires_grad for one in module.parameters()],
-        "logged": dict(trainer.callback_metrics),
-    }
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_manual_step_with_rejected_candidates_is_bitwise_the_plain_run(way: str) -> None:
-    def run(*callbacks: Any) -> dict[str, Any]:
-        module = Manual(way)
-        return everything(fit(module, batches(), *callbacks, max_epochs=STEPS), module)
-
-    capped = AndersonCallback(**SETTING, max_extrapolation=1e-30)
-    assert_bitwise_equal(run(capped), run())
-    assert counters(capped)["attempted"] >= 5
-    assert counters(capped)["accepted"] == 0
-    assert capped.state_dict()["disabled"] is None
+    callback = capped()
+    assert_plain_run(callback, lambda: Manual(way), max_epochs=STEPS)
+    assert counters(callback)["attempted"] >= 5
+    assert counters(callback)["accepted"] == 0
+    assert callback.state_dict()["disabled"] is None
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_manual_step_is_compared_by_the_loss_of_its_backward_passes(way: str) -> None:
     """Accepted candidates have the lower loss of the same batch, and training goes further."""
-    module, callback = Manual(way), anderson()
+    module, plain, callback = Manual(way), Manual(way), anderson()
     reports = Reports(callback)
-    with torch.no_grad():
-        start = module.loss(next(iter(batches())))
+    (batch,) = batches()
+    start = module.loss(batch).item()
     fit(module, batches(), callback, reports, max_epochs=STEPS)
+    fit(plain, batches(), max_epochs=STEPS)
     assert reports.accepted_steps
     first, *_ = reports.attempted
     assert first.loss_before is not None
-    assert 0 < first.loss_before < float(start) * (3 if way == "three steps" else 1)
-    with torch.no_grad():
-        end = module.loss(next(iter(batches())))
-    plain = Manual(way)
-    fit(plain, batches(), max_epochs=STEPS)
-    with torch.no_grad():
-        assert end < plain.loss(next(iter(batches())))
+    assert 0 < first.loss_before < start * (3 if way == "three steps" else 1)
+    assert module.loss(batch).item() < plain.loss(batch).item()
 
 
-class Ensemble(lightning.pytorch.LightningModule):
+class Several(lightning.pytorch.LightningModule):
     """Two networks, each with an optimizer, that share one backward pass."""
 
     def __init__(self) -> None:
@@ -178,62 +158,116 @@ class Ensemble(lightning.pytorch.LightningModule):
         return [torch.optim.SGD(net.parameters(), lr=0.01) for net in (self.first, self.second)]
 
 
-class Adversaries(Ensemble):
-    """A backward pass for each optimizer."""
+class Adversaries(Several):
+    """A backward pass for each optimizer.
+
+    Args:
+        toggled: each time the parameters of the other one are frozen.
+    """
+
+    def __init__(self, *, toggled: bool = False) -> None:
+        super().__init__()
+        self.toggled = toggled
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizers: Any = self.optimizers()
-        for one, loss in zip(optimizers, self.losses(batch), strict=True):
+        for index, one in enumerate(optimizers):
+            if self.toggled:
+                self.toggle_optimizer(one)
             one.zero_grad()
-            self.manual_backward(loss)
+            self.manual_backward(self.losses(batch)[index])
             one.step()
+            if self.toggled:
+                self.untoggle_optimizer(one)
+
+
+class WithOwnLoss(Adversaries):
+    def anderson_loss(self, batch: Any) -> dict[str, Any]:
+        return {"loss": sum(self.losses(batch)), "size": len(batch[0])}
+
+
+class Turns(Several):
+    """A generator that is trained at every fifth batch, its critic at the others."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        makes = batch_idx % 5 == 0
+        optimizer: Any = self.optimizers()[0 if makes else 1]  # pyright: ignore[reportIndexIssue]
+        self.toggle_optimizer(optimizer)
+        made = self.second(self.first(batch[0]).expand(-1, 4)).mean()
+        real = softplus(-self.second(batch[0]).mean())
+        optimizer.zero_grad()
+        self.manual_backward(softplus(-made) if makes else softplus(made) + real)
+        optimizer.step()
+        self.untoggle_optimizer(optimizer)
 
 
 def test_optimizers_that_share_a_backward_pass_are_accelerated_together() -> None:
     callback = anderson()
-    fit(Ensemble(), batches(), callback, max_epochs=STEPS)
+    fit(Several(), batches(), callback, max_epochs=STEPS)
     assert counters(callback)["accepted"] >= 1
     assert callback.state_dict()["disabled"] is None
 
 
-def test_optimizers_that_follow_several_losses_are_left_alone_with_one_warning(
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.parametrize("toggled", [False, True], ids=["free", "toggled"])
+def test_several_optimizers_make_one_step_together(toggled: bool) -> None:
+    callback = anderson(accelerate_every_n_steps=5, history_depth=50)
+    trainer = fit(WithOwnLoss(toggled=toggled), batches(), callback, max_epochs=12)
+    assert trainer.global_step == 24  # Lightning counts both
+    counts = {"optimizer_steps": 12, "attempted": 2, "accepted": 2, "loss_evaluations": 6}
+    assert counters(callback) == counts
+    # 12 steps, the start, and a new start after each acceptance; two networks
+    assert callback.state_dict()["iterates"]["rows"].shape == (15, 2 * 49)
+
+
+class WithoutLoss(Manual):
+    """Its backward pass is out of sight."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.of_torch(self.optimizers(), batch)
+
+
+UNUSABLE: dict[Callable[[], Any], str] = {
+    Adversaries: "2 optimizers that follow 2 losses, none of which all of them decrease",
+    Turns: "2 optimizers that take turns, so that each may follow another loss",
+    lambda: WithoutLoss("step"): "training_step neither calls manual_backward nor returns one",
+}
+
+
+@pytest.mark.parametrize("make_module", UNUSABLE)
+def test_manual_step_without_one_loss_is_left_alone_with_one_warning(
+    make_module: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def run(*callbacks: Any) -> dict[str, Any]:
-        module = Adversaries()
-        return everything(fit(module, batches(), *callbacks, max_epochs=STEPS), module)
-
     callback = anderson()
-    with caplog.at_level(logging.WARNING, logger="lightning_stableaa"):
-        own = run(callback)
-    assert_bitwise_equal(own, run())
+    assert_plain_run(callback, make_module, batches(12), max_epochs=2)
     assert counters(callback)["accepted"] == 0
-    sentences = [one.getMessage() for one in caplog.records if "is off" in one.getMessage()]
-    assert sentences == [
+    sentences = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert sentences[0] == (
         "Anderson acceleration is off for the rest of this run: the loss cannot be evaluated "
-        "again, and raised ValueError: 2 optimizers that follow 2 losses, none of which all of "
-        "them decrease; define anderson_loss(batch) on the LightningModule, or pass another loss_fn"
-    ]
+        f"again, and raised ValueError: {UNUSABLE[make_module]}; define anderson_loss(batch) on "
+        "the LightningModule, or pass another loss_fn"
+    )
+    assert sum("is off" in one for one in sentences) == 1
 
 
-class Leaves(Manual):
+class Leaves(Several):
     """Raises at candidates, between toggle_optimizer and untoggle_optimizer."""
 
-    def step(self, optimizer: Any, batch: Any) -> None:
-        if any(isinstance(one, Steering) and one.at_candidate(self) for one in self.callbacks):
-            raise RuntimeError("outside of the domain")
-        super().step(optimizer, batch)
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.ModuleList([self.first, self.second])
+        self.steering = Steering()
 
-    @property
-    def callbacks(self) -> list[Any]:
-        return self.trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer, _ = self.optimizers()  # pyright: ignore[reportGeneralTypeIssues]
+        at_candidate = self.steering.at_candidate(self)
+        self.toggle_optimizer(optimizer)
+        if at_candidate:
+            raise RuntimeError("outside of the domain")
+        self.untoggle_optimizer(optimizer)
+        super().training_step(batch, batch_idx)
 
 
 def test_error_at_a_candidate_leaves_no_parameter_toggled() -> None:
-    def run(*callbacks: Any) -> dict[str, Any]:
-        module = Leaves("toggled")
-        return everything(fit(module, batches(), *callbacks, max_epochs=STEPS), module)
-
     callback = anderson()
-    assert_bitwise_equal(run(Steering(), callback), run())
+    assert_plain_run(callback, Leaves, max_epochs=STEPS)
     assert outcomes(callback)["rejected_error"] >= 5

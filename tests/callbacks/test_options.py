@@ -147,6 +147,23 @@ class Lbfgs(Regression):
         return torch.optim.LBFGS(self.parameters())
 
 
+class Hookless(torch.optim.Optimizer):
+    """Around another optimizer, without what the base class sets up."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.param_groups, self.defaults = optimizer.param_groups, optimizer.defaults
+        self.state = optimizer.state
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+class Lookahead(Regression):
+    def configure_optimizers(self) -> Any:
+        return Hookless(super().configure_optimizers())
+
+
 class Fetches(Regression):
     def training_step(self, dataloader_iter: Any) -> Tensor:
         raise AssertionError("not reached")
@@ -161,6 +178,12 @@ class Fetches(Regression):
             lambda: [anderson()],
             "optimizer=LBFGS is not supported by AndersonCallback: it iterates inside its step and "
             "extrapolates on its own; use SGD or Adam, or remove the callback",
+        ),
+        (
+            Lookahead,
+            lambda: [anderson()],
+            "optimizer must be set up as a torch.optim.Optimizer, got Hookless, which has no step "
+            "hooks: call super().__init__(params, defaults) in its __init__",
         ),
         (
             Fetches,
@@ -188,7 +211,7 @@ class Fetches(Regression):
 def test_unsupported_setting_stops_before_training(
     kind: Any, make_callbacks: Any, message: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}$"):
         fit(kind(), batches(), *make_callbacks(), max_epochs=1)
 
 

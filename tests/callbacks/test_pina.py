@@ -68,38 +68,35 @@ def fit(
 
 @pytest.mark.parametrize("batch", [None, 16])
 @pytest.mark.parametrize("kind", [PINN, RBA])
-def test_callback_that_never_fires_is_bitwise_the_plain_run(kind: Any, batch: int | None) -> None:
-    never = AndersonCallback(warmup_steps=10**9)
-    plain, beside = (fit(solver_of(kind), *one, steps=45, batch=batch) for one in ([], [never]))
-    assert_bitwise_equal(plain, beside)
-    assert counters(never)["optimizer_steps"] == 45
-
-
-@pytest.mark.parametrize("batch", [None, 16])
-@pytest.mark.parametrize("kind", [PINN, RBA])
-def test_rejected_candidates_leave_the_plain_run(kind: Any, batch: int | None) -> None:
-    """Attempts with a step capped to nothing: none is accepted, whatever else was evaluated."""
-    capped = AndersonCallback(max_extrapolation=1e-30, stochastic=False)
-    plain, beside = (fit(solver_of(kind), *one, steps=65, batch=batch) for one in ([], [capped]))
-    assert_bitwise_equal(plain, beside)
-    assert counters(capped)["attempted"] == 3
-    assert counters(capped)["accepted"] == 0
-    assert capped.state_dict()["disabled"] is None  # the loss repeats itself
-
-
-@pytest.mark.parametrize("kind", [PINN, RBA])
-@pytest.mark.parametrize(("batch", "stochastic"), [(None, False), (16, True)])
-def test_default_detects_samples_and_is_repeatable(
-    kind: Any, batch: int | None, stochastic: bool
+def test_run_without_accepted_candidate_is_bitwise_the_plain_run(
+    kind: Any, batch: int | None
 ) -> None:
-    callback = AndersonCallback()
-    reports = Reports(callback)
-    fit(solver_of(kind), callback, reports, batch=batch)
+    """Without attempts, and with steps capped to nothing, whatever else was evaluated."""
+    never = AndersonCallback(warmup_steps=10**9)
+    capped = AndersonCallback(max_extrapolation=1e-30, stochastic=False)
+    plain = fit(solver_of(kind), steps=45, batch=batch)
+    for callback, attempted in ((never, 0), (capped, 2)):
+        assert_bitwise_equal(fit(solver_of(kind), callback, steps=45, batch=batch), plain)
+        assert counters(callback)["optimizer_steps"] == 45
+        assert counters(callback)["attempted"] == attempted
+        assert counters(callback)["accepted"] == 0
+        assert callback.state_dict()["disabled"] is None  # the loss repeats itself
+
+
+def assert_accelerated(callback: Any, reports: Reports, *, stochastic: bool) -> None:
+    """120 steps by the defaults."""
     assert len(reports.attempted) == 6
     assert {one.stochastic for one in reports.attempted} == {stochastic}
     assert callback.state_dict()["disabled"] is None
     assert "rejected_error" not in outcomes(callback)
     assert stochastic or reports.accepted_steps
+
+
+@pytest.mark.parametrize("kind", [PINN, RBA])
+def test_default_detects_samples(kind: Any) -> None:
+    reports = Reports(AndersonCallback())
+    fit(solver_of(kind), reports.callback, reports, batch=16)
+    assert_accelerated(reports.callback, reports, stochastic=True)
 
 
 def test_switch_to_lbfgs_pauses_with_one_warning_and_training_goes_on() -> None:
@@ -117,7 +114,7 @@ def test_self_adaptive_solver_trains_without_acceleration() -> None:
     """Its two optimizers pull in opposite directions."""
     callback = AndersonCallback()
     kind = SelfAdaptivePhysicsInformedSolver
-    plain, beside = (fit(solver_of(kind), *one) for one in ([], [callback]))
+    plain, beside = (fit(solver_of(kind), *one, steps=45) for one in ([], [callback]))
     assert_bitwise_equal(plain, beside)
     assert "2 optimizers that follow 2 losses" in callback.state_dict()["disabled"]
 
@@ -131,11 +128,13 @@ def test_ensemble_solver_is_accelerated() -> None:
 
 
 @pytest.mark.parametrize("kind", [PINN, RBA])
-def test_resume_in_mid_run_is_bitwise_the_uninterrupted_run(kind: Any, tmp_path: Path) -> None:
+def test_accelerated_run_resumed_in_its_middle_is_bitwise_the_whole_run(
+    kind: Any, tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "mid.ckpt"
     full, resumed = AndersonCallback(), AndersonCallback()
-    expected = fit(solver_of(kind), full, SaveAt(55, checkpoint))
-    result = fit(solver_of(kind), resumed, ckpt_path=checkpoint)
-    assert_bitwise_equal(result, expected)
+    reports = Reports(full)
+    expected = fit(solver_of(kind), full, reports, SaveAt(55, checkpoint))
+    assert_accelerated(full, reports, stochastic=False)
+    assert_bitwise_equal(fit(solver_of(kind), resumed, ckpt_path=checkpoint), expected)
     assert counters(resumed) == counters(full)
-    assert counters(full)["accepted"] >= 1

@@ -1,28 +1,22 @@
-"""Training steps as people write them: programs with effects, and acceleration beside them."""
+"""Training steps as people write them: what is compared, and what cannot be compared."""
 
 import collections
 import dataclasses
-import functools
-import os
-import random
+import itertools
+import multiprocessing
+import sys
+import threading
 import types
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import lightning.pytorch
-import lightning.pytorch.loggers
-import numpy as np
 import pytest
 import torch
-from lightning.pytorch.loggers import logger as of_lightning
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
-from torchmetrics import MeanSquaredError
 from transformers import BatchEncoding
 
-from tests.helpers.problems import assert_bitwise_equal
 from tests.helpers.regression import (
     Callback,
     Record,
@@ -31,6 +25,7 @@ from tests.helpers.regression import (
     Steered,
     Validated,
     anderson,
+    assert_plain_run,
     batches,
     counters,
     fit,
@@ -41,145 +36,14 @@ from tests.helpers.regression import (
     weights,
 )
 
-REJECTED = {"rejected_loss_increase": 4}
 
-
-def losses(module: Any, loader: Any = None, **options: Any) -> list[tuple[Any, ...]]:
+def losses(module: Any, loader: Any = None) -> list[tuple[Any, ...]]:
     """(step, status, before, after) of the attempts in 8 epochs of one batch."""
-    callback = anderson(**options)
+    callback = anderson()
     reports = Reports(callback)
     fit(module, batches() if loader is None else loader, callback, reports, max_epochs=8)
     steps = enumerate(reports.all, start=1)
     return [(k, one.status, one.loss_before, one.loss_after) for k, one in steps if one.attempted]
-
-
-# Effects of a training step: after rejected candidates they are those of the plain run.
-
-
-class Effects(Steered):
-    """``write`` runs in each training step, ``read`` looks at what it left; both of the kind."""
-
-    shared: ClassVar[list[float]] = []
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.shared.clear()
-        self.key = network(seed=3).requires_grad_(False)
-        self.register_buffer("queue", torch.zeros(6))
-        self.book = nn.Parameter(torch.zeros(4), requires_grad=False)
-        self.plain = torch.zeros(4)
-        self.items: Any = {"list": [], "set": set(), "deque": collections.deque(maxlen=3)}
-        self.items |= {"counter": collections.Counter(), "nested": {"a": [{"b": [0]}]}}
-        self.items["ordered"] = collections.OrderedDict(a=0.0)
-        self.number = 0
-        self.metric = {"mse": MeanSquaredError()}
-        self.seen: list[float] = []
-        if kind == "hooks":
-            self.network[1].register_forward_hook(lambda *_: self.seen.append(1.0))
-            self.network[1].register_forward_pre_hook(
-                functools.partial(lambda out, *_: out.append(2.0), self.seen)
-            )
-        self.draws = {"torch": torch.Generator().manual_seed(0), "random": random.Random(0)}
-        self.draws |= {"numpy": np.random.default_rng(0), "legacy": np.random.RandomState(0)}
-        self.sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=0)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx)
-        WRITES[self.kind](self, loss.item(), batch)
-        return loss
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD([*self.network.parameters(), self.book], lr=0.01)
-
-
-@torch.no_grad()
-def momentum_data(module: Any, *_: Any) -> None:
-    for q, k in zip(module.network.parameters(), module.key.parameters(), strict=True):
-        k.data = 0.9 * k.data + 0.1 * q.data
-
-
-@torch.no_grad()
-def momentum_in_place(module: Any, *_: Any) -> None:
-    for q, k in zip(module.network.parameters(), module.key.parameters(), strict=True):
-        k.data.mul_(0.9).add_(q.data, alpha=0.1)
-
-
-def containers(module: Any, loss: float, _: Any) -> None:
-    module.items["list"].append(loss)
-    module.items["set"].add(round(loss, 3))
-    module.items["deque"].appendleft(loss)
-    module.items["counter"][len(module.items["list"])] += 1
-    module.items["nested"]["a"][0]["b"][0] += loss
-    module.items["ordered"].move_to_end("a")
-    module.items["ordered"][f"{loss}"] = loss
-    module.items[loss] = module.items.pop("last", 0)
-
-
-def modes(module: Any, *_: Any) -> None:
-    module.key.train(not module.key.training)
-    module.key.requires_grad_(not module.key[0].weight.requires_grad)
-    module.network[1].eval()
-
-
-WRITES: dict[str, Callable[[Any, float, Any], Any]] = {
-    "momentum encoder, .data": momentum_data,
-    "momentum encoder, in place": momentum_in_place,
-    "buffer": lambda m, loss, _: m.queue.add_(loss),
-    "buffer replaced": lambda m, loss, _: setattr(m, "queue", m.queue.roll(1) + loss),
-    "codebook, frozen": lambda m, loss, _: m.book.data.copy_(0.9 * m.book + loss),
-    "codebook, replaced": lambda m, loss, _: setattr(
-        m, "book", nn.Parameter(0.9 * m.book + loss, requires_grad=False)
-    ),
-    "tensor attribute": lambda m, loss, _: m.plain.add_(loss),
-    "containers": containers,
-    "number": lambda m, *_: setattr(m, "number", m.number + 1),
-    "metric": lambda m, _, batch: m.metric["mse"].update(m.network(batch[0]), batch[1]),
-    "list of the class": lambda m, loss, _: m.shared.append(loss),
-    "hooks": lambda *_: None,
-    "modes": modes,
-    "generators": lambda m, *_: m.items["list"].append(
-        (
-            float(torch.rand((), generator=m.draws["torch"])),
-            m.draws["random"].random(),
-            m.draws["numpy"].random(),
-            m.draws["legacy"].rand(),
-            float(m.sobol.draw(1)),
-        )
-    ),
-}
-
-
-def effects(module: Any) -> list[Any]:
-    """Everything that a kind of effect can leave."""
-    return [
-        trained(module.network),
-        [p.detach().clone() for p in module.key.parameters()],
-        [p.requires_grad for p in module.key.parameters()],
-        [one.training for one in module.modules()],
-        [module.queue.clone(), module.book.detach().clone(), module.plain.clone()],
-        repr({**module.items, "set": sorted(module.items["set"])}),
-        [module.number],
-        [module.metric["mse"].total.item(), module.metric["mse"].sum_squared_error.item()],
-        [list(module.shared), list(module.seen)],
-        [module.draws["torch"].get_state(), module.draws["random"].getstate()],
-        [repr(module.draws["numpy"].bit_generator.state), repr(module.draws["legacy"].get_state())],
-        [module.sobol.num_generated, module.sobol.quasi.clone()],
-    ]
-
-
-@pytest.mark.parametrize("kind", WRITES)
-def test_effects_of_rejected_candidates_are_undone(kind: str) -> None:
-    def run(*callbacks: Any) -> list[Any]:
-        record = Record(lambda _, module: effects(module))
-        fit(Effects(kind), batches(4), *callbacks, record, max_epochs=2)
-        return record.values
-
-    callback = anderson()
-    plain, own = run(), run(callback)
-    assert_bitwise_equal(own, plain)
-    assert outcomes(callback)["rejected_loss_increase"] >= 1
-    assert counters(callback)["attempted"] == 4
 
 
 # Losses that are compared: both sides are the function of the same state.
@@ -198,6 +62,8 @@ COUPLINGS: dict[str, Callable[[Any], Any]] = {
         m.log("own", 1.0 + m.calls) or m.trainer.callback_metrics["own"]
     ),
 }
+
+DRAWN = ("generator of the module", "global generator")
 
 
 class Coupled(Regression):
@@ -223,11 +89,12 @@ class Coupled(Regression):
 @pytest.mark.parametrize("kind", COUPLINGS)
 def test_losses_of_equal_weights_are_equal_and_of_the_trained_batch(kind: str) -> None:
     torch.manual_seed(0)
-    module, callback = Coupled(kind), anderson(max_extrapolation=1e-9)
+    module, callback = Coupled(kind), anderson(max_extrapolation=1e-9, stochastic="auto")
     reports = Reports(callback)
     (batch,) = batches()
     after = Record(lambda _, m: m.factors[-1] * mse_loss(m.network(batch[0]), batch[1]).item())
     fit(module, batches(), after, callback, reports, max_epochs=8)
+    assert {one.stochastic for one in reports.attempted} == {kind in DRAWN}
     evaluated = [
         (one.loss_before, one.loss_after, loss)
         for one, loss in zip(reports.all, after.values, strict=True)
@@ -241,24 +108,6 @@ def test_losses_of_equal_weights_are_equal_and_of_the_trained_batch(kind: str) -
     assert len(module.factors) == 8
 
 
-@pytest.mark.parametrize(
-    ("kind", "stochastic"),
-    [
-        ("decaying buffer", False),
-        ("generator of the module", True),
-        ("global generator", True),
-        ("dropout", True),
-    ],
-)
-def test_objective_that_draws_is_stochastic(kind: str, stochastic: bool) -> None:
-    dropout = network(nn.Linear(4, 8), nn.Dropout(0.1), nn.Linear(8, 1))
-    module = Regression(dropout) if kind == "dropout" else Coupled(kind)
-    callback = anderson(stochastic="auto")
-    reports = Reports(callback)
-    fit(module, batches(), callback, reports, max_epochs=8)
-    assert [one.stochastic for one in reports.attempted] == [stochastic] * 4
-
-
 # What an evaluation raises, returns, or does to the Trainer.
 
 
@@ -269,41 +118,177 @@ class Fails(Steered):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
-        return self.failure(self) if self.steering.at_candidate(self) else loss
+        if not self.steering.at_candidate(self):
+            return loss
+        self.trainer.should_stop = True
+        return self.failure()
 
 
-def raises(error: Exception) -> Callable[[Any], Any]:
-    def failure(module: Any) -> Any:
-        module.trainer.should_stop = True
-        raise error
-
-    return failure
+def raises(error: Exception) -> Tensor:
+    raise error
 
 
-def stops(module: Any) -> Tensor:
-    module.trainer.should_stop = True
-    return torch.tensor(float("nan"))
-
-
-FAILURES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "value": (raises(ValueError("viscosity must be positive")), "rejected_error"),
-    "iterator": (raises(StopIteration()), "rejected_error"),
-    "cholesky": (lambda _: torch.linalg.cholesky(-torch.eye(2)).sum(), "rejected_error"),
-    "none": (lambda _: None, "rejected_non_finite_loss"),
-    "stop": (stops, "rejected_non_finite_loss"),
+FAILURES: dict[str, tuple[Callable[[], Any], str]] = {
+    "value": (lambda: raises(ValueError("must be positive")), "rejected_error"),
+    "iterator": (lambda: raises(StopIteration()), "rejected_error"),
+    "cholesky": (lambda: torch.linalg.cholesky(-torch.eye(2)).sum(), "rejected_error"),
+    "none": (lambda: None, "rejected_non_finite_loss"),
+    "nan": (lambda: torch.tensor(float("nan")), "rejected_non_finite_loss"),
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_failure_at_candidate_rejects_and_training_goes_on(failure: str) -> None:
-    plain, own, callback = Regression(), Fails(FAILURES[failure][0]), anderson()
-    steps = [
-        fit(one, batches(), *more, max_epochs=8).global_step
-        for one, more in ((plain, []), (own, [callback]))
-    ]
-    assert steps == [8, 8]
-    assert outcomes(callback) == {FAILURES[failure][1]: 4}
-    assert torch.equal(weights(plain), weights(own))
+@pytest.mark.parametrize("kind", FAILURES)
+def test_failure_at_candidate_rejects_and_training_goes_on(kind: str) -> None:
+    failure, outcome = FAILURES[kind]
+    callback = anderson()
+    trainer = assert_plain_run(callback, lambda: Fails(failure), max_epochs=8)
+    assert trainer.global_step == 8
+    assert outcomes(callback) == {outcome: 4}
+
+
+# What cannot be put back, or compared: training goes on without acceleration.
+
+
+class Holds(Regression):
+    """``effect(held)`` in every step; what it returns is seen."""
+
+    def __init__(self, held: Any, effect: Callable[[Any], Any] = lambda held: None) -> None:
+        super().__init__(None, lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9))
+        self.held, self.effect, self.seen = held, effect, []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.seen.append(self.effect(self.held))
+        return super().training_step(batch, batch_idx)
+
+
+class HoldsState(Holds):
+    """That of the optimizer."""
+
+    def __init__(self, effect: Callable[[Any], Any]) -> None:
+        super().__init__(None, lambda _: effect(self.trainer.optimizers[0].state))
+
+
+class Odd:
+    @property
+    def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise LookupError("nothing here")
+
+
+class Feeder(threading.Thread):
+    """Prepares batches, as seen by its state."""
+
+    ready = 0
+
+    def feed(self) -> int:
+        self.ready += 1
+        return self.ready
+
+
+class OfParts(Regression):
+    """The batch is an iterator over its parts."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(next(batch), batch_idx)
+
+
+class OfSamples(Regression):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (self.network(batch[0]) - batch[1]).square()
+
+    def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
+        loss.mean().backward()
+
+
+class Exits(Regression):
+    """Where it is evaluated after its step."""
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.trained = self.network[0].weight.detach().clone()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if not torch.equal(self.network[0].weight, self.trained):
+            sys.exit(1)
+        return super().training_step(batch, batch_idx)
+
+
+@torch.no_grad()
+def damp(state: Any) -> None:
+    for one in state.values():
+        one["momentum_buffer"].mul_(0.9)
+
+
+def count(shared: Any) -> int:
+    shared.value += 1
+    return shared.value
+
+
+def add_to_first(bank: Tensor) -> float:
+    bank[0] += 1.0
+    return bank[0].item()
+
+
+OF_OPTIMIZER = "holds state of the optimizer, changed by training_step"
+LARGE = 17 << 20  # of single precision, 68 MB: beyond the 64 MiB that are copied
+
+UNUSABLE: dict[str, tuple[Callable[[], Any], str]] = {
+    "momentum": (lambda: HoldsState(damp), OF_OPTIMIZER),
+    "state": (lambda: HoldsState(lambda state: state.clear()), OF_OPTIMIZER),
+    "shared number": (
+        lambda: Holds(multiprocessing.Value("i", 0), count),
+        "holds a multiprocessing.sharedctypes.Synchronized, which others may",
+    ),
+    "another process": (
+        lambda: Holds(multiprocessing.Pipe(), lambda pipe: pipe[0].send(1)),
+        "holds a multiprocessing.connection.Connection, which others may",
+    ),
+    "thread": (
+        lambda: Holds(Feeder(), Feeder.feed),
+        "holds a thread (tests.callbacks.test_real_programs.Feeder)",
+    ),
+    "iterator": (
+        lambda: Holds(itertools.count().__next__, lambda number: number()),
+        "holds an iterator (itertools.count)",
+    ),
+    "second loader": (
+        lambda: Holds(iter(batches(24)), lambda other: next(other)[0].sum().item()),
+        "holds an iterator (torch.utils.data.dataloader._SingleProcessDataLoaderIter)",
+    ),
+    "batch of parts": (OfParts, "holds an iterator (builtins.list_iterator)"),
+    "large tensor": (
+        lambda: Holds(torch.zeros(LARGE), add_to_first),
+        "holds a tensor that changes and is too large to be copied",
+    ),
+    "odd object": (lambda: Holds([Odd()]), "holds an object that raises LookupError: nothing here"),
+    "loss of every sample": (
+        OfSamples,
+        "raised ValueError: the loss must be a single number, got shape (8, 1)",
+    ),
+    "exit": (Exits, "raised SystemExit: 1"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_training_step_that_cannot_be_evaluated_trains_on_without_acceleration(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def collate(samples: Any) -> Any:
+        batch = [torch.stack(one) for one in zip(*samples, strict=True)]
+        return iter([batch]) if kind == "batch of parts" else batch
+
+    make_module, reason = UNUSABLE[kind]
+    loader, callback = DataLoader(rows(64), batch_size=8, collate_fn=collate), anderson()
+    trainer = assert_plain_run(callback, make_module, loader, max_epochs=3)
+    assert trainer.global_step == 24
+    assert reason in callback.state_dict()["disabled"]
+    assert caplog.text.count("Anderson acceleration is off for the rest of this run") == 1
+    assert "define anderson_loss(batch) on the LightningModule" in caplog.text
+
+
+def test_large_tensor_that_does_not_change_is_no_hindrance() -> None:
+    callback = anderson()
+    fit(Holds(torch.zeros(LARGE)), batches(8), callback, max_epochs=1)
+    assert callback.state_dict()["disabled"] is None
+    assert counters(callback)["attempted"] == 4
 
 
 # Batches of every kind, with things taken out, replaced and written to.
@@ -311,7 +296,6 @@ def test_failure_at_candidate_rejects_and_training_goes_on(failure: str) -> None
 
 @dataclasses.dataclass
 class Dataclass:
-    x: Tensor
     y: Tensor
 
 
@@ -328,40 +312,40 @@ class Labelled(torch.Tensor):
         return out
 
 
-def labelled(x: Tensor, y: Tensor) -> dict[str, Tensor]:
-    x = x.as_subclass(Labelled)
-    x.names_of = ["a", "b", "c", "d"]
-    return {"x": x, "y": y}
-
-
 Pair = collections.namedtuple("Pair", "inputs weight")
 
-BATCHES: dict[str, Callable[[Tensor, Tensor], Any]] = {
-    "dict": lambda x, y: {"x": x, "y": y},
-    "OrderedDict": lambda x, y: collections.OrderedDict(x=x, y=y),
-    "UserDict": lambda x, y: collections.UserDict(x=x, y=y),
-    "BatchEncoding": lambda x, y: BatchEncoding({"x": x, "y": y}),
-    "dict in a namedtuple": lambda x, y: Pair({"x": x, "y": y}, 1),
-    "dict in a list": lambda x, y: [{"x": x, "y": y}],
-    "tensor subclass": labelled,
-    "dataclass": Dataclass,
-    "namespace": lambda x, y: types.SimpleNamespace(x=x, y=y),
-}
+
+def batch_of_all_kinds(samples: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+    """The same targets in parts of every kind."""
+    x, y = (torch.stack(one) for one in zip(*samples, strict=True))
+    labelled = x.as_subclass(Labelled)
+    labelled.names_of = ["a", "b", "c", "d"]
+    parts = [
+        *({"y": y.clone()}, collections.OrderedDict(y=y.clone())),
+        *(collections.UserDict(y=y.clone()), BatchEncoding({"y": y.clone()})),
+        *(Dataclass(y.clone()), types.SimpleNamespace(y=y.clone())),
+    ]
+    return {"x": labelled, "parts": parts, "pair": Pair({"y": y.clone()}, 1)}
 
 
 class Consumes(Regression):
+    """Takes everything out of the batch, and writes to it."""
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        one = batch[0] if isinstance(batch, list | tuple) else batch
-        if isinstance(one, collections.UserDict | dict):
-            x, y = one["x"], one.pop("y")
-            one["x"] = 0.5 * x
-            x = one["x"]
-        else:
-            one.x, y = 0.5 * one.x, one.y
-            x = one.x
-            del one.y
-        y.mul_(0.5)
-        return mse_loss(self.network(x.as_subclass(Tensor)), y)
+        batch["x"] = 0.5 * batch["x"]
+        targets = []
+        while batch["parts"]:
+            part = batch["parts"].pop()
+            if isinstance(part, collections.UserDict | dict):
+                targets.append(part.pop("y"))
+            else:
+                targets.append(part.y)
+                del part.y
+        targets.append(batch.pop("pair").inputs.pop("y"))
+        for one in targets:
+            one.mul_(0.5)
+        assert all(torch.equal(one, targets[0]) for one in targets)
+        return mse_loss(self.network(batch["x"].as_subclass(Tensor)), targets[0])
 
 
 class OfHalves(Regression):
@@ -369,13 +353,8 @@ class OfHalves(Regression):
         return mse_loss(self.network(0.5 * batch[0]), 0.5 * batch[1])
 
 
-@pytest.mark.parametrize("kind", BATCHES)
-def test_batch_is_evaluated_as_it_was_before_the_step(kind: str) -> None:
-    def collate(samples: list[tuple[Tensor, Tensor]]) -> Any:
-        x, y = (torch.stack(one) for one in zip(*samples, strict=True))
-        return BATCHES[kind](x, y)
-
-    loader = DataLoader(rows(8), batch_size=8, collate_fn=collate)
+def test_batch_is_evaluated_as_it_was_before_the_step() -> None:
+    loader = DataLoader(rows(8), batch_size=8, collate_fn=batch_of_all_kinds)
     found = losses(Consumes(), loader)
     assert found == losses(OfHalves())
     assert len(found) == 4
@@ -395,177 +374,6 @@ def test_batch_with_additions_of_hooks_is_evaluated_with_them() -> None:
             return super().training_step((0.5 * batch[0], 0.5 * batch[1]), batch_idx)
 
     assert losses(Noisy()) == losses(Halved())
-
-
-@pytest.mark.parametrize("changes", [True, False])
-def test_tensor_too_large_to_copy_disables_where_it_changes(changes: bool) -> None:
-    class Large(Steered):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bank = torch.zeros(17 << 20)  # 68 MB, beyond the 64 MiB that are copied
-
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            if changes:
-                self.bank[batch_idx] += 1.0
-            return super().training_step(batch, batch_idx)
-
-    callback, module = anderson(), Large()
-    fit(module, batches(8), callback, max_epochs=1)
-    assert float(module.bank.sum()) == 8 * changes
-    disabled = callback.state_dict()["disabled"]
-    if changes:
-        assert "a tensor that changes and is too large to be copied" in disabled
-    else:
-        assert disabled is None
-        assert outcomes(callback) == REJECTED
-
-
-class SecondLoader(Regression):
-    """Domain adaptation: a second loader of the same length."""
-
-    def on_train_epoch_start(self) -> None:
-        self.other = iter(batches(8))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + super().training_step(
-            next(self.other), batch_idx
-        )
-
-
-class BatchOfParts(Regression):
-    """The batch is an iterator over its parts."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(next(batch), batch_idx)
-
-
-@pytest.mark.parametrize("kind", [SecondLoader, BatchOfParts])
-def test_iterator_disables_with_a_reason_and_keeps_epochs(
-    kind: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    def collate(samples: Any) -> Any:
-        x, y = (torch.stack(one) for one in zip(*samples, strict=True))
-        return iter([(x, y)]) if kind is BatchOfParts else (x, y)
-
-    ends = []
-    for callbacks in ([], [anderson()]):
-        module = kind()
-        loader = DataLoader(rows(64), batch_size=8, collate_fn=collate)
-        trainer = fit(module, loader, *callbacks, max_epochs=3)
-        ends.append((trainer.global_step, weights(module)))
-    assert ends[0][0] == ends[1][0] == 24
-    assert torch.equal(ends[0][1], ends[1][1])
-    assert "holds an iterator" in callbacks[0].state_dict()["disabled"]
-    assert caplog.text.count("Anderson acceleration is off for the rest of this run") == 1
-    assert "define anderson_loss(batch) on the LightningModule" in caplog.text
-
-
-# What reaches outside of the module: weights, optimizers, loggers, files, the terminal.
-
-
-class Reaches(Regression):
-    """Does one more thing in its training step.
-
-    Args:
-        kind: a key of ``REACHES``.
-    """
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-        self.own = torch.nn.Parameter(torch.ones(2))
-        self.optimizer_of_own = torch.optim.Adam([self.own], lr=0.1)
-        self.files: list[str] = []
-
-    def configure_optimizers(self) -> Any:
-        return self.make_optimizer(self.network.parameters())
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx)
-        return REACHES[self.kind](self, loss)
-
-    def step_own(self, loss: Tensor) -> Tensor:
-        scale = self.own.square().mean()
-        self.optimizer_of_own.zero_grad()
-        scale.backward()
-        self.optimizer_of_own.step()
-        return loss * (1 + scale.detach())
-
-    def decay_rate(self, loss: Tensor) -> Tensor:
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] *= 0.95
-        return loss
-
-    def shrink_weights(self, loss: Tensor) -> Tensor:
-        """Through ``.data``, which no version tells of; the loss was computed before."""
-        for one in self.network.parameters():
-            one.data.mul_(0.99)
-        return loss
-
-    def name_file(self, loss: Tensor) -> Tensor:
-        assert isinstance(self.logger, self.trainer.loggers[0].__class__)
-        self.files.append(os.path.join(self.trainer.log_dir or "", f"{len(self.files)}"))
-        return loss
-
-    def save(self, loss: Tensor) -> Tensor:
-        path = Path(self.trainer.default_root_dir) / f"{self.trainer.global_step}.ckpt"
-        self.trainer.save_checkpoint(path, weights_only=True)
-        return loss
-
-    def say(self, loss: Tensor) -> Tensor:
-        print("step", self.trainer.global_step)
-        return loss
-
-    def keep_rate(self, loss: Tensor) -> Tensor:
-        self.trainer.datamodule.seen += 1
-        return loss
-
-
-REACHES: dict[str, Callable[[Any, Tensor], Any]] = {
-    "an optimizer of its own": Reaches.step_own,
-    "the learning rate": Reaches.decay_rate,
-    "the trained weights": Reaches.shrink_weights,
-    "the folder of the logger": Reaches.name_file,
-    "a checkpoint": Reaches.save,
-    "the terminal": Reaches.say,
-    "the datamodule": Reaches.keep_rate,
-}
-
-
-class Counting(lightning.pytorch.LightningDataModule):
-    seen = 0
-
-    def train_dataloader(self) -> Any:
-        return batches(12)
-
-
-@pytest.mark.parametrize("kind", REACHES)
-def test_reach_of_a_rejected_candidate_is_undone(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(name: str, *callbacks: Any) -> list[Any]:
-        module, data, folder = Reaches(kind), Counting(), tmp_path / name
-        folder.mkdir()
-        logger = lightning.pytorch.loggers.CSVLogger(folder, flush_logs_every_n_steps=1)
-        trainer = fit(
-            module, data, *callbacks, max_epochs=1, logger=logger, default_root_dir=folder
-        )
-        saved = [torch.load(one) for one in sorted(folder.glob("*.ckpt"))]
-        return [
-            module.state_dict(),
-            module.optimizer_of_own.state_dict()["state"],
-            trainer.optimizers[0].state_dict(),
-            [Path(one).name for one in module.files],
-            [one["state_dict"] for one in saved],
-            capsys.readouterr().out,
-            data.seen,
-        ]
-
-    callback = anderson(max_extrapolation=1e-30)
-    plain, own = run("plain"), run("own", callback)
-    assert_bitwise_equal(own, plain)
-    assert callback.state_dict()["disabled"] is None
-    assert counters(callback)["attempted"] >= 4
 
 
 @pytest.mark.parametrize("once", [True, False], ids=["once", "in every step"])
@@ -606,60 +414,6 @@ def test_frozen_parameters_in_optimizer_with_schedule_are_accelerated() -> None:
     assert counters(callback)["attempted"] >= 4
 
 
-def step_by_hand(self: Any, batch: Any, _: int) -> None:
-    optimizer = self.optimizers()
-    optimizer.zero_grad()
-    Regression.training_step(self, batch, 0).backward()
-    optimizer.step()
-
-
-UNUSABLE: dict[str, tuple[Any, str]] = {
-    "loss of every sample": (
-        lambda self, batch, _: (self.network(batch[0]) - batch[1]).square(),
-        "raised ValueError: the loss must be a single number, got shape (8, 1)",
-    ),
-    "manual, without a loss": (
-        step_by_hand,
-        "raised ValueError: training_step neither calls manual_backward nor returns one",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", UNUSABLE)
-def test_training_step_without_a_loss_trains_on_without_acceleration(kind: str) -> None:
-    step, reason = UNUSABLE[kind]
-
-    class Unusual(Regression):
-        training_step = step
-
-        def backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
-            loss.mean().backward()
-
-    ends = []
-    for callbacks in ([], [anderson()]):
-        module = Unusual()
-        module.automatic_optimization = kind == "loss of every sample"
-        fit(module, batches(8), *callbacks, max_epochs=1)
-        ends.append(weights(module))
-    assert torch.equal(*ends)
-    assert reason in callbacks[0].state_dict()["disabled"]
-
-
-def test_object_that_cannot_be_looked_into_disables_with_a_reason() -> None:
-    class Odd:
-        @property
-        def __class__(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-            raise LookupError("nothing here")
-
-    module = Regression()
-    module.odd = [Odd()]
-    callback = anderson()
-    fit(module, batches(8), callback, max_epochs=1)
-    assert (
-        "holds an object that raises LookupError: nothing here" in callback.state_dict()["disabled"]
-    )
-
-
 # Signatures of training_step.
 
 step = Regression.training_step
@@ -691,20 +445,6 @@ def clamp(parameters: Any) -> None:
         one.clamp_(-CAP, CAP)
 
 
-class Projected(torch.optim.SGD):
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        clamp(self.param_groups[0]["params"])
-        return loss
-
-
-def hooked(parameters: Any) -> torch.optim.Optimizer:
-    parameters = list(parameters)
-    optimizer = torch.optim.SGD(parameters, lr=0.01)
-    optimizer.register_step_post_hook(lambda *_: clamp(parameters))
-    return optimizer
-
-
 class ClampsAfterStep(Regression):
     data = False
 
@@ -718,18 +458,9 @@ class ClampsData(ClampsAfterStep):
 
 
 @pytest.mark.parametrize("in_one_epoch", [True, False])
-@pytest.mark.parametrize(
-    "make",
-    [
-        ClampsAfterStep,
-        ClampsData,
-        lambda: Regression(None, lambda p: Projected(p, lr=0.01)),
-        lambda: Regression(None, hooked),
-    ],
-    ids=["no_grad", ".data", "projected optimizer", "hook"],
-)
-def test_constraint_on_weights_holds_after_every_step(make: Any, in_one_epoch: bool) -> None:
-    callback, module = anderson(safeguard="none", store_every_n_steps=2), make()
+@pytest.mark.parametrize("kind", [ClampsAfterStep, ClampsData])
+def test_constraint_on_weights_holds_after_every_step(kind: Any, in_one_epoch: bool) -> None:
+    callback, module = anderson(safeguard="none", store_every_n_steps=2), kind()
     clamp(module.parameters())
     largest = Record(lambda _, m: float(trained(m).abs().max()))
     loader, epochs = (batches(20), 1) if in_one_epoch else (batches(), 20)
@@ -771,8 +502,9 @@ class Averages(Callback):
 class OwnAverages(Validated):
     """The same by hooks of the module, which run after those of all callbacks."""
 
-    def on_fit_start(self) -> None:
-        self.averages = [Averages(Tensor.copy_)]
+    def __init__(self, put: Any) -> None:
+        super().__init__()
+        self.averages = [Averages(put)]
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.averages[0].on_train_batch_end(None, self)
@@ -789,109 +521,19 @@ class OwnAverages(Validated):
     [(batches(), {"max_epochs": 12}), (batches(12), {"val_check_interval": 5, "max_epochs": 1})],
     ids=["every epoch", "within an epoch"],
 )
-@pytest.mark.parametrize("where", ["before", "after", "module"])
-@pytest.mark.parametrize(
-    "put", [Tensor.copy_, lambda one, value: one.data.copy_(value)], ids=["copy_", ".data"]
-)
-def test_averages_for_validation_leave_training_alone(
-    put: Any, where: str, loader: Any, options: dict[str, Any]
-) -> None:
+def test_averages_for_validation_leave_training_alone(loader: Any, options: dict[str, Any]) -> None:
     schedule = {"store_every_n_steps": 2, "accelerate_every_n_steps": 4}
-    alone, callback, expected = anderson(**schedule), anderson(**schedule), Validated()
+    alone, expected = anderson(**schedule), Validated()
     fit(expected, loader, alone, val=batches(), **options)
-    module = OwnAverages() if where == "module" else Validated()
-    averages = [Averages(put)] if where != "module" else []
-    callbacks = [callback, *averages] if where == "after" else [*averages, callback]
-    fit(module, loader, *callbacks, val=batches(), **options)
-    assert torch.equal(weights(module), weights(expected))
-    assert outcomes(callback) == outcomes(alone) != {}
-    assert counters(callback)["attempted"] == 3
-
-
-# Logging by any way.
-
-
-Logger: Any = of_lightning.Logger
-
-
-class Rows(Logger):
-    """Keeps what is logged; so does its ``experiment``."""
-
-    name: Any = "rows"
-    version: Any = "0"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[Any] = []
-
-    @property
-    def experiment(self) -> Any:
-        return self.rows
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None: ...
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        own = {k: v for k, v in metrics.items() if not k.startswith("anderson/")}
-        if own:
-            self.rows.append((step, own))
-
-
-class Terms(nn.Module):
-    """Has got the module's ``log`` at its construction."""
-
-    def __init__(self, log: Any) -> None:
-        super().__init__()
-        self.log_term = log
-
-
-class Logs(Steered):
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind, self.terms = kind, Terms(self.log)
-        if kind == "log is a list":
-            self.log: Any = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        loss = mse_loss(self.network(batch[0]), batch[1])
-        if self.kind == "log handed on":
-            self.terms.log_term("term", loss, on_step=False, on_epoch=True)
-        elif self.kind == "super().log":
-            super().log("term", loss, on_step=False, on_epoch=True)
-        elif self.kind == "logger":
-            self.logger.log_metrics({"term": loss.item()}, step=self.global_step)
-        elif self.kind == "experiment":
-            self.logger.experiment.append(("term", loss.item()))
-        else:
-            self.log.append(loss.item())
-            self.trainer.logger.experiment.append(list(self.log))
-        return loss + self.steering.offset if self.steering.at_candidate(self) else loss
-
-
-@pytest.mark.parametrize(
-    "kind", ["log handed on", "super().log", "logger", "experiment", "log is a list"]
-)
-def test_evaluations_log_nothing_by_any_way(kind: str) -> None:
-    found, callback = [], anderson()
-    for callbacks in ([], [callback]):
-        logger = Rows()
-        fit(Logs(kind), batches(4), *callbacks, logger=logger, max_epochs=2, log_every_n_steps=1)
-        found.append(logger.rows)
-    assert found[1] == found[0] != []
-    assert outcomes(callback) == REJECTED
-
-
-def test_evaluation_keeps_what_callbacks_log_beside_it() -> None:
-    class Logs(Callback):
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            pl_module.log(self.name, float(trainer.global_step), on_step=False, on_epoch=True)
-
-    found = []
-    for callbacks in ([], [anderson()]):
-        logger = Rows()
-        around = [Logs("before"), *callbacks, Logs("after")]
-        fit(Steered(), batches(), *around, logger=logger, max_epochs=8, log_every_n_steps=1)
-        found.append(logger.rows)
-    assert found[1] == found[0]
+    puts = (Tensor.copy_, lambda one, value: one.data.copy_(value))
+    for put, where in itertools.product(puts, ["before", "after", "module"]):
+        callback, module = (
+            anderson(**schedule),
+            OwnAverages(put) if where == "module" else Validated(),
+        )
+        averages = [Averages(put)] if where != "module" else []
+        callbacks = [callback, *averages] if where == "after" else [*averages, callback]
+        fit(module, loader, *callbacks, val=batches(), **options)
+        assert torch.equal(weights(module), weights(expected)), where
+        assert outcomes(callback) == outcomes(alone) != {}
+        assert counters(callback)["attempted"] == 3

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import lightning.pytorch
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -21,7 +20,6 @@ from tests.helpers.regression import (
     batches,
     counters,
     fit,
-    network,
     num_iterates,
     outcomes,
     trained,
@@ -91,54 +89,6 @@ def test_step_skipped_by_grad_scaler_is_no_step(fused: bool) -> None:
     assert counters(callback)["attempted"] == 1
     assert torch.equal(iterates_of(callback.state_dict()["iterates"])[-1], trained(module))
     assert num_iterates(callback) == 7
-
-
-class TwoOptimizers(lightning.pytorch.LightningModule):
-    """Manual optimisation as in a GAN: two networks in turns, each with an optimizer."""
-
-    def __init__(self, *, toggled: bool = False) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.toggled = toggled
-        self.first, self.second = network(seed=0), network(seed=1)
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        x, y = batch
-        optimizers: Any = self.optimizers()
-        for optimizer, net in zip(optimizers, (self.first, self.second), strict=True):
-            if self.toggled:
-                self.toggle_optimizer(optimizer)
-            optimizer.zero_grad()
-            self.manual_backward(mse_loss(net(x), y))
-            optimizer.step()
-            if self.toggled:
-                self.untoggle_optimizer(optimizer)
-
-    def configure_optimizers(self) -> Any:
-        return [torch.optim.SGD(net.parameters(), lr=0.01) for net in (self.first, self.second)]
-
-
-class WithOwnLoss(TwoOptimizers):
-    def anderson_loss(self, batch: Any) -> dict[str, Any]:
-        x, y = batch
-        return {"loss": mse_loss(self.first(x), y) + mse_loss(self.second(x), y), "size": len(x)}
-
-
-@pytest.mark.parametrize("toggled", [False, True], ids=["free", "toggled"])
-def test_several_optimizers_make_one_step_together(toggled: bool) -> None:
-    callback = every_step()
-    module = WithOwnLoss(toggled=toggled)
-    trainer = fit(module, batches(), callback, max_epochs=12)
-    assert trainer.global_step == 24  # Lightning counts both
-    assert counters(callback) == {
-        "optimizer_steps": 12,
-        "attempted": 2,
-        "accepted": 2,
-        "loss_evaluations": 6,
-    }
-    # 12 steps, the start, and a new start after each acceptance
-    count = sum(p.numel() for p in module.parameters())
-    assert iterates_of(callback.state_dict()["iterates"]).shape == (15, count)
 
 
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])

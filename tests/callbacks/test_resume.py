@@ -1,7 +1,9 @@
 """A run that is stopped, or killed, and resumed ends bitwise as the uninterrupted run."""
 
+import functools
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,9 @@ from tests.helpers.problems import assert_bitwise_equal
 from tests.helpers.ranks import Ranks
 from tests.helpers.regression import (
     INPUTS,
+    Alternates,
     Record,
     Steered,
-    Steering,
     anderson,
     batches,
     counters,
@@ -38,22 +40,14 @@ pytestmark = pytest.mark.filterwarnings(
 KEY = "AndersonCallback"
 
 
-class Alternates(Steering):
-    """Accepts, then rejects, by the step: the candidates of 6, 18 and 30."""
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        super().on_train_batch_end(trainer, pl_module)
-        self.offset = -1e3 if trainer.global_step % 12 == 6 else 1e3
-
-
 class Stepwise(Steered):
-    """Batch and random numbers belong to the step; batch normalisation is state of its own."""
+    """Batch and random numbers belong to the step; the candidates of 6, 18 and 30 are accepted."""
 
     def __init__(self, make_optimizer: Any = None) -> None:
         layers = [nn.Linear(INPUTS, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.1)]
         adam = lambda p: torch.optim.Adam(p, lr=1e-3)  # noqa: E731
         net = network(*layers, nn.Linear(8, 1))
-        super().__init__(net, make_optimizer or adam, steering=Alternates())
+        super().__init__(net, make_optimizer or adam, steering=Alternates(12, at=6))
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         generator = torch.Generator().manual_seed(self.global_step)
@@ -69,37 +63,36 @@ def sixths(**options: Any) -> AndersonCallback:
     return anderson(**{"store_every_n_steps": 3, "accelerate_every_n_steps": 6} | options)
 
 
-def whole_and_resumed(
-    path: Path, make_callbacks: Any, *, stop: int, make_optimizer: Any = None
-) -> list[tuple[Tensor, list[float], Any]]:
-    """(weights, losses, callback) of 30 steps at once, and of the rest after ``stop``."""
-    ends = []
-    for start in (None, path):
+def assert_resumes(
+    folder: Path, make_callbacks: Any, stops: Sequence[int], make_optimizer: Any = None
+) -> AndersonCallback:
+    """30 steps at once, and the rest after each of ``stops``; the callback of the former."""
+
+    def run(*saves: Any, ckpt_path: Any = None) -> tuple[Any, list[float], AndersonCallback]:
         callbacks, module = make_callbacks(), Stepwise(make_optimizer)
         losses = Record(lambda trainer, _: trainer.callback_metrics["train/loss"].item())
-        save = [] if start else [Saves(stop, path)]
-        options = {"ckpt_path": start, "max_epochs": 3, "log_every_n_steps": 1}
-        fit(module, batches(10), *callbacks, losses, *save, **options)
+        options = {"ckpt_path": ckpt_path, "max_epochs": 3, "log_every_n_steps": 1}
+        fit(module, batches(10), *callbacks, losses, *saves, **options)
         (callback,) = (one for one in callbacks if isinstance(one, AndersonCallback))
-        ends.append((weights(module), losses.values, callback))
-    return ends
+        return weights(module), losses.values, callback
+
+    paths = {stop: folder / f"{stop}.ckpt" for stop in stops}
+    whole = run(*(Saves(stop, path) for stop, path in paths.items()))
+    for stop, path in paths.items():
+        resumed = run(ckpt_path=path)
+        assert torch.equal(whole[0], resumed[0]), stop
+        assert resumed[1] == whole[1][stop:], stop
+        assert_bitwise_equal(resumed[2].state_dict(), whole[2].state_dict(), f"stop {stop}")
+        assert resumed[2].loss_evaluations == whole[2].loss_evaluations
+    return whole[2]
 
 
-def assert_continued(ends: list[tuple[Tensor, list[float], Any]], stop: int) -> None:
-    whole, resumed = ends
-    assert torch.equal(whole[0], resumed[0])
-    assert resumed[1] == whole[1][stop:]
-    assert_bitwise_equal(resumed[2].state_dict(), whole[2].state_dict())
-    assert resumed[2].loss_evaluations == whole[2].loss_evaluations
-
-
-# in a cycle, before and after an attempt and the end of a cycle, at the end of an epoch (10, 20)
-@pytest.mark.parametrize("stop", [1, 5, 6, 9, 10, 11, 12, 17, 18, 20, 29])
-def test_resume_at_any_step_is_bitwise(stop: int, tmp_path: Path) -> None:
-    ends = whole_and_resumed(tmp_path / "stop.ckpt", lambda: [sixths()], stop=stop)
-    assert counters(ends[0][2])["attempted"] == 5
-    assert outcomes(ends[0][2])["accepted"] == 3  # at 6, 18 and 30
-    assert_continued(ends, stop)
+def test_resume_at_any_step_is_bitwise(tmp_path: Path) -> None:
+    # in a cycle, before and after an attempt and a cycle's end, at the end of an epoch (10, 20)
+    stops = [1, 5, 6, 9, 10, 11, 12, 17, 18, 20, 29]
+    callback = assert_resumes(tmp_path, lambda: [sixths()], stops)
+    assert counters(callback)["attempted"] == 5
+    assert outcomes(callback)["accepted"] == 3  # at 6, 18 and 30
 
 
 SMOOTHING: dict[str, dict[str, Any]] = {
@@ -115,12 +108,11 @@ def test_resume_with_monitor_is_bitwise(
     smoothing: str, monitor_first: bool, tmp_path: Path
 ) -> None:
     def make_callbacks() -> list[Any]:
-        monitor = SmoothingMonitor(**SMOOTHING[smoothing])
-        return [monitor, sixths()] if monitor_first else [sixths(), monitor]
+        callbacks = [SmoothingMonitor(**SMOOTHING[smoothing]), sixths()]
+        return callbacks if monitor_first else callbacks[::-1]
 
-    path, momentum = tmp_path / "stop.ckpt", lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9)
-    ends = whole_and_resumed(path, make_callbacks, stop=17, make_optimizer=momentum)
-    assert_continued(ends, 17)
+    momentum = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    assert_resumes(tmp_path, make_callbacks, [17], momentum)
 
 
 def test_checkpoint_holds_plain_containers(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def test_veto_noise_only_of_stochastic_loss(noise: float, gain: float) -> None:
 @pytest.mark.parametrize("stochastic", [False, True])
 @pytest.mark.parametrize("tolerance", [0.0, 1e-5])
 @pytest.mark.parametrize("before", [1.0, -1.0, 0.0, 1e-30])
-@pytest.mark.parametrize("share", [-0.5, -1e-4, -1e-9, 0.0, 1e-9, 0.5])
+@pytest.mark.parametrize("share", [-0.5, -1.1e-5, -0.9e-5, -1e-9, 0.0, 1e-9, 0.5])
 def test_decide_equals_reference(
     stochastic: bool, tolerance: float, before: float, share: float
 ) -> None:
@@ -74,14 +74,6 @@ def test_decide_equals_reference(
     result = evaluation_of(before, after, stochastic=stochastic, tolerance=tolerance)
     expected = Status.ACCEPTED if accepted else Status.REJECTED_LOSS_INCREASE
     assert decide(result) is expected
-
-
-@pytest.mark.parametrize("before", [1.0, -1.0])
-def test_decide_decrease_within_rounding_is_increase(before: float) -> None:
-    result = evaluation_of(before, before - 0.9e-5, tolerance=1e-5)
-    assert decide(result) is Status.REJECTED_LOSS_INCREASE
-    result = evaluation_of(before, before - 1.1e-5, tolerance=1e-5)
-    assert decide(result) is Status.ACCEPTED
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_stableaa.core import history as history_module
 from lightning_stableaa.core.history import History
 from tests import reference
-from tests.helpers.histories import iterates_of
 
 
 def make(
@@ -36,17 +35,6 @@ def random_iterates(count: int, length: int = 5, seed: int = 0) -> Tensor:
 def gram_of(iterates: Tensor) -> Tensor:
     differences = iterates.double().diff(dim=0)
     return differences @ differences.T
-
-
-def test_push_window_keeps_depth_residuals() -> None:
-    history, iterates = make(depth=4), random_iterates(9)
-    counts = []
-    for iterate in iterates:
-        push_all(history, iterate[None])
-        counts.append((len(history), history.num_residuals))
-    assert counts == [(1, 0), (2, 1), (3, 2), (4, 3), (5, 4), (5, 4), (5, 4), (5, 4), (5, 4)]
-    assert torch.equal(iterates_of(history.state_dict()), iterates[-5:])
-    assert torch.equal(history.newest, iterates[-1])
 
 
 @pytest.mark.parametrize("seed", range(8))

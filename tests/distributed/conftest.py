@@ -7,9 +7,9 @@ import pytest
 from tests.helpers.ranks import Ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Two processes, started once for the tests of a module."""
+    """Two processes, started once."""
     pool = Ranks(2)
     yield pool
     pool.close()

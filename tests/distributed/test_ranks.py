@@ -36,14 +36,9 @@ def die_on_second_rank() -> str:
     return "no error"
 
 
-def test_pool_failed_function_fails_alone(ranks: Ranks) -> None:
+def test_pool_is_replaced_where_a_function_failed_or_a_rank_was_killed(ranks: Ranks) -> None:
     assert ranks.run(rank_sum) == [3.0, 3.0]
     with pytest.raises(AssertionError, match="KeyError: 'the second rank'"):
         ranks.run(fail_on_second_rank)
-    assert ranks.run(rank_sum) == [3.0, 3.0]
-
-
-def test_pool_killed_rank_ends_the_others(ranks: Ranks) -> None:
-    survivor, code = ranks.run(die_on_second_rank, killed=1)
-    assert (survivor, code) == ("RuntimeError", -signal.SIGKILL)
+    assert ranks.run(die_on_second_rank, killed=1) == ["RuntimeError", -signal.SIGKILL]
     assert ranks.run(rank_sum) == [3.0, 3.0]

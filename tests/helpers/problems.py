@@ -3,24 +3,82 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
 
 from lightning_stableaa import AndersonAccelerator, StepReport
 
 
-class Quadratic:
+class Loop:
+    """A plain training loop; an iterate enters the history after every step, unless told else.
+
+    Args:
+        parameters: what is trained.
+        loss: of the parameters as they are; the steps are given where there is none.
+        make_optimizer: of the parameters and the rate ``lr``.
+        learning_rate: with 1 given updates are what is added to the parameters.
+        options: of the accelerator.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        loss: Callable[[], Tensor] | None = None,
+        *,
+        make_optimizer: Callable[..., Optimizer] = SGD,
+        learning_rate: float = 1.0,
+        **options: Any,
+    ) -> None:
+        self.parameters = list(parameters)
+        if loss is not None:
+            self.loss = loss
+        self.optimizer = make_optimizer(self.parameters, lr=learning_rate)
+        setting: dict[str, Any] = {"store_every_n_steps": 1, "accelerate_every_n_steps": 3}
+        self.accelerator = AndersonAccelerator(self.optimizer, **setting | options)
+        self.step_index = 0
+
+    def loss(self) -> Any:
+        """That of the current step."""
+        raise NotImplementedError
+
+    def train_step(self, *updates: Any) -> None:
+        """One step of the optimizer, along the gradient or by given updates of the parameters."""
+        self.step_index += 1
+        self.optimizer.zero_grad()
+        if updates:
+            for one, update in zip(self.parameters, updates, strict=False):
+                one.grad = -torch.as_tensor(update, dtype=one.dtype)
+        else:
+            self.loss().backward()
+        self.optimizer.step()
+
+    def step(
+        self, *updates: Any, loss: Callable[[], Any] | None = None, **options: Any
+    ) -> StepReport:
+        """One step of the optimizer and of the accelerator, by ``loss`` if not by its own."""
+        self.train_step(*updates)
+        evaluates = self.accelerator.options.safeguard != "none"
+        return self.accelerator.step((loss or self.loss) if evaluates else None, **options)
+
+    def run(self, steps: int, **options: Any) -> list[StepReport]:
+        """Reports of so many steps."""
+        return [self.step(**options) for _ in range(steps)]
+
+
+class Quadratic(Loop):
     """Gradient descent on 1/2 x^T A x; A is diagonal, with eigenvalues from 1 to 1/condition.
 
     Args:
         noise: standard deviation of the gradient noise, which belongs to the step: a resumed run
             sees the same.
         place: turns the initial tensor into the tensors that are trained.
-        options: of the accelerator; an iterate after every step if not given.
+        options: of the accelerator.
     """
 
     def __init__(
@@ -39,12 +97,13 @@ class Quadratic:
         exponents = torch.linspace(0, -math.log10(condition), size, dtype=torch.float64)
         self.spectrum = (10**exponents).to(dtype)
         start = torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
-        self.parameters = [nn.Parameter(one) for one in place(start)]
         self.noise = noise
-        self.optimizer = torch.optim.SGD(self.parameters, lr=learning_rate, momentum=momentum)
-        setting: dict[str, Any] = {"store_every_n_steps": 1, "accelerate_every_n_steps": 3}
-        self.accelerator = AndersonAccelerator(self.optimizer, **setting | options)
-        self.step_index = 0
+        super().__init__(
+            map(nn.Parameter, place(start)),
+            make_optimizer=functools.partial(SGD, momentum=momentum),
+            learning_rate=learning_rate,
+            **options,
+        )
 
     @property
     def x(self) -> Tensor:
@@ -60,23 +119,6 @@ class Quadratic:
         generator = torch.Generator().manual_seed(self.step_index)
         noise = torch.randn(len(x), generator=generator, dtype=torch.float64).to(x.dtype)
         return value + self.noise * (noise * x).sum()
-
-    def train_step(self) -> None:
-        """One step of the optimizer, without the accelerator."""
-        self.step_index += 1
-        self.optimizer.zero_grad()
-        self.loss().backward()
-        self.optimizer.step()
-
-    def step(self, **options: Any) -> StepReport:
-        """One step of the optimizer and of the accelerator."""
-        self.train_step()
-        loss = None if self.accelerator.options.safeguard == "none" else self.loss
-        return self.accelerator.step(loss, **options)
-
-    def run(self, steps: int, **options: Any) -> list[StepReport]:
-        """Reports of so many steps."""
-        return [self.step(**options) for _ in range(steps)]
 
     def solution(self) -> Tensor:
         """The unknowns, a copy."""

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_stableaa import AndersonCallback, StepReport
+from tests.helpers.problems import assert_bitwise_equal
 
 Callback: Any = lightning.pytorch.Callback
 
@@ -41,6 +42,8 @@ SETTING: dict[str, Any] = {
     "accelerate_every_n_steps": 2,
     "stochastic": False,
 }
+
+OWN_METRICS = ("anderson_accepted", "rsd")  # of the progress bar
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -121,6 +124,18 @@ class Steering(Callback):
         )
 
 
+class Alternates(Steering):
+    """Accepts the candidates of every so many steps, and rejects the others."""
+
+    def __init__(self, every: int, *, at: int) -> None:
+        super().__init__()
+        self.every, self.at = every, at
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        super().on_train_batch_end(trainer, pl_module)
+        self.offset = -1e3 if trainer.global_step % self.every == self.at else 1e3
+
+
 class Steered(Regression):
     """Its training_step is evaluated, and the steering decides."""
 
@@ -156,6 +171,48 @@ def anderson(**options: Any) -> AndersonCallback:
     return AndersonCallback(**SETTING | options)
 
 
+def capped(**options: Any) -> AndersonCallback:
+    """Evaluates candidates that equal the weights, and rejects each of them."""
+    return anderson(max_extrapolation=1e-30, **options)
+
+
+def assert_plain_run(
+    callback: Any,
+    make_module: Callable[[], Any],
+    loader: Any = None,
+    *,
+    beside: Iterable[Any] = (),
+    **options: Any,
+) -> Any:
+    """A fit with the callback ends bitwise as the one without it; the Trainer of the former."""
+    ends, trainer = [], None
+    for callbacks in ([], [callback]):
+        torch.manual_seed(7)
+        module = make_module()
+        data = batches() if loader is None else loader
+        trainer = fit(module, data, *callbacks, *beside, **options)
+        ends.append(end_of(trainer, module))
+    assert_bitwise_equal(ends[1], ends[0])
+    return trainer
+
+
+def end_of(trainer: Any, module: Any) -> dict[str, Any]:
+    """What a fit leaves; ``seen`` is what the module has recorded."""
+    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
+    return {
+        "seen": getattr(module, "seen", None),
+        "step": [trainer.global_step, trainer.should_stop],
+        "module": module.state_dict(),
+        "gradients": [one.grad for one in module.parameters()],
+        "optimizers": [one.state_dict() for one in trainer.optimizers],
+        "schedules": [one.state_dict() for one in schedules],
+        "modes": [one.training for one in module.modules()],
+        "frozen": [one.requires_grad for one in module.parameters()],
+        "random": random_state(),
+        "logged": {k: v for k, v in trainer.callback_metrics.items() if k not in OWN_METRICS},
+    }
+
+
 def trained(module: Any) -> Tensor:
     """All trained parameters, one flat vector."""
     return torch.cat([p.detach().flatten() for p in module.parameters() if p.requires_grad])
@@ -184,8 +241,8 @@ def num_iterates(callback: Any) -> int:
 def random_state() -> tuple[Any, ...]:
     """The states of the global generators, comparable."""
     numpy_state: Any = np.random.get_state(legacy=False)
-    key, position = numpy_state["state"]["key"].tolist(), numpy_state["state"]["pos"]
-    return torch.get_rng_state().tolist(), random.getstate(), key, position
+    key, position = numpy_state["state"]["key"].tobytes(), numpy_state["state"]["pos"]
+    return torch.get_rng_state().numpy().tobytes(), repr(random.getstate()), key, position
 
 
 class Record(Callback):

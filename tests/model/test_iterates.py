@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_stableaa.core.acceptance import ROUNDING_ERRORS, Evaluation
 from lightning_stableaa.distributed.communicator import Communicator
 from lightning_stableaa.model.iterates import IterateStore
-from lightning_stableaa.model.objective import Objective
-from lightning_stableaa.model.trial import evaluate_candidate
 
 
 def store_of(*weights: Tensor, depth: int = 3, **options: Any) -> IterateStore:
@@ -94,22 +91,3 @@ def test_trial_restores_weights_that_share_memory() -> None:
     with store.trial():
         assert not torch.equal(memory, before)
     assert torch.equal(memory, before)
-
-
-@pytest.mark.parametrize("check", [False, True])
-def test_evaluate_candidate_gives_losses_on_both_sides(check: bool) -> None:
-    weight, calls = nn.Parameter(torch.tensor([1.0, 2.0])), []
-    store = store_of(weight)
-    store.push_weights()
-    store.candidate.copy_(torch.tensor([0.5, 1.0]))
-
-    def loss() -> Tensor:
-        calls.append(weight.detach().sum().item())
-        return weight.square().sum()
-
-    result = evaluate_candidate(store, Objective(loss, stochastic=False), check=check)
-    assert calls == [3.0, 3.0, 1.5] if check else [3.0, 1.5]
-    tolerance = ROUNDING_ERRORS * torch.finfo(torch.float32).eps
-    expected = {"before": 5.0, "after": 1.25, "stochastic": False, "tolerance": tolerance}
-    assert result == Evaluation(**expected, evaluations=len(calls))
-    assert weight.tolist() == [1.0, 2.0]
