@@ -3,14 +3,21 @@
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from tests.helpers.startup import sitecustomize
+
 # The tensors here are small: a second thread only waits for the first, longer where cores are busy.
 torch.set_num_threads(1)
+
+# Processes that tests start read this module on their own.
+paths = [str(Path(sitecustomize.__file__).parent), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
