@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_stableaa.recipes import train
+
 ANSWERED = [
     "--help",
     "recipe=burger2d",
@@ -121,14 +123,20 @@ def test_command_without_hydra_names_extra(command: str, tmp_path: Path) -> None
     ],
 )
 def test_command_completes_groups_and_options(
-    line: str, completions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str,
+    completions: str,
+    empty_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     typed = f"stableaa-train {line}"
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.setenv("COMP_LINE", typed)
     monkeypatch.setenv("COMP_POINT", str(len(typed)))
-    done = run(tmp_path, "-m", "lightning_stableaa.recipes.train", "-sc", "query=bash")
-    assert done.stdout.split() == completions.split()
+    monkeypatch.setattr(sys, "argv", ["stableaa-train", "-sc", "query=bash"])
+    train.main()
+    assert capfd.readouterr().out.split() == completions.split()
+    assert not list(empty_folder.iterdir())
 
 
 def test_command_version_is_of_the_package(tmp_path: Path) -> None:
