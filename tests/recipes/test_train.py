@@ -127,7 +127,8 @@ def test_train_refused_resume_keeps_the_configuration(compose: Compose, tmp_path
 def test_command_resumed_after_its_end_keeps_the_results(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = [*SMALL["burgers2d"], "run_name=a", "pictures=false", "resume_from=auto"]
+    options = [*SMALL["burgers2d"], "trainer.max_steps=5", "run_name=a"]
+    options += ["pictures=false", "resume_from=auto"]
     monkeypatch.setattr(sys, "argv", ["stableaa-train", *options])
     main()
     results = empty_folder / "runs/burgers2d/a/results.json"
