@@ -45,10 +45,10 @@ ANSWERED_BY_COMPARE = [
     "recipe=burgers2d --seeds 3",
     "recipe=own",
     "recipe=burgers2d compare.variants=[nothing]",
-    "recipe=burgers2d compare.mode=best",
-    "recipe=burgers2d trainer.max_steps=many",
+    "recipe=burgers2d compare.mode=best compare.variants=[ema]",
+    "recipe=burgers2d trainer.max_steps=many compare.variants=[ema]",
     "recipe=burgers2d seed=3",
-    "recipe=admissions_mlp data.csv=table.csv",
+    "recipe=admissions_mlp data.csv=table.csv compare.variants=[ema]",
 ]
 # refused by constructors of torch, or by networks
 ANSWERED_WITH_TORCH = [
