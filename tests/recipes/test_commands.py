@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lightning_stableaa.recipes import train
+from tests.recipes.conftest import Command
 
 ANSWERED = [
     "--help",
@@ -125,17 +126,15 @@ def test_command_without_hydra_names_extra(command: str, tmp_path: Path) -> None
 def test_command_completes_groups_and_options(
     line: str,
     completions: str,
+    command: Command,
     empty_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
     typed = f"stableaa-train {line}"
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.setenv("COMP_LINE", typed)
     monkeypatch.setenv("COMP_POINT", str(len(typed)))
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", "-sc", "query=bash"])
-    train.main()
-    assert capfd.readouterr().out.split() == completions.split()
+    assert command(train.main, "-sc", "query=bash").split() == completions.split()
     assert not list(empty_folder.iterdir())
 
 
