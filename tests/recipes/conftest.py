@@ -65,13 +65,17 @@ def compose(tmp_path: Path, admissions_csv: Path) -> Compose:
     """Composes ``conf/train.yaml`` with overrides; the run folder is a temporary one."""
 
     def compose(*overrides: str) -> DictConfig:
-        with initialize_config_module("lightning_stableaa.conf", version_base="1.3"):
-            config = hydra.compose("train", [f"run_folder={tmp_path / 'run'}", *overrides])
+        config = composed(tmp_path / "run", *overrides)
         if "csv" in config.data:
             config.data.csv = str(admissions_csv)
         return config
 
     return compose
+
+
+def composed(run_folder: Path, *overrides: str) -> DictConfig:
+    with initialize_config_module("lightning_stableaa.conf", version_base="1.3"):
+        return hydra.compose("train", [f"run_folder={run_folder}", *overrides])
 
 
 @pytest.fixture
