@@ -5,7 +5,7 @@ installed, for metrics of text and sound and for plots. Here it does not see the
 """
 
 import sys
-from importlib import metadata, util
+from importlib import import_module, metadata, util
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import Any
@@ -17,8 +17,7 @@ class _BeforeTorchMetrics(MetaPathFinder):
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> None:
         if fullname == "torchmetrics":
             sys.meta_path.remove(self)
-            from lightning_utilities.core import imports
-
+            imports: Any = import_module("lightning_utilities.core.imports")
             # by these two it looks for packages
             imports._version, imports.find_spec = _version, _find_spec
 
