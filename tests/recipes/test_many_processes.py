@@ -75,7 +75,8 @@ def run_forked(folder: Path, *more: str, **environ: str) -> list[int | None]:
     for one in nodes:
         one.start()
     for one in nodes:
-        one.join(timeout=540)
+        one.join(timeout=240)
+        one.kill()  # it hangs, if it still runs
     return [one.exitcode for one in nodes]
 
 
