@@ -2,21 +2,30 @@
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_only
 
-# The tensors here are small: a second thread only waits for the first, longer where cores are busy.
-torch.set_num_threads(1)
+from tests.helpers.startup import sitecustomize
+
+# Processes that tests start read this module on their own.
+paths = [str(Path(sitecustomize.__file__).parent), os.environ.get("PYTHONPATH", "")]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first, or one process runs them while the others have finished."""
+    """Long files come first, or one process runs them while the others have finished."""
+    import torch  # which takes seconds, and the process that hands out the tests does without
+
+    # The tensors are small: a second thread only waits for the first, longer where cores are busy.
+    torch.set_num_threads(1)
     slow = {one.path for one in items if one.get_closest_marker("slow")}
-    items.sort(key=lambda one: one.path not in slow)
+    tests = Counter(one.path for one in items)
+    items.sort(key=lambda one: (one.path not in slow, -tests[one.path]))
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from benchmarks import (
     pinns,
     unseen,
 )
+from lightning_stableaa.recipes import compare
 
 PNG = b"\x89PNG\r\n\x1a\n"
 CPU = torch.device("cpu")
@@ -99,7 +102,16 @@ def test_in_trainer_tiny_run_writes_figures(
 
 
 @pytest.mark.slow
-def test_unseen_short_comparison_writes_table(tmp_path: Path) -> None:
+def test_unseen_short_comparison_writes_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_here(command: list[str], **_: Any) -> None:
+        assert command[:3] == [sys.executable, "-m", compare.__name__]
+        monkeypatch.setattr(sys, "argv", command[2:])
+        compare.main()
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(unseen, "subprocess", SimpleNamespace(run=run_here))
     unseen.main([str(tmp_path), "--only", "Waves", "--seeds", "1", "--jobs", "0", "--epochs", "4"])
     kept = json.loads((tmp_path / "results.json").read_text())
     row = kept["problems"]["Waves"]

@@ -15,8 +15,13 @@ ROOT = Path(lightning_stableaa.__file__).parent
 
 UNWANTED = "lightning pytorch_lightning lightning_utilities torchmetrics hydra omegaconf matplotlib"
 
-WITHOUT_LIGHTNING = f"""
-import sys
+# The names of the package, a use of the engine, and the completion of a name: each brings its own.
+IN_STEPS = f"""
+import rlcompleter, sys
+import lightning_stableaa
+assert set(lightning_stableaa.__all__) <= set(dir(lightning_stableaa))
+print([name for name in ("torch", "numpy", "lightning") if name in sys.modules])
+
 import torch
 from lightning_stableaa import AndersonAccelerator, Smoothing, Status, StepReport
 
@@ -30,6 +35,9 @@ for _ in range(4):
     accelerator.step(lambda: w @ w)
 assert accelerator.attempted == 2
 print([name for name in {UNWANTED.split()} if name in sys.modules])
+
+completed = rlcompleter.Completer(globals()).attr_matches("lightning_stableaa.Anderson")
+print([name.split(".")[-1].strip("(") for name in sorted(completed)])
 """
 
 ONLY_PYTORCH_LIGHTNING = """
@@ -65,12 +73,20 @@ print([name for name in ("lightning",) if name in sys.modules])
 """
 
 
-@pytest.mark.parametrize("program", [WITHOUT_LIGHTNING, ONLY_PYTORCH_LIGHTNING], ids=range(2))
-def test_import_brings_nothing_unwanted(program: str) -> None:
+def printed(program: str) -> list[str]:
     command = [sys.executable, "-W", "ignore", "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "[]"
+    return done.stdout.splitlines()
+
+
+def test_import_brings_what_is_used_and_no_more() -> None:
+    completed = "['AndersonAccelerator', 'AndersonCallback']"
+    assert printed(IN_STEPS) == ["[]", "[]", completed]
+
+
+def test_import_of_the_other_class_tree_brings_no_lightning() -> None:
+    assert printed(ONLY_PYTORCH_LIGHTNING)[-1] == "[]"
 
 
 # Parts of the package, and those that each may import beside itself and the public options.
@@ -107,22 +123,6 @@ def test_layer_imports_only_layers_below(part: str) -> None:
     assert {name.split(".")[0] for name in imported} <= ENGINE_NEEDS
     own = {name.split(".")[1] for name in imported if name.startswith("lightning_stableaa.")}
     assert own <= MAY_IMPORT[part] | {part}
-
-
-NAMES = """
-import rlcompleter, sys
-import lightning_stableaa
-assert set(lightning_stableaa.__all__) <= set(dir(lightning_stableaa))
-print([name for name in ("torch", "numpy", "lightning") if name in sys.modules])
-completed = rlcompleter.Completer(globals()).attr_matches("lightning_stableaa.Anderson")
-print([name.split(".")[-1].strip("(") for name in sorted(completed)])
-"""
-
-
-def test_names_are_listed_before_they_are_imported() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", NAMES]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout.splitlines() == ["[]", "['AndersonAccelerator', 'AndersonCallback']"]
 
 
 def test_public_names_are_importable_and_listed() -> None:

@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -17,8 +16,6 @@ from torch.nn.utils import parameters_to_vector
 
 from lightning_stableaa import AndersonCallback
 from lightning_stableaa.recipes import train
-
-FOLDER = Path.cwd()
 
 
 def call_in_update(module: Any, step: Callable[[], int], act: Callable[[int], None]) -> None:
@@ -60,12 +57,13 @@ class Trainer(lightning.Trainer):
             "weights": parameters_to_vector(model.parameters()).detach(),
             "attempted": anderson.state_dict()["counters"]["attempted"],
         }
-        torch.save(result, FOLDER / f"rank{self.global_rank}.pt")
+        torch.save(result, f"rank{self.global_rank}.pt")
 
 
 def die(now: bool) -> None:
     """As a machine does."""
     if now:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # which a process may ask for from there
         os.kill(os.getppid(), signal.SIGKILL)  # torchrun, which would stop the others
         os.kill(os.getpid(), signal.SIGKILL)
 

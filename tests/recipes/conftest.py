@@ -18,7 +18,9 @@ from omegaconf import DictConfig
 from lightning_stableaa.recipes.train import RANK_ZERO_LOGGERS, is_worth_reading
 
 Compose = Callable[..., DictConfig]
-Refuses = Callable[[Callable[[], None], list[str], str], None]
+Main = Callable[[], None]
+Command = Callable[..., str]
+Refuses = Callable[[Main, list[str], str], None]
 
 # as distributed, with the trailing blanks
 HEADER = (
@@ -63,13 +65,17 @@ def compose(tmp_path: Path, admissions_csv: Path) -> Compose:
     """Composes ``conf/train.yaml`` with overrides; the run folder is a temporary one."""
 
     def compose(*overrides: str) -> DictConfig:
-        with initialize_config_module("lightning_stableaa.conf", version_base="1.3"):
-            config = hydra.compose("train", [f"run_folder={tmp_path / 'run'}", *overrides])
+        config = composed(tmp_path / "run", *overrides)
         if "csv" in config.data:
             config.data.csv = str(admissions_csv)
         return config
 
     return compose
+
+
+def composed(run_folder: Path, *overrides: str) -> DictConfig:
+    with initialize_config_module("lightning_stableaa.conf", version_base="1.3"):
+        return hydra.compose("train", [f"run_folder={run_folder}", *overrides])
 
 
 @pytest.fixture
@@ -87,21 +93,38 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 
 @pytest.fixture
-def refuses(
+def command(
     empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Refuses:
+) -> Command:
+    """Runs a command in an empty folder; returns what it printed, or its errors if it fails."""
+
+    def command(main: Main, *arguments: str, code: int = 0) -> str:
+        monkeypatch.setattr(sys, "argv", [name_of(main), *arguments])
+        ended: Any = 0
+        try:
+            main()
+        except SystemExit as error:
+            ended = error.code or 0
+        printed = capfd.readouterr()
+        assert ended == code, printed.err
+        assert "Traceback" not in printed.err
+        return printed.err if code else printed.out
+
+    return command
+
+
+def name_of(main: Main) -> str:
+    return f"stableaa-{main.__module__.rpartition('.')[2]}"
+
+
+@pytest.fixture
+def refuses(command: Command, empty_folder: Path) -> Refuses:
     """A command ends with exit code 2 and one sentence, a pattern, and leaves nothing behind."""
 
-    def refuses(main: Callable[[], None], arguments: list[str], sentence: str) -> None:
-        command = f"stableaa-{main.__module__.rpartition('.')[2]}"
-        monkeypatch.setattr(sys, "argv", [command, *arguments])
+    def refuses(main: Main, arguments: list[str], sentence: str) -> None:
         before = sorted(empty_folder.rglob("*"))
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        assert exit_.value.code == 2
-        errors = capfd.readouterr().err
-        assert "Traceback" not in errors
-        assert re.fullmatch(f"{command}: {sentence}", errors.splitlines()[-1]), errors
+        errors = command(main, *arguments, code=2)
+        assert re.fullmatch(f"{name_of(main)}: {sentence}", errors.splitlines()[-1]), errors
         assert sorted(empty_folder.rglob("*")) == before
 
     return refuses

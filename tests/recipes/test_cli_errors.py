@@ -2,18 +2,17 @@
 
 import contextlib
 import enum
-import importlib
-import sys
 import typing
 from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_stableaa.recipes import compare, train
 from lightning_stableaa.recipes.cli_errors import check_options
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.train import main
-from tests.recipes.conftest import SMALL, Refuses
+from tests.recipes.conftest import SMALL, Command, Refuses
 from tests.recipes.test_files import no_file_longer_than
 
 ADMISSIONS = ["recipe=admissions_mlp"]
@@ -216,33 +215,21 @@ def test_command_read_only_folder_is_one_sentence(
 
 
 def test_command_success_names_run_folder(
-    empty_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
+    command: Command, empty_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *BURGERS, "trainer.max_steps=30"])
-    main()
+    header, *_, last = command(main, *BURGERS, "trainer.max_steps=30").splitlines()
     (folder,) = (empty_folder / "runs/burgers2d").iterdir()
-    header, *_, last = capfd.readouterr().out.splitlines()
     assert header == f"recipe burgers2d, callbacks stable_aa, seed 0, run folder {folder}"
     assert last == f"everything about this run: {folder}"
     assert [text.partition(":")[0] for text in caplog.messages] == ["Anderson acceleration"]
 
 
-@pytest.mark.parametrize("command", ["train", "compare"])
+@pytest.mark.parametrize("module", [train, compare])
 @pytest.mark.parametrize("option", ["--help", "--cfg=job"])
 def test_command_config_without_recipe_is_shown(
-    command: str,
-    option: str,
-    empty_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    module: typing.Any, option: str, command: Command, empty_folder: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["stableaa", *option.split("=")])
-    with contextlib.suppress(SystemExit):
-        importlib.import_module(f"lightning_stableaa.recipes.{command}").main()
-    assert "store_every_n_steps: 10" in capfd.readouterr().out
+    assert "store_every_n_steps: 10" in command(module.main, *option.split("="))
     assert not list(empty_folder.glob("runs")) + list(empty_folder.glob("comparisons"))
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from lightning_stableaa.recipes import train
+from tests.recipes.conftest import Command
+
 ANSWERED = [
     "--help",
     "recipe=burger2d",
@@ -43,10 +46,10 @@ ANSWERED_BY_COMPARE = [
     "recipe=burgers2d --seeds 3",
     "recipe=own",
     "recipe=burgers2d compare.variants=[nothing]",
-    "recipe=burgers2d compare.mode=best",
-    "recipe=burgers2d trainer.max_steps=many",
+    "recipe=burgers2d compare.mode=best compare.variants=[ema]",
+    "recipe=burgers2d trainer.max_steps=many compare.variants=[ema]",
     "recipe=burgers2d seed=3",
-    "recipe=admissions_mlp data.csv=table.csv",
+    "recipe=admissions_mlp data.csv=table.csv compare.variants=[ema]",
 ]
 # refused by constructors of torch, or by networks
 ANSWERED_WITH_TORCH = [
@@ -121,14 +124,18 @@ def test_command_without_hydra_names_extra(command: str, tmp_path: Path) -> None
     ],
 )
 def test_command_completes_groups_and_options(
-    line: str, completions: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    line: str,
+    completions: str,
+    command: Command,
+    empty_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     typed = f"stableaa-train {line}"
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
     monkeypatch.setenv("COMP_LINE", typed)
     monkeypatch.setenv("COMP_POINT", str(len(typed)))
-    done = run(tmp_path, "-m", "lightning_stableaa.recipes.train", "-sc", "query=bash")
-    assert done.stdout.split() == completions.split()
+    assert command(train.main, "-sc", "query=bash").split() == completions.split()
+    assert not list(empty_folder.iterdir())
 
 
 def test_command_version_is_of_the_package(tmp_path: Path) -> None:

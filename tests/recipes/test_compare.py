@@ -37,6 +37,7 @@ BURGERS = [*SMALL["burgers2d"], "trainer.max_steps=40", "compare.seeds=1"]
 AVERAGES = ",ema,swa" if hasattr(callbacks, "WeightAveraging") else ""  # since Lightning 2.6
 ONE_RUN = ["compare.variants=[plain]", "compare.seeds=1", "compare.jobs=0"]
 OWN = "tests.helpers.own_module"
+PICTURES = ("curves.png", "variants.png", "seeds.png", "ratios.png")
 MakePlan = Callable[..., Plan]
 
 
@@ -50,6 +51,17 @@ def plan(tmp_path: Path) -> Iterator[MakePlan]:
 
     with initialize_config_module("lightning_stableaa.conf", version_base="1.3"):
         yield plan
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports come with empty pictures: drawing takes most of the time of a small comparison."""
+
+    def draw(plan: Plan, *_: Any) -> None:
+        for name in PICTURES:
+            (plan.folder / name).touch()
+
+    monkeypatch.setattr("lightning_stableaa.recipes.comparison.plots.draw", draw)
 
 
 def run_here(plan: Plan) -> dict[str, Run]:
@@ -202,7 +214,7 @@ def test_own_module_writes_report(
     assert float(rows[0]["cost"]) == pytest.approx(cost)
     table = (folder / "table.md").read_text()
     assert table.count("\n| ") == 4 + 5 + 5  # verdict, medians, appendix
-    for name in ("curves.png", "variants.png", "seeds.png", "ratios.png"):
+    for name in PICTURES:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
     assert str(empty_folder) not in (folder / "results.json").read_text()
     (written,) = (row for row in paper_tables.table(report).splitlines() if "`anderson`" in row)
@@ -278,7 +290,7 @@ def test_metric_not_finite_is_reported(tmp_path: Path) -> None:
     assert [one["diverged"] for one in report["variants"].values()] == [1, 1]
 
 
-@pytest.mark.usefixtures("plan")
+@pytest.mark.usefixtures("plan", "no_pictures")
 def test_report_fewer_variants_or_seeds_covers_earlier_runs(tmp_path: Path) -> None:
     def reported(*more: str) -> list[tuple[str, int]]:
         options = [*own("Module", tmp_path, seeds=2, epochs=1), *more]
@@ -346,7 +358,7 @@ def test_fingerprint_other_source_or_version_differs(
     assert len({job.labels["fingerprint"] for job in jobs}) == 3
 
 
-@pytest.mark.usefixtures("plan")
+@pytest.mark.usefixtures("plan", "no_pictures")
 def test_report_interrupted_names_missing_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,6 @@
 import re
 import shlex
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ import pytest
 
 from lightning_stableaa.recipes.plots import read_metrics
 from lightning_stableaa.recipes.train import main
-from tests.recipes.conftest import SMALL
+from tests.recipes.conftest import SMALL, Command
 from tests.recipes.test_preemption import notice
 
 OPTIONS = [*SMALL["burgers2d"], "trainer.max_steps=12", "pictures=false", "logger=csv"]
@@ -31,25 +30,16 @@ def interruptible() -> Iterator[None]:
     ("step", "begins"), [(3, "from the beginning"), (7, r"from its checkpoint \w+\.ckpt")]
 )
 def test_interrupt_names_command_that_resumes(
-    step: int,
-    begins: str,
-    empty_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    step: int, begins: str, command: Command, empty_folder: Path
 ) -> None:
     interrupt = notice(signal.SIGINT, "after backward", step)
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *OPTIONS, "run_name=mine", *interrupt])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 130
+    sentence = command(main, *OPTIONS, "run_name=mine", *interrupt, code=130).splitlines()[-1]
     folder = empty_folder / "runs/burgers2d/mine"
-    sentence = capfd.readouterr().err.splitlines()[-1]
     pattern = rf"stableaa-train: interrupted; the run is in {folder}, and goes on {begins} with: "
     assert re.match(pattern, sentence)
 
-    command = shlex.split(sentence.partition(" with: ")[2])
-    monkeypatch.setattr(sys, "argv", [one for one in command if one not in interrupt])
-    main()
+    _, *options = shlex.split(sentence.partition(" with: ")[2])
+    command(main, *(one for one in options if one not in interrupt))
     assert read_metrics(folder / "metrics.csv")["train/loss"].steps.tolist() == [*range(12)]
 
 
@@ -60,28 +50,20 @@ class EndedSteps(lightning.Callback):
         self.steps.append(trainer.global_step)
 
 
-@pytest.mark.usefixtures("empty_folder")
-def test_interrupt_within_a_batch_lets_it_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_within_a_batch_lets_it_end(command: Command) -> None:
     EndedSteps.steps.clear()
-    options = [*OPTIONS, f"+callbacks.ended={{_target_: {__name__}.EndedSteps}}"]
-    options += notice(signal.SIGINT, "after backward", 3)
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *options])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 130
+    ended = f"+callbacks.ended={{_target_: {__name__}.EndedSteps}}"
+    command(main, *OPTIONS, ended, *notice(signal.SIGINT, "after backward", 3), code=130)
     assert EndedSteps.steps == [1, 2, 3, 4]  # the fourth batch made its step
 
 
 def test_interrupt_before_training_is_one_sentence(
-    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_stableaa.recipes.train._train_from_command_line", _interrupted)
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *OPTIONS])
-    with pytest.raises(SystemExit) as exit_:
-        main()
-    assert exit_.value.code == 130
-    assert capfd.readouterr().err == "stableaa-train: interrupted; nothing was written\n"
-
-
-def _interrupted() -> None:
-    signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(
+        "lightning_stableaa.recipes.train._train_from_command_line",
+        lambda: signal.raise_signal(signal.SIGINT),
+    )
+    assert command(main, *OPTIONS, code=130) == (
+        "stableaa-train: interrupted; nothing was written\n"
+    )

@@ -1,88 +1,117 @@
 """stableaa-train as people launch it: several processes, one run folder, the same weights."""
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import elastic_launch
 
+from lightning_stableaa.recipes import train
 from lightning_stableaa.recipes.plots import read_metrics
 from tests.recipes.conftest import SMALL
 from tests.recipes.test_preemption import load, notice
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow, pytest.mark.timeout(600)]
 
-MODULE = ["-m", "tests.helpers.train_and_save"]
-TRAINER = "trainer._target_=tests.helpers.train_and_save.Trainer"
-BURGERS = [*SMALL["burgers2d"], TRAINER, "trainer.max_steps=12", "pictures=false", "logger=csv"]
-# accelerated twice in that time
-ANDERSON = [
+MODULE = "tests.helpers.train_and_save"
+# accelerated twice in 12 steps
+OPTIONS = [
+    *SMALL["burgers2d"],
+    f"trainer._target_={MODULE}.Trainer",
+    "trainer.max_steps=12",
+    "pictures=false",
+    "logger=csv",
+    "cluster=torchrun",
     "callbacks.anderson.history_depth=2",
     "callbacks.anderson.store_every_n_steps=2",
     "callbacks.anderson.accelerate_every_n_steps=6",
+    "callbacks.anderson.history=sharded",
 ]
-SHARDED = "callbacks.anderson.history=sharded"
-STEPS = list(range(12))
 CHECKOUT = Path(__file__).parents[2]
 
 
-def start(
-    folder: Path, *arguments: str, launcher: Sequence[str] = (), **environ: str
-) -> subprocess.Popen[str]:
-    """Starts the command in ``folder``."""
-    return subprocess.Popen(
-        [sys.executable, *launcher, *MODULE, *BURGERS, *ANDERSON, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"} | environ,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def finish(*processes: subprocess.Popen[str]) -> None:
-    outputs = [process.communicate(timeout=540)[0] for process in processes]
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
-
-
-def free_port() -> str:
+def pair() -> list[str]:
+    """Options of torchrun on two nodes, one process each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+        port = free.getsockname()[1]
+    launcher = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-id=pair", "--rdzv-backend=c10d"]
+    return [*launcher, f"--rdzv-endpoint=127.0.0.1:{port}", "-m", MODULE]
 
 
-def start_nodes_by_torchrun(
-    folder: Path, *arguments: str, only_one: Sequence[str] = (), **environ: str
-) -> list[subprocess.Popen[str]]:
-    """Two torchruns, one process each; ``only_one`` of them gets some more arguments."""
-    launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
-    launcher += ["--rdzv-id=pair", "--rdzv-backend=c10d"]
-    launcher.append(f"--rdzv-endpoint=127.0.0.1:{free_port()}")
-    command = ["cluster=torchrun", *arguments]
-    return [start(folder, *command, *more, launcher=launcher, **environ) for more in (only_one, [])]
+def run_commands(folder: Path, *more: Sequence[str]) -> None:
+    """Two torchruns, with ``more`` options each."""
+    path = os.pathsep.join([str(CHECKOUT), os.environ["PYTHONPATH"]])
+    command = [sys.executable, "-m", "torch.distributed.run", *pair(), *OPTIONS]
+    nodes = [
+        subprocess.Popen(
+            [*command, *options],
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for options in more
+    ]
+    outputs = [node.communicate(timeout=540)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs
 
 
-def check_results(folder: Path, world: int) -> Path:
-    """All ranks have the same weights and one run folder, which is returned."""
-    results = [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
-    assert [one["rank"] for one in results] == list(range(world))
-    assert {(one["world"], one["attempted"]) for one in results} == {(world, 2)}
-    assert all(torch.equal(one["weights"], results[0]["weights"]) for one in results)
+def run_forked(folder: Path, *more: str, **environ: str) -> list[int | None]:
+    """The same, but that no process has to import anything; returns the exit codes."""
+    context = multiprocessing.get_context("fork")
+    arguments = (folder, pair(), [*OPTIONS, *more], environ)
+    nodes = [context.Process(target=node, args=arguments) for _ in range(2)]
+    for one in nodes:
+        one.start()
+    for one in nodes:
+        one.join(timeout=240)
+        one.kill()  # it hangs, if it still runs
+    return [one.exitcode for one in nodes]
+
+
+def node(folder: Path, launcher: list[str], options: list[str], environ: dict[str, str]) -> None:
+    os.chdir(folder)
+    os.environ.update(environ)
+    warnings.simplefilter("default")
+    config, *_ = torchrun.config_from_args(torchrun.parse_args(launcher))
+    config.start_method = "fork"
+    elastic_launch(config, worker)(*options)
+
+
+def worker(*options: str) -> None:
+    sys.argv = ["stableaa-train", *options]
+    train.main()
+
+
+def saved(folder: Path) -> list[dict[str, torch.Tensor]]:
+    return [torch.load(path) for path in sorted(folder.glob("rank*.pt"))]
+
+
+def check_results(folder: Path) -> Path:
+    """Both ranks have the same weights and one run folder, which is returned."""
+    results = saved(folder)
+    assert [(one["rank"], one["world"], one["attempted"]) for one in results] == [
+        (0, 2, 2),
+        (1, 2, 2),
+    ]
+    assert torch.equal(results[0]["weights"], results[1]["weights"])
     (config,) = folder.rglob("config.yaml")
     files = {path.relative_to(config.parent).as_posix() for path in config.parent.rglob("*.*")}
     assert files >= {"metrics.csv", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
-    assert read_metrics(config.parent / "metrics.csv")["train/loss"].steps.tolist() == STEPS
+    steps = read_metrics(config.parent / "metrics.csv")["train/loss"].steps
+    assert steps.tolist() == list(range(12))
     return config.parent
-
-
-def saved_weights(folder: Path) -> list[torch.Tensor]:
-    return [torch.load(path)["weights"] for path in sorted(folder.glob("rank*.pt"))]
 
 
 def test_node_killed_in_update_resumes_bitwise_equal(tmp_path: Path) -> None:
@@ -91,19 +120,17 @@ def test_node_killed_in_update_resumes_bitwise_equal(tmp_path: Path) -> None:
     for folder in (undisturbed, killed):
         folder.mkdir()
     # but for a notice to one of the nodes, in an update: both save a checkpoint after it
-    update = notice(signal.SIGUSR1, "in an update", 6)
-    finish(*start_nodes_by_torchrun(undisturbed, SHARDED, only_one=update))
-    run = check_results(undisturbed, world=2)
+    run_commands(undisturbed, notice(signal.SIGUSR1, "in an update", 6), [])
+    run = check_results(undisturbed)
     assert load(run / "checkpoints/preempted.ckpt")["global_step"] == 6
 
     # two steps after the last checkpoint
-    nodes = start_nodes_by_torchrun(killed, SHARDED, "run_name=job", DIE_AT="1:12")
-    outputs = [node.communicate(timeout=540)[0] for node in nodes]
-    assert all(node.returncode != 0 for node in nodes), outputs
-    assert sum(node.returncode == -signal.SIGKILL for node in nodes) == 1
-    assert not saved_weights(killed)
+    codes = run_forked(killed, "run_name=job", DIE_AT="1:12")
+    assert 0 not in codes
+    assert codes.count(-signal.SIGKILL) == 1
+    assert not saved(killed)
     assert load(killed / "runs/burgers2d/job/checkpoints/last.ckpt")["global_step"] == 10
 
-    finish(*start_nodes_by_torchrun(killed, SHARDED, "run_name=job"))
-    assert check_results(killed, world=2).name == "job"
-    assert all(map(torch.equal, saved_weights(killed), saved_weights(undisturbed)))
+    assert run_forked(killed, "run_name=job") == [0, 0]
+    assert check_results(killed).name == "job"
+    assert torch.equal(saved(killed)[0]["weights"], saved(undisturbed)[0]["weights"])

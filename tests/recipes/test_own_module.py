@@ -1,6 +1,5 @@
 """stableaa-train on a module of the user's own, and the evaluation of a checkpoint."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from torch.nn.functional import mse_loss
 from lightning_stableaa.recipes.plots import read_metrics
 from lightning_stableaa.recipes.train import main, train
 from tests.helpers.own_module import Module
-from tests.recipes.conftest import SMALL, Compose, Refuses
+from tests.recipes.conftest import SMALL, Command, Compose, Refuses
 
 OWN = "tests.helpers.own_module"
 MODULE = ["recipe=own", f"module._target_={OWN}.Module", f"data._target_={OWN}.Data"]
@@ -25,9 +24,7 @@ class Evaluable(Module):
         self.log("val/loss", mse_loss(self.network(batch[0]), batch[1]))
 
 
-def test_own_module_trains_and_evaluates(
-    compose: Compose, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_own_module_trains_and_evaluates(compose: Compose, tmp_path: Path) -> None:
     options = [*EVALUABLE, *LENGTH, "metric=val/loss", "+module.width=4"]
     results = train(compose(*options))
     losses = read_metrics(tmp_path / "run/metrics.csv")["val/loss"].values
@@ -43,19 +40,15 @@ def test_own_module_trains_and_evaluates(
 
 
 def test_evaluation_command_prints_metrics_and_writes_nothing(
-    compose: Compose,
-    empty_folder: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    compose: Compose, command: Command, empty_folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     options = [*SMALL["burgers2d"], "trainer.max_steps=5", "pictures=false", "logger=none"]
     results = train(compose(*options))
     before = sorted(empty_folder.rglob("*"))
     capfd.readouterr()
     last = empty_folder / "run/checkpoints/last.ckpt"
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *options, f"evaluate={last}"])
-    main()
-    assert capfd.readouterr().out == f"val/relative_l2 {results['val/relative_l2']:.4g}\n"
+    printed = command(main, *options, f"evaluate={last}")
+    assert printed == f"val/relative_l2 {results['val/relative_l2']:.4g}\n"
     assert sorted(empty_folder.rglob("*")) == before
 
 

@@ -15,7 +15,7 @@ from lightning_stableaa.recipes.plots import read_metrics
 from lightning_stableaa.recipes.resuming import checkpoint_to_resume
 from lightning_stableaa.recipes.train import train
 from tests.helpers.train_and_save import call_in_update
-from tests.recipes.conftest import SMALL, Compose
+from tests.recipes.conftest import SMALL, Compose, composed
 
 END = 24
 RUN = [
@@ -113,10 +113,11 @@ def training(path: Path) -> list[Any]:
     return [saved["global_step"], saved["state_dict"], saved["optimizer_states"], anderson]
 
 
-@pytest.fixture
-def undisturbed(compose: Compose, tmp_path: Path) -> list[Any]:
-    train(compose(*RUN, f"run_folder={tmp_path / 'undisturbed'}"))
-    return training(tmp_path / "undisturbed/checkpoints/last.ckpt")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    run = tmp_path_factory.mktemp("undisturbed")
+    train(composed(run, *RUN))
+    return training(run / "checkpoints/last.ckpt")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from lightning_stableaa import AndersonCallback
 from lightning_stableaa.recipes.progress import RunProgress, number
 from lightning_stableaa.recipes.train import main
 from tests.helpers.own_module import Data, Module
-from tests.recipes.conftest import SMALL, quiet_trainer
+from tests.recipes.conftest import SMALL, Command, quiet_trainer
 
 
 @pytest.mark.parametrize(
@@ -62,14 +61,9 @@ def test_progress_on_terminal_is_one_bar(
     assert "step 2 of" not in printed
 
 
-def test_sweep_names_points_and_ends_in_a_table(
-    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_sweep_names_points_and_ends_in_a_table(command: Command) -> None:
     options = [*SMALL["burgers2d"], "trainer.max_steps=5", "pictures=false", "run_name=sweep"]
-    arguments = ["-m", *options, "callbacks=none", "optimizer.lr=1e-2,1e-3"]
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *arguments])
-    main()
-    printed = capfd.readouterr().out
+    printed = command(main, "-m", *options, "callbacks=none", "optimizer.lr=1e-2,1e-3")
     runs = Path("runs/burgers2d/sweep")
     assert printed.startswith(f"sweep: the runs are in {runs}/0, {runs}/1, ...\n")
     for point, rate in enumerate(("0.01", "0.001")):
@@ -81,14 +75,10 @@ def test_sweep_names_points_and_ends_in_a_table(
     assert printed.endswith(f"everything about these runs: {runs}\n")
 
 
-def test_sweep_of_recipes_ends_in_one_table(
-    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_sweep_of_recipes_ends_in_one_table(command: Command) -> None:
     options = ["trainer.max_steps=1", "trainer.val_check_interval=1"]
     options += ["recipe=burgers2d,burgers100d", "callbacks=none", "pictures=false", "run_name=two"]
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", "-m", *options])
-    main()
-    printed = capfd.readouterr().out
+    printed = command(main, "-m", *options)
     assert printed.startswith("sweep: the runs are in runs/RECIPE/two/0, runs/RECIPE/two/1, ...\n")
     for point, recipe in enumerate(("burgers2d", "burgers100d")):
         assert Path(f"runs/{recipe}/two/{point}/results.json").is_file()
@@ -96,18 +86,12 @@ def test_sweep_of_recipes_ends_in_one_table(
 
 
 @pytest.mark.slow
-def test_submitit_says_where_runs_and_logs_are(
-    empty_folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_submitit_says_where_runs_and_logs_are(command: Command) -> None:
     options = [*SMALL["burgers2d"], "trainer.max_steps=5", "pictures=false", "run_name=job"]
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *options, "cluster=submitit_local"])
-    main()
-    printed = capfd.readouterr().out
+    printed = command(main, *options, "cluster=submitit_local")
     runs = "runs/burgers2d/job"
-    assert (
-        f"the runs are in {runs}/0, {runs}/1, ...; what they print is in {runs}/.submitit/JOB\n"
-        in (printed)
-    )
+    where = f"the runs are in {runs}/0, {runs}/1, ...; what they print is in {runs}/.submitit/JOB\n"
+    assert where in printed
     (log,) = Path(runs).glob(".submitit/*/*_0_log.out")
     assert "step 5 of 5" in log.read_text()
     assert json.loads(Path(runs, "0/results.json").read_text())["results"]["cost/gradients"] == 5

@@ -1,7 +1,6 @@
 """A run from configuration to run folder, and its continuation."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from omegaconf import OmegaConf
 from lightning_stableaa.recipes.errors import UserError
 from lightning_stableaa.recipes.plots import read_metrics
 from lightning_stableaa.recipes.train import main, train
-from tests.recipes.conftest import SMALL, Compose
+from tests.recipes.conftest import SMALL, Command, Compose
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -125,15 +124,15 @@ def test_train_refused_resume_keeps_the_configuration(compose: Compose, tmp_path
 
 
 def test_command_resumed_after_its_end_keeps_the_results(
-    empty_folder: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, empty_folder: Path
 ) -> None:
-    options = [*SMALL["burgers2d"], "run_name=a", "pictures=false", "resume_from=auto"]
-    monkeypatch.setattr(sys, "argv", ["stableaa-train", *options])
-    main()
+    options = [*SMALL["burgers2d"], "trainer.max_steps=5", "run_name=a"]
+    options += ["pictures=false", "resume_from=auto"]
+    command(main, *options)
     results = empty_folder / "runs/burgers2d/a/results.json"
     first = json.loads(results.read_text())
     assert "train/loss" in first["results"]
-    main()
+    command(main, *options)
     assert json.loads(results.read_text()) == first
 
 

@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.startup import sitecustomize
+from tests.recipes.conftest import SMALL
+
 CHECKOUT = Path(__file__).parents[2]
 
 
-def run(*command: str | Path, cwd: Path) -> str:
+def run(*command: str | Path, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
     # neither the checkout nor the editable install may be found by accident
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = os.environ | {"PYTHONPATH": str(Path(sitecustomize.__file__).parent)}
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
 
 
 @pytest.mark.slow
@@ -33,27 +36,23 @@ def test_wheel_installed_trains_outside_checkout(tmp_path: Path) -> None:
     run(sys.executable, "-m", "twine", "check", "--strict", wheel, archive, cwd=tmp_path)
 
     environment = tmp_path / "environment"
-    venv.create(environment, with_pip=True)
-    python = environment / "bin" / "python"
-    run(python, "-m", "pip", "install", "--no-deps", wheel, cwd=tmp_path)
-    bare = subprocess.run([environment / "bin/stableaa-train"], capture_output=True, text=True)
-    assert bare.returncode == 2
+    venv.create(environment)
+    python, command = environment / "bin/python", environment / "bin/stableaa-train"
+    install = ["pip", "--python", python, "install", "--no-deps", wheel]
+    run(sys.executable, "-m", *install, cwd=tmp_path)
+    bare = run(command, cwd=tmp_path, code=2)
     assert "pip install 'lightning-stableaa[recipes]' brings it" in bare.stderr
     # torch and the like are borrowed; as a path and not a site directory, so that the editable
     # install of this package beside them stays out of sight
-    show = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site_packages = Path(run(python, "-c", show, cwd=tmp_path).strip())
+    (site_packages,) = environment.glob("lib/python*/site-packages")
     (site_packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
-    location = run(
-        python, "-c", "import lightning_stableaa.recipes as it; print(it.__file__)", cwd=tmp_path
-    )
-    assert location.startswith(str(site_packages))
+    show = "import lightning_stableaa.recipes as it; print(it.__file__)"
+    assert run(python, "-c", show, cwd=tmp_path).stdout.startswith(str(site_packages))
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    options = ["recipe=burgers2d", "trainer.max_steps=20", "trainer.val_check_interval=20"]
-    run(environment / "bin" / "stableaa-train", *options, cwd=elsewhere)
+    run(command, *SMALL["burgers2d"], "trainer.max_steps=20", cwd=elsewhere)
     (folder,) = (elsewhere / "runs/burgers2d").iterdir()
     names = {"checkpoints", "config.yaml", "metrics.csv", "pictures", "results.json", "tensorboard"}
     assert {path.name for path in folder.iterdir()} == names
