@@ -19,6 +19,7 @@ from benchmarks import (
     cost,
     criterion,
     full_batch,
+    full_batch_images,
     in_trainer,
     optimizer_matrix,
     pinns,
@@ -134,6 +135,25 @@ def test_full_batch_without_an_attempt_is_plain(
     never, default = capsys.readouterr().out.splitlines()[-2:]
     assert never == f"{options}: 1.000 (one standard error 0%)"
     assert default.startswith("{}: ")
+
+
+def test_full_batch_images_tiny_run_compares_with_the_tuned_baseline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, classes = torch.randn(24, 3, 16, 16), torch.arange(24) // 3
+    monkeypatch.setattr(full_batch_images, "cifar10", lambda _: (images, classes))
+    monkeypatch.setattr(full_batch_images, "IMAGES", 8)
+    rates = {"SGD": (batch_sizes.momentum, (1e-4, 1e-2))}  # the second is the tuned one
+    monkeypatch.setattr(full_batch_images, "OPTIMIZERS", rates)
+    command = [str(tmp_path / "runs.jsonl"), "--seeds", "1", "--steps", "15"]
+    full_batch_images.main(command)
+    table = capsys.readouterr().out
+    # no extrapolation within 15 steps: the accelerated run is the plain one
+    assert "| SGD | 0 | 0.01, 0.01 | 1.00 | 1.00 | 0 of 0 |" in table
+    runs = (tmp_path / "runs.jsonl").read_text()
+    full_batch_images.main(command)
+    assert (tmp_path / "runs.jsonl").read_text() == runs
+    assert capsys.readouterr().out == table
 
 
 def test_unseen_every_problem_is_validated_at_its_end() -> None:

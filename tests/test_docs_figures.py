@@ -85,6 +85,18 @@ def test_readme_runs_without_an_accepted_candidate_are_those_committed() -> None
     assert f"{min(ratios):.2f} to {max(ratios):.2f} (no candidate accepted)" in row
 
 
+def test_readme_images_on_the_full_batch_are_the_committed_runs() -> None:
+    text = (RESULTS / "full_batch_images" / "table.md").read_text(encoding="utf-8")
+    rows = [[one.strip() for one in line.split("|")[1:-1]] for line in text.splitlines()[5:]]
+    costs, losses = ([row[column] for row in rows if row[1] == "median"] for column in (3, 4))
+    row = result("the same CNN")
+    assert f"| {costs[0]} with SGD, {costs[1]} with Adam;" in row
+    assert f"at equal cost {losses[0]} and {losses[1]} of plain's |" in row
+    runs = [row for row in rows[2:] if row[1] != "median"]
+    better = sum(float(row[3]) < 1 for row in runs)
+    assert row.endswith(f"| {better} of {len(runs)} |")
+
+
 def test_paper_tables_are_the_committed_comparisons() -> None:
     """A folder ``NAME_safeguard`` has newer runs of some variants of ``NAME``."""
     rows: dict[tuple[str, str], str] = {}
