@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import functools
 import importlib
 import os
@@ -24,11 +23,11 @@ from lightning_stableaa.callbacks.manual_optimization import (
     replace_attribute,
     single_objective,
 )
-from lightning_stableaa.distributed.dtensor import is_sharded, reshard_fsdp_modules
-from lightning_stableaa.model.kinds import NUMBERS, is_own, is_small_collection
+from lightning_stableaa.distributed.dtensor import is_sharded
+from lightning_stableaa.model.kinds import is_own, is_small_collection
 from lightning_stableaa.model.objective import Objective, scalar
 from lightning_stableaa.model.parameters import trainable_parameters
-from lightning_stableaa.model.rng import RNGSnapshot, is_generator
+from lightning_stableaa.model.rng import global_generators, is_generator
 from lightning_stableaa.model.snapshot import StateSnapshot, UnsupportedStateError
 from lightning_stableaa.model.step_monitor import maximizes, unwrap_optimizers
 
@@ -70,7 +69,7 @@ class BatchObjective(Objective):
         self._tree = _tree_of(trainer)
         self._batch: Any = None
         self._batch_idx = 0
-        self._before: _TrainingState | None = None  # the training step
+        self._before: StateSnapshot | None = None  # the training step
         self._results: Any = None  # of the Trainer
         self._evaluated = False  # in this context
         self._unsupported: str | None = None
@@ -177,7 +176,7 @@ class BatchObjective(Objective):
 
     def _silence(self, trainer: Any) -> None:
         """Until the context is left, nothing is logged, printed or saved."""
-        held = [] if self._before is None else self._before.writers
+        held = () if self._before is None else filter(_is_writer, self._before.objects)
         for one in dict.fromkeys([*trainer.loggers, trainer.profiler, *held]):
             self._silence_writer(one)
         for module in filter(None, map(sys.modules.get, ("wandb", "mlflow"))):
@@ -219,7 +218,7 @@ class BatchObjective(Objective):
     def _save(self, batch: Any) -> None:
         trained = trainable_parameters(self._optimizers)
         try:
-            self._before = _TrainingState(self._trainer, self._module, batch, trained, self._device)
+            self._before = _snapshot_of(self._trainer, self._module, batch, trained, self._device)
         except UnsupportedStateError as error:
             self._unsupported = str(error)
         except Exception as error:  # of an object that cannot be looked into
@@ -253,77 +252,32 @@ class BatchObjective(Objective):
         return signature.is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
 
-class _TrainingState:
+def _snapshot_of(
+    trainer: Any, module: Any, batch: Any, trained: Sequence[Tensor], device: torch.device
+) -> StateSnapshot:
     """Everything that a training step reads or writes, but the trained weights."""
-
-    def __init__(
-        self,
-        trainer: Any,
-        module: Any,
-        batch: Any,
-        trained: Sequence[Tensor],
-        device: torch.device,
-    ) -> None:
-        self._sharded = is_sharded(trained)
-        self._reshard()
-        self._device = device
-        metrics = vars(trainer._logger_connector)
-        optimizers = unwrap_optimizers(trainer.optimizers)
-        settings = [one.param_groups for one in optimizers]
-        schedules = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
-        lists = filter(is_small_collection, vars(trainer).values())
-        self._state = StateSnapshot(
-            [module, batch, metrics, settings, schedules, *_state_of_data(trainer), *lists],
-            trained,
-            _attributes_of_data(trainer),
-            optimizers,
-        )
-        self.writers = [one for one in self._state.objects if _is_writer(one)]
-        loop = trainer.fit_loop.epoch_loop
-        self._owners = (trainer, trainer.fit_loop, loop)
-        steps = (
-            loop.automatic_optimization.optim_progress.optimizer.step
-            if module.automatic_optimization
-            else loop.manual_optimization.optim_step_progress
-        )
-        self._counters = [vars(one) for one in (steps.total, steps.current)]
-        self._read_rest()
-
-    def _read_rest(self) -> None:
-        self._rng = RNGSnapshot(self._device)
-        self._settings = [_numbers_of(one) for one in self._owners]
-        self._counts = [dict(one) for one in self._counters]
-
-    def again(self) -> _TrainingState:
-        """The same, as it is now."""
-        other = copy.copy(self)
-        other._reshard()
-        other._state = self._state.again()
-        other._read_rest()
-        return other
-
-    def restore(self) -> bool:
-        """Put everything back; whether a generator, global or within the state, had moved."""
-        self._reshard()
-        moved = self._state.drew_random_numbers()
-        self._state.restore()
-        moved = self._rng.restore() or moved
-        for owner, settings in zip(self._owners, self._settings, strict=True):
-            for name in _numbers_of(owner).keys() - settings.keys():
-                delattr(owner, name)
-            vars(owner).update(settings)
-        for counter, counts in zip(self._counters, self._counts, strict=True):
-            counter.update(counts)
-        return moved
-
-    def lost(self) -> bool:
-        """Whether a tensor was changed that ``restore`` cannot put back."""
-        return self._state.lost()
-
-    def _reshard(self) -> None:
-        """Let modules of FSDP2 hold their shards, not what they have gathered."""
-        if self._sharded:
-            reshard_fsdp_modules()
+    optimizers = unwrap_optimizers(trainer.optimizers)
+    loop = trainer.fit_loop.epoch_loop
+    steps = (
+        loop.automatic_optimization.optim_progress.optimizer.step
+        if module.automatic_optimization
+        else loop.manual_optimization.optim_step_progress
+    )
+    roots = [
+        *(module, batch, vars(trainer._logger_connector)),
+        *[one.param_groups for one in optimizers],
+        *[vars(config.scheduler) for config in trainer.lr_scheduler_configs],
+        *_small_state_of(trainer),
+        *_small_state_of(trainer.datamodule),
+        *global_generators(device),
+    ]
+    return StateSnapshot(
+        roots,
+        trained,
+        attributes=[vars(steps.total), vars(steps.current), *_attributes_of_data(trainer)],
+        optimizers=optimizers,
+        settings=(trainer, trainer.fit_loop, loop),
+    )
 
 
 def _attributes_of_data(trainer: Any) -> Iterator[dict[str, Any]]:
@@ -335,16 +289,10 @@ def _attributes_of_data(trainer: Any) -> Iterator[dict[str, Any]]:
             yield vars(one)
 
 
-def _state_of_data(trainer: Any) -> Iterator[Any]:
-    """Generators of random numbers and small collections that the datamodule holds."""
-    for one in getattr(trainer.datamodule, "__dict__", {}).values():
-        if is_generator(one) or is_small_collection(one):
-            yield one
-
-
-def _numbers_of(owner: Any) -> dict[str, Any]:
-    """Plain settings of a Trainer or loop, such as ``should_stop`` and what a user added."""
-    return {name: one for name, one in vars(owner).items() if type(one) in NUMBERS}
+def _small_state_of(owner: Any) -> list[Any]:
+    """Generators of random numbers and small collections that an object holds."""
+    held = getattr(owner, "__dict__", {}).values()
+    return [one for one in held if is_generator(one) or is_small_collection(one)]
 
 
 def _is_writer(one: Any) -> bool:
