@@ -190,8 +190,7 @@ class AndersonCallback(EngineCallback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep what the training step is about to change, where an evaluation is due."""
-        if trainer.optimizers != self._optimizers:
-            self.follow_optimizers(trainer, pl_module)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         engine, objective = self._engine, self._objective
         if engine is None or objective is None:
             return
@@ -209,7 +208,7 @@ class AndersonCallback(EngineCallback):
         if engine is None or objective is None:
             return
         if objective.is_due:
-            objective.set_batch(batch, batch_idx)
+            objective.set_batch(batch)
         report = engine.step(objective)
         if report.stored:
             self._report(trainer, pl_module, engine, report)

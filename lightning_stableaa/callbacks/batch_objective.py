@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import atexit
 import functools
-import importlib
 import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import torch
@@ -66,9 +64,8 @@ class BatchObjective(Objective):
         )
         self._trainer = trainer
         self._module = module
-        self._tree = _tree_of(trainer)
         self._batch: Any = None
-        self._batch_idx = 0
+        self._arguments: Sequence[Any] = ()  # of the training step
         self._before: StateSnapshot | None = None  # the training step
         self._results: Any = None  # of the Trainer
         self._evaluated = False  # in this context
@@ -88,25 +85,27 @@ class BatchObjective(Objective):
         strategy = self._trainer.strategy
         training_step = strategy.training_step
 
-        def save_and_train(batch: Any, *arguments: Any) -> Any:
+        def save_and_train(*arguments: Any) -> Any:
             self._unhook.close()
-            self._save(batch)
+            self._arguments = arguments
+            self._save(arguments[0])
             before = _states_of(self._optimizers)
-            output = training_step(batch, *arguments)
+            output = training_step(*arguments)
             if self._module.automatic_optimization and _states_of(self._optimizers) != before:
                 self._unsupported = "state of the optimizer, changed by training_step"
             return output
 
-        self._unhook.callback(replace_attribute(strategy, "training_step", save_and_train))
+        replace_attribute(self._unhook, strategy, "training_step", save_and_train)
 
-    def set_batch(self, batch: Any, batch_idx: int) -> None:
+    def set_batch(self, batch: Any) -> None:
         """The batch that was just trained on."""
-        self._batch, self._batch_idx = batch, batch_idx
+        self._batch = batch
 
     def forget(self) -> None:
         """Let go of the batch and its state."""
         self._unhook.close()
         self._batch = self._before = self._unsupported = None
+        self._arguments = ()
         self.is_due = False
 
     @property
@@ -148,12 +147,7 @@ class BatchObjective(Objective):
         self._leave.callback(setattr, loop, "_results", self._results)
         self._silence(trainer)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._leave.close()
         except UnsupportedStateError as failure:
@@ -181,30 +175,28 @@ class BatchObjective(Objective):
             self._silence_writer(one)
         for module in filter(None, map(sys.modules.get, ("wandb", "mlflow"))):
             for name in [one for one in vars(module) if one.startswith("log")]:
-                self._leave.callback(replace_attribute(module, name, _nothing))
-        self._leave.callback(replace_attribute(trainer, "save_checkpoint", _nothing))
+                replace_attribute(self._leave, module, name, _nothing)
+        replace_attribute(self._leave, trainer, "save_checkpoint", _nothing)
         self._leave.enter_context(redirect_stdout(_nowhere()))
         if trainer.world_size > 1:
             # of what is logged with sync_dist, and thrown away
-            self._leave.callback(replace_attribute(trainer.strategy, "reduce", _unreduced))
+            replace_attribute(self._leave, trainer.strategy, "reduce", _unreduced)
             for name in ("all_gather", "barrier", "broadcast"):
                 communicate = getattr(trainer.strategy, name)
-                self._leave.callback(
-                    replace_attribute(trainer.strategy, name, self._notices(communicate))
-                )
+                replace_attribute(self._leave, trainer.strategy, name, self._notices(communicate))
 
     def _silence_writer(self, one: Any) -> None:
         silent = _silent_class(type(one))
         if silent is None:
             for name in [name for name in dir(one) if _writes(type(one), name)]:
-                self._leave.callback(replace_attribute(one, name, _nothing))
+                replace_attribute(self._leave, one, name, _nothing)
             return
         self._leave.callback(setattr, one, "__class__", type(one))
         one.__class__ = silent
         if "experiment" in vars(one):
             experiment = vars(one)["experiment"]
             hidden = _SilentExperiment(lambda: experiment)
-            self._leave.callback(replace_attribute(one, "experiment", hidden))
+            replace_attribute(self._leave, one, "experiment", hidden)
 
     def _notices(self, communicate: Callable[..., Any]) -> Callable[..., Any]:
         """A collective call of the training step, within which other ranks would wait for it."""
@@ -229,27 +221,15 @@ class BatchObjective(Objective):
             if has_own_loss(self._module):
                 output = self._module.anderson_loss(self._batch)
             elif self._module.automatic_optimization:
-                output = self._run_training_step()
+                output = self._module.training_step(*self._arguments)
             else:
                 with dry_run(self._trainer, self._optimizers) as (losses, stepped):
-                    output = self._run_training_step()
+                    output = self._module.training_step(*self._arguments)
                 if losses:
                     return single_objective(losses, stepped, len(self._optimizers))
                 if output is None:
                     raise ValueError("training_step neither calls manual_backward nor returns one")
         return output.get("loss") if isinstance(output, Mapping) else output
-
-    def _run_training_step(self) -> Any:
-        if self._takes_index:
-            return self._module.training_step(self._batch, self._batch_idx)
-        return self._module.training_step(self._batch)
-
-    @functools.cached_property
-    def _takes_index(self) -> bool:
-        """Whether Lightning passes ``batch_idx``."""
-        signature = importlib.import_module(f"{self._tree}.utilities.signature_utils")
-        step = self._module.training_step
-        return signature.is_param_in_hook_signature(step, "batch_idx", min_args=2)
 
 
 def _snapshot_of(
@@ -405,12 +385,3 @@ class _SilentExperiment:
 def has_own_loss(module: nn.Module) -> bool:
     """Whether the module says itself by which loss candidates are compared."""
     return callable(getattr(module, "anderson_loss", None))
-
-
-def _tree_of(trainer: Any) -> str:
-    """``lightning.pytorch`` or ``pytorch_lightning``, whichever the Trainer is of."""
-    for kind in type(trainer).__mro__:
-        for tree in ("lightning.pytorch", "pytorch_lightning"):
-            if kind.__module__.startswith(f"{tree}."):
-                return tree
-    return "lightning.pytorch"

@@ -74,8 +74,6 @@ class History:
         self._ends_cycle: list[bool] = []  # per iterate: did a cycle lead here from the previous?
         self._contiguous = False  # will the next iterate end a cycle begun at the newest one?
         self._num_differenced = 0  # the oldest so many rows hold differences, the others iterates
-        self._layout = (-1, -1)  # first row and number of the differences seen in ``_views``
-        self._views: list[tuple[Tensor, slice]] = []
         self._products = torch.zeros(  # of differences, by physical row
             depth + 1, depth + 1, dtype=torch.float64, device=device
         )
@@ -214,15 +212,12 @@ class History:
 
     def _segments(self) -> list[tuple[Tensor, slice]]:
         """The differences as columns, and their positions: one segment, or two round the end."""
-        count, capacity = len(self) - 1, self._rows.shape[0]
-        if self._layout != (self._first, count):
-            self._layout = (self._first, count)
-            before = min(count, capacity - self._first)
-            rows = self._rows[self._first : self._first + before]
-            self._views = [(rows.T, slice(0, before))]
-            if count > before:
-                self._views.append((self._rows[: count - before].T, slice(before, count)))
-        return self._views
+        count = len(self) - 1
+        before = min(count, self._rows.shape[0] - self._first)
+        segments = [(self._rows[self._first : self._first + before].T, slice(0, before))]
+        if count > before:
+            segments.append((self._rows[: count - before].T, slice(before, count)))
+        return segments
 
     def _sync(self) -> None:
         """Wait for iterates that are on their way from a GPU."""
@@ -230,16 +225,12 @@ class History:
             self._staging.synchronize()
 
     def _drop_oldest(self) -> None:
-        self._drop_first()
-        while len(self) > 1 and not self._ends_cycle[1]:  # its residual went with its start
-            self._drop_first()
-        if self._ends_cycle:
-            self._ends_cycle[0] = False
-
-    def _drop_first(self) -> None:
-        self._first = self._row(1)
-        self._num_differenced = max(0, self._num_differenced - 1)
-        del self._ends_cycle[0]
+        count = 1
+        while count + 1 < len(self) and not self._ends_cycle[count + 1]:
+            count += 1  # of no residual any longer
+        self._first = self._row(count)
+        self._num_differenced = max(0, self._num_differenced - count)
+        self._ends_cycle[: count + 1] = [False]
 
     def _form_differences(self) -> None:
         """Replace iterates that have a successor by the difference to it, and multiply."""

@@ -22,12 +22,12 @@ from lightning_stableaa.model.rng import is_generator
 
 NUMBERS = frozenset([int, float, complex, str, bytes, bool, tuple, type(None)])
 
-_ATOMS = (int, float, complex, str, bytes, bool, type(None), type, range, slice)
-
-ATOM_TYPES = (
-    frozenset(_ATOMS)
-    | {torch.dtype, torch.device, torch.Size, type(Ellipsis)}
-    | set(weakref.ProxyTypes)  # which pass for what they refer to
+ATOM_TYPES = frozenset(
+    [
+        *(int, float, complex, str, bytes, bool, type(None), type, range, slice, type(Ellipsis)),
+        *(torch.dtype, torch.device, torch.Size),
+        *weakref.ProxyTypes,  # which pass for what they refer to
+    ]
 )
 
 # What belongs to the program around a training step, and not to its state.

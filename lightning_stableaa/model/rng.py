@@ -9,22 +9,6 @@ from typing import Any
 import torch
 
 
-class RNGSnapshot:
-    """The state of the global generators that a training step may draw from.
-
-    Args:
-        device: whose generator of torch counts beside that of the CPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._states = [(one, read_generator(one)) for one in global_generators(device)]
-
-    def restore(self) -> bool:
-        """Put every generator back, and return whether any had moved since the snapshot."""
-        moved = [write_generator(one, state) for one, state in self._states]
-        return any(moved)
-
-
 def global_generators(device: torch.device) -> list[Any]:
     """Those of Python, of NumPy where it is imported, of the CPU and of the device."""
     generators: list[Any] = [random.random.__self__, torch.default_generator]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
 from typing import Any, Protocol
 
@@ -96,6 +96,7 @@ class OptimizerStepMonitor:
 
     Attributes:
         closure_wrote: whether the last closure wrote to the weights; True before the first.
+        prepare: called as a step begins, if it is set.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -108,6 +109,7 @@ class OptimizerStepMonitor:
         self.closure_wrote = True  # nothing is known of an earlier one
         self._backed_up = False
         self.backup: Backup | None = None
+        self.prepare: Callable[[], object] | None = None
         self._hooks = []
         for one in optimizers:
             _hook_base_classes(one)
@@ -149,6 +151,8 @@ class OptimizerStepMonitor:
         self._hooks.clear()
 
     def _before(self, _: Optimizer, arguments: Any, options: Any) -> Any:
+        if self.prepare is not None:
+            self.prepare()
         if self._depth == 0 and list(map(_version_of, self._parameters)) != self._versions:
             self._written = True
         self._depth += 1

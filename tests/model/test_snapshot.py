@@ -25,7 +25,7 @@ from torch.quasirandom import SobolEngine
 from torchmetrics import CatMetric, MeanMetric
 
 from lightning_stableaa.model import snapshot as snapshot_module
-from lightning_stableaa.model.rng import RNGSnapshot
+from lightning_stableaa.model.rng import global_generators
 from lightning_stableaa.model.snapshot import StateSnapshot, UnsupportedStateError
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_rng_snapshot_restores_numpy_state_exactly(
     """Also while it keeps a normal variate, which is when an odd number of them was drawn."""
     for _ in range(drawn_before):
         np.random.randn()
-    snapshot = RNGSnapshot(CPU)
+    snapshot = StateSnapshot(global_generators(CPU))
     before: Any = np.random.get_state()
     for _ in range(draws):
         function()
@@ -72,7 +72,7 @@ def test_rng_snapshot_of_other_bit_generator_restores_and_sees_moves() -> None:
     before = numpy_random.get_bit_generator()
     numpy_random.set_bit_generator(np.random.PCG64(3))
     try:
-        snapshot = RNGSnapshot(CPU)
+        snapshot = StateSnapshot(global_generators(CPU))
         for function in (random.random, np.random.rand, lambda: torch.rand(1).item()):
             assert not snapshot.restore()
             first = function()
