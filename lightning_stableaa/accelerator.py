@@ -15,12 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stableaa import checkpoint
-from lightning_stableaa.core.acceptance import (
-    Evaluation,
-    TrustRegion,
-    decide,
-    veto_candidate,
-)
+from lightning_stableaa.core.acceptance import Evaluation, TrustRegion, decide, veto_candidate
 from lightning_stableaa.core.anderson import AndersonStep, anderson_step
 from lightning_stableaa.core.smoothing import MovingAverage
 from lightning_stableaa.distributed.communicator import Communicator
@@ -32,11 +27,7 @@ from lightning_stableaa.model.parameters import (
     holds_copy_of_weights,
     trainable_parameters,
 )
-from lightning_stableaa.model.step_monitor import (
-    OptimizerStepMonitor,
-    maximizes,
-    unwrap_optimizers,
-)
+from lightning_stableaa.model.step_monitor import OptimizerStepMonitor, maximizes, unwrap_optimizers
 from lightning_stableaa.model.trial import evaluate_candidate
 from lightning_stableaa.options import HistoryPlacement, Options, Safeguard, Smoothing, describe
 from lightning_stableaa.report import Status, StepReport
@@ -517,24 +508,24 @@ class AndersonAccelerator:
 
     def _store(self, iterates: IterateStore) -> float | None:
         """Append the end of the cycle to the history; the RSD of its window, if there is one."""
-        average, rsd = self._average, None
-        if average is not None:
-            before, moments = self._averages_into_history, average.moments()
-            if iterates.sharded and self.options.smoothing is not None:
-                combine = iterates.communicator.sum
-                if self.options.smoothing.rsd == "max":
-                    combine = iterates.communicator.max
-                moments = moments.to(iterates.weights.device)
-                combine(moments)
-            rsd = average.switch(moments)
-            if self._averages_into_history != before:
-                iterates.restart()  # the lag of an average is not a step of the optimizer
-            if self._averages_into_history:
-                iterates.push(average.mean)
-                return rsd
-            if average.on:
-                iterates.write_average(average.mean)
-                self._monitor.rebaseline()
+        average, smoothing = self._average, self.options.smoothing
+        if average is None or smoothing is None:
+            iterates.push_weights()
+            return None
+        before, moments = self._averages_into_history, average.moments()
+        if iterates.sharded:
+            communicator = iterates.communicator
+            moments = moments.to(iterates.weights.device)
+            communicator.max(moments) if smoothing.rsd == "max" else communicator.sum(moments)
+        rsd = average.switch(moments)
+        if self._averages_into_history != before:
+            iterates.restart()  # the lag of an average is not a step of the optimizer
+        if self._averages_into_history:
+            iterates.push(average.mean)
+            return rsd
+        if average.on:
+            iterates.write_average(average.mean)
+            self._monitor.rebaseline()
         iterates.push_weights()
         return rsd
 

@@ -12,7 +12,6 @@ from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -44,11 +43,15 @@ class BatchObjective(Objective):
         trainer: the Trainer.
         module: its LightningModule.
         stochastic: the loss is that of a sample; ``"auto"`` where an epoch has several batches.
+
+    Attributes:
+        batch: the one that was just trained on.
+        is_due: an evaluation follows the current batch.
     """
 
     def __init__(self, trainer: Any, module: Any, *, stochastic: bool | str) -> None:
         self._optimizers = unwrap_optimizers(trainer.optimizers)
-        trained = trainable_parameters(self._optimizers)
+        self._trained = trained = trainable_parameters(self._optimizers)
         several = trainer.world_size > 1
         super().__init__(
             self._loss_of_batch,  # pyright: ignore[reportArgumentType]  # may return a Mapping
@@ -64,7 +67,7 @@ class BatchObjective(Objective):
         )
         self._trainer = trainer
         self._module = module
-        self._batch: Any = None
+        self.batch: Any = None
         self._arguments: Sequence[Any] = ()  # of the training step
         self._before: StateSnapshot | None = None  # the training step
         self._results: Any = None  # of the Trainer
@@ -73,7 +76,7 @@ class BatchObjective(Objective):
         self._failed: str | None = None  # what could not be put back, though it was supported
         self._unhook = ExitStack()
         self._leave = ExitStack()
-        self.is_due = False  # an evaluation follows the current batch
+        self.is_due = False
 
     def save_before_training_step(self) -> None:
         """Keep the state in which the current batch is going to be trained on.
@@ -97,14 +100,10 @@ class BatchObjective(Objective):
 
         replace_attribute(self._unhook, strategy, "training_step", save_and_train)
 
-    def set_batch(self, batch: Any) -> None:
-        """The batch that was just trained on."""
-        self._batch = batch
-
     def forget(self) -> None:
         """Let go of the batch and its state."""
         self._unhook.close()
-        self._batch = self._before = self._unsupported = None
+        self.batch = self._before = self._unsupported = None
         self._arguments = ()
         self.is_due = False
 
@@ -139,7 +138,7 @@ class BatchObjective(Objective):
             super().__enter__()
         else:
             self._leave.callback(self._before.again().restore)
-        for parameter in trainable_parameters(self._optimizers):
+        for parameter in self._trained:
             # toggle_optimizer would leave it changed, were there an error before untoggle_optimizer
             self._leave.callback(parameter.requires_grad_, parameter.requires_grad)
             self._leave.callback(setattr, parameter, "grad", parameter.grad)
@@ -154,11 +153,11 @@ class BatchObjective(Objective):
             self._failed = str(failure)
 
     def _evaluate(self) -> Any:
-        for parameter in trainable_parameters(self._optimizers):
+        for parameter in self._trained:
             parameter.grad = None  # a backward pass in the training step adds to it
         loop = self._trainer.fit_loop.epoch_loop
         loop._results = _lazy_class(type(self._results))()
-        loop._results.batch = self._batch
+        loop._results.batch = self.batch
         if self._before is None:
             return super()._evaluate()
         moved = self._before.restore()
@@ -208,18 +207,42 @@ class BatchObjective(Objective):
         return noticed
 
     def _save(self, batch: Any) -> None:
-        trained = trainable_parameters(self._optimizers)
+        self._trained = trainable_parameters(self._optimizers)
         try:
-            self._before = _snapshot_of(self._trainer, self._module, batch, trained, self._device)
+            self._before = self._snapshot(batch)
         except UnsupportedStateError as error:
             self._unsupported = str(error)
         except Exception as error:  # of an object that cannot be looked into
             self._unsupported = f"an object that raises {type(error).__name__}: {error}"
 
+    def _snapshot(self, batch: Any) -> StateSnapshot:
+        """Of everything that a training step reads or writes, but the trained weights."""
+        trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        steps = (
+            loop.automatic_optimization.optim_progress.optimizer.step
+            if self._module.automatic_optimization
+            else loop.manual_optimization.optim_step_progress
+        )
+        roots = [
+            *(self._module, batch, vars(trainer._logger_connector)),
+            *[one.param_groups for one in self._optimizers],
+            *[vars(config.scheduler) for config in trainer.lr_scheduler_configs],
+            *_small_state_of(trainer),
+            *_small_state_of(trainer.datamodule),
+            *global_generators(self._device),
+        ]
+        return StateSnapshot(
+            roots,
+            self._trained,
+            attributes=[vars(steps.total), vars(steps.current), *_attributes_of_data(trainer)],
+            optimizers=self._optimizers,
+            settings=(trainer, trainer.fit_loop, loop),
+        )
+
     def _loss_of_batch(self) -> Any:
         with self._trainer.precision_plugin.train_step_context():
             if has_own_loss(self._module):
-                output = self._module.anderson_loss(self._batch)
+                output = self._module.anderson_loss(self.batch)
             elif self._module.automatic_optimization:
                 output = self._module.training_step(*self._arguments)
             else:
@@ -230,34 +253,6 @@ class BatchObjective(Objective):
                 if output is None:
                     raise ValueError("training_step neither calls manual_backward nor returns one")
         return output.get("loss") if isinstance(output, Mapping) else output
-
-
-def _snapshot_of(
-    trainer: Any, module: Any, batch: Any, trained: Sequence[Tensor], device: torch.device
-) -> StateSnapshot:
-    """Everything that a training step reads or writes, but the trained weights."""
-    optimizers = unwrap_optimizers(trainer.optimizers)
-    loop = trainer.fit_loop.epoch_loop
-    steps = (
-        loop.automatic_optimization.optim_progress.optimizer.step
-        if module.automatic_optimization
-        else loop.manual_optimization.optim_step_progress
-    )
-    roots = [
-        *(module, batch, vars(trainer._logger_connector)),
-        *[one.param_groups for one in optimizers],
-        *[vars(config.scheduler) for config in trainer.lr_scheduler_configs],
-        *_small_state_of(trainer),
-        *_small_state_of(trainer.datamodule),
-        *global_generators(device),
-    ]
-    return StateSnapshot(
-        roots,
-        trained,
-        attributes=[vars(steps.total), vars(steps.current), *_attributes_of_data(trainer)],
-        optimizers=optimizers,
-        settings=(trainer, trainer.fit_loop, loop),
-    )
 
 
 def _attributes_of_data(trainer: Any) -> Iterator[dict[str, Any]]:

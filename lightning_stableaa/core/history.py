@@ -50,6 +50,9 @@ class History:
         device: where the iterates live.
         num_unowned: leading elements that inner products leave out: another rank counts them.
         staging: how iterates come here from a GPU; ``None``: they are written in place.
+
+    Attributes:
+        contiguous: whether an iterate pushed now ends a cycle that began at the newest one.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class History:
         self._num_unowned = num_unowned
         self._first = 0  # physical row of the oldest iterate
         self._ends_cycle: list[bool] = []  # per iterate: did a cycle lead here from the previous?
-        self._contiguous = False  # will the next iterate end a cycle begun at the newest one?
+        self.contiguous = False
         self._num_differenced = 0  # the oldest so many rows hold differences, the others iterates
         self._products = torch.zeros(  # of differences, by physical row
             depth + 1, depth + 1, dtype=torch.float64, device=device
@@ -93,11 +96,6 @@ class History:
         return sum(self.is_residual)
 
     @property
-    def contiguous(self) -> bool:
-        """Whether an iterate pushed now ends a cycle that began at the newest one."""
-        return self._contiguous
-
-    @property
     def newest(self) -> Tensor:  # (length,)
         """The newest iterate, a view."""
         self._sync()
@@ -107,8 +105,8 @@ class History:
         """Append an iterate; ``write`` fills the row, (length,), that it is given."""
         if len(self) == self._rows.shape[0]:
             self._drop_oldest()
-        self._ends_cycle.append(self._contiguous)
-        self._contiguous = True
+        self._ends_cycle.append(self.contiguous)
+        self.contiguous = True
         row = self._rows[self._row(len(self) - 1)]
         if self._staging is None:
             write(row)
@@ -120,12 +118,12 @@ class History:
         if self._ends_cycle and not self._ends_cycle[-1]:
             self._ends_cycle.pop()  # a start without an end belongs to no residual
             self._undo_difference(len(self) - 1)
-        self._contiguous = False
+        self.contiguous = False
 
     def clear(self) -> None:
         """Forget all iterates."""
         self._ends_cycle.clear()
-        self._contiguous = False
+        self.contiguous = False
         self._num_differenced = 0
 
     def gram(self) -> Tensor:  # (q, q) float64, q = len(self) - 1
@@ -172,7 +170,7 @@ class History:
             "num_differenced": self._num_differenced,
             "products": self._products_of_differences().cpu(),
             "ends_cycle": list(self._ends_cycle),
-            "contiguous": self._contiguous,
+            "contiguous": self.contiguous,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -200,7 +198,7 @@ class History:
             self._rows.device
         )
         self._ends_cycle = [bool(one) for one in state["ends_cycle"]]
-        self._contiguous = bool(state["contiguous"])
+        self.contiguous = bool(state["contiguous"])
 
     @property
     def _chunk(self) -> int:

@@ -1,6 +1,6 @@
 """Contents of objects: how they are read, and written back where they changed.
 
-``write_x(value, kept)`` puts back what ``read_x(value)`` has returned. Both call the methods of the
+What ``read`` of an ``Access`` has returned, its ``write`` puts back. Both call the methods of the
 builtin classes: those of a subclass may do more.
 """
 
@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 from lightning_stableaa.model.kinds import NUMBERS, PROGRAM, slots_of
 from lightning_stableaa.model.rng import read_generator, write_generator
-
-_SEQUENCES_AND_SETS = (list, tuple, set, frozenset, deque)
 
 _UNSET = object()  # a slot without a value
 
@@ -38,45 +36,46 @@ class Kept(NamedTuple):
     access: Access
     content: Any
 
-    @classmethod
-    def of(cls, value: Any, access: Access) -> Kept:
-        return cls(value, access, access.read(value))
-
     def again(self) -> Kept:
         """With the contents of now."""
-        return Kept.of(self.value, self.access)
+        return Kept(self.value, self.access, self.access.read(self.value))
 
     def restore(self) -> bool | None:
         return self.access.write(self.value, self.content)
 
 
+@functools.lru_cache(maxsize=1024)
+def _builtin_of(kind: type) -> Any:
+    """The class of Python from which that of a collection derives."""
+    builtins = (list, OrderedDict, dict, tuple, set, frozenset, deque)
+    return next(one for one in builtins if issubclass(kind, one))
+
+
 def read_elements(value: Any) -> list[Any]:
-    kind: Any = next(one for one in _SEQUENCES_AND_SETS if isinstance(value, one))
-    return list(kind.__iter__(value))
+    return list(_builtin_of(type(value)).__iter__(value))
 
 
 def _write_elements(value: Any, kept: list[Any]) -> None:
-    now = read_elements(value)
-    if len(now) == len(kept) and all(map(operator.is_, now, kept)):
+    kind = _builtin_of(type(value))
+    if kind.__len__(value) == len(kept) and all(map(operator.is_, kind.__iter__(value), kept)):
         return
-    if isinstance(value, list):
+    if kind is list:
         list.__setitem__(value, slice(None), kept)
-    elif isinstance(value, deque):
+    elif kind is deque:
         deque.clear(value)
         deque.extend(value, kept)
     else:  # of a set, the others stay where they are, and so does the order
         before = set(kept)
-        set.difference_update(value, [one for one in now if one not in before])
+        set.difference_update(value, [one for one in set.__iter__(value) if one not in before])
         set.update(value, kept)
 
 
 def _read_dict(value: dict[Any, Any]) -> dict[Any, Any]:
-    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
-    return {name: one for name, one in kind.items(value)}  # noqa: C416  # by its own method
+    return dict(_builtin_of(type(value)).items(value))  # not of its own methods
 
 
 def _write_dict(value: dict[Any, Any], kept: dict[Any, Any]) -> None:
-    kind: Any = OrderedDict if isinstance(value, OrderedDict) else dict
+    kind = _builtin_of(type(value))
     if (
         kind.__len__(value) == len(kept)
         and all(map(operator.is_, kind.values(value), kept.values()))

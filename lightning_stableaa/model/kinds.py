@@ -33,22 +33,10 @@ ATOM_TYPES = frozenset(
 # What belongs to the program around a training step, and not to its state.
 FOREIGN_PACKAGES = frozenset(
     [
-        "lightning",
-        "pytorch_lightning",
-        "lightning_fabric",
-        "logging",
-        "threading",
-        "_thread",
-        "multiprocessing",
-        "concurrent",
-        "asyncio",
-        "tensorboard",
-        "wandb",
-        "mlflow",
-        "importlib",
-        "torch.distributed",
-        "torch._dynamo",
-        "torch.fx",
+        *("lightning", "pytorch_lightning", "lightning_fabric"),
+        *("tensorboard", "wandb", "mlflow", "logging"),
+        *("threading", "_thread", "multiprocessing", "concurrent", "asyncio", "importlib"),
+        *("torch.distributed", "torch._dynamo", "torch.fx"),
     ]
 )
 

@@ -83,12 +83,7 @@ _METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 
 _TORCH_MODULES = ("torch.nn.", "torch._dynamo.", "torch.fx.")
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 _SETTINGS_OF_MODULES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 
@@ -193,9 +188,9 @@ class StateSnapshot:
 
     def _keep(self, value: Any, access: Access) -> Any:
         """The contents of an object, which ``restore`` is going to put back."""
-        kept = Kept.of(value, access)
-        self._kept.append(kept)
-        return kept.content
+        content = access.read(value)
+        self._kept.append(Kept(value, access, content))
+        return content
 
     def _is_new(self, value: Any) -> bool:
         """Whether an object is reached for the first time."""
