@@ -183,7 +183,8 @@ class AndersonCallback(EngineCallback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep what the training step is about to change, where an evaluation is due."""
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if trainer.optimizers != self._optimizers:
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         engine, objective = self._engine, self._objective
         if engine is None or objective is None:
             return

@@ -29,21 +29,6 @@ class Access(NamedTuple):
     write: Callable[[Any, Any], bool | None]
 
 
-class Kept(NamedTuple):
-    """What an object held, to be written back into it."""
-
-    value: Any
-    access: Access
-    content: Any
-
-    def again(self) -> Kept:
-        """With the contents of now."""
-        return Kept(self.value, self.access, self.access.read(self.value))
-
-    def restore(self) -> bool | None:
-        return self.access.write(self.value, self.content)
-
-
 @functools.lru_cache(maxsize=1024)
 def _builtin_of(kind: type) -> Any:
     """The class of Python from which that of a collection derives."""
@@ -98,13 +83,13 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 
 def _read_attributes(value: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The contents of the dict, and the dict, which may be replaced as a whole."""
-    attributes: Any = attributes_of(value)
+    attributes = object.__getattribute__(value, "__dict__")
     return _read_dict(attributes), attributes
 
 
 def _write_attributes(value: Any, kept: tuple[dict[str, Any], dict[str, Any]]) -> None:
     content, attributes = kept
-    if attributes_of(value) is not attributes:
+    if object.__getattribute__(value, "__dict__") is not attributes:
         object.__setattr__(value, "__dict__", attributes)
     _write_dict(attributes, content)
 

@@ -37,7 +37,6 @@ from lightning_stableaa.model.contents import (
     SLOTS,
     STATE,
     Access,
-    Kept,
     attributes_of,
     read_elements,
     state_named,
@@ -126,7 +125,7 @@ class StateSnapshot:
         self._steppers = list(optimizers)
         self._trained = sorted(memory_range(to_local(one)) for one in trained)
         budget = max(_COPIED_BYTES, 2 * sum(to_local(one).nbytes for one in trained))
-        self._kept: list[Kept] = []
+        self._kept: list[tuple[Any, Access, Any]] = []  # objects, and what they held
         self._tensors: list[TensorState] = []
         self._large: list[Any] = []  # tensors, arrays and frames, to be copied in the end
         self._reached: dict[int, Any] = {}  # by id; kept alive, so that none is used again
@@ -160,7 +159,7 @@ class StateSnapshot:
         """Of the same objects, with the contents that they have now."""
         reshard_fsdp_modules()
         other = copy.copy(self)
-        other._kept = [one.again() for one in self._kept]
+        other._kept = [(value, how, how.read(value)) for value, how, _ in self._kept]
         other._tensors = [one.again() for one in self._tensors]
         return other
 
@@ -173,11 +172,13 @@ class StateSnapshot:
         """
         reshard_fsdp_modules()
         moved, failure = False, None
-        for one in (*self._kept, *self._tensors):
+        for value, how, content in self._kept:
             try:
-                moved = bool(one.restore()) or moved
+                moved = how.write(value, content) or moved
             except Exception as error:  # of an object with methods of its own
                 failure = failure or error
+        for one in self._tensors:
+            one.restore()
         if failure is not None:
             raise UnsupportedStateError(f"an object that raises {failure!r}") from failure
         return moved
@@ -189,7 +190,7 @@ class StateSnapshot:
     def _keep(self, value: Any, access: Access) -> Any:
         """The contents of an object, which ``restore`` is going to put back."""
         content = access.read(value)
-        self._kept.append(Kept(value, access, content))
+        self._kept.append((value, access, content))
         return content
 
     def _is_new(self, value: Any) -> bool:
@@ -259,47 +260,50 @@ class StateSnapshot:
             return ()
         return [*self._inside_object(value), *self._inside_classes(kind)]
 
-    def _inside_object(self, value: Any) -> Iterable[Any]:
+    def _inside_object(self, value: Any) -> list[Any]:
         """What its attributes and slots refer to."""
+        inside: list[Any] = []
         if attributes_of(value) is not None:
             content, _ = self._keep(value, ATTRIBUTES)
-            yield from content.values()
+            inside += content.values()
         if slots_of(type(value)):
-            yield from self._keep(value, SLOTS).values()
+            inside += self._keep(value, SLOTS).values()
+        return inside
 
-    def _inside_tensor(self, tensor: Tensor) -> Iterable[Any]:
+    def _inside_tensor(self, tensor: Tensor) -> list[Any]:
         is_wrapper = is_traceable_wrapper_subclass(tensor)  # DTensors, jagged and quantized ones
         with torch._C.DisableTorchFunctionSubclass():
             is_whole = is_dense(tensor) or is_lazy(tensor) or is_wrapper
             if not self._is_trained(tensor) and (is_plain(tensor) or not is_whole):
                 self._large.append(tensor)
-        yield from self._inside_object(tensor)
+        inside = self._inside_object(tensor)
         if is_wrapper:
             names, _ = tensor.__tensor_flatten__()
-            yield from (getattr(tensor, name) for name in names)
+            inside += [getattr(tensor, name) for name in names]
+        return inside
 
     def _is_trained(self, tensor: Tensor) -> bool:
         start, _ = memory_range(tensor)
         position = bisect.bisect_right(self._trained, (start, math.inf)) - 1
         return position >= 0 and start < self._trained[position][1]
 
-    def _inside_collection(self, value: Any) -> Iterable[Any]:
+    def _inside_collection(self, value: Any) -> list[Any]:
         """By the methods of the builtin: a subclass may show something else."""
         if isinstance(value, dict):
             kept = self._keep(value, DICT)
-            yield from kept
-            yield from kept.values()
+            inside = [*kept, *kept.values()]
             if isinstance(value, defaultdict):
-                yield value.default_factory
+                inside.append(value.default_factory)
         elif isinstance(value, tuple | frozenset):
-            yield from read_elements(value)
+            inside = read_elements(value)
         else:
-            yield from self._keep(value, ELEMENTS)
-        if type(value).__module__ not in ("builtins", "collections"):  # a subclass
-            yield from self._inside_object(value)
+            inside = self._keep(value, ELEMENTS)
+        if type(value).__module__ in ("builtins", "collections"):
+            return inside
+        return [*inside, *self._inside_object(value)]  # attributes of a subclass
 
     def _inside_module(self, module: nn.Module) -> Iterable[Any]:
-        inside = list(self._inside_object(module))
+        inside = self._inside_object(module)
         if type(module).__module__.startswith(_TORCH_MODULES):  # other attributes are settings
             attributes = vars(module)
             inside = [
