@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import IO, Any
@@ -255,13 +255,12 @@ class BatchObjective(Objective):
         return output.get("loss") if isinstance(output, Mapping) else output
 
 
-def _attributes_of_data(trainer: Any) -> Iterator[dict[str, Any]]:
+def _attributes_of_data(trainer: Any) -> list[dict[str, Any]]:
     """Of the datamodule, the datasets and the samplers, which may be too large to be followed."""
-    loaders = getattr(trainer.fit_loop._combined_loader, "flattened", [])
-    parts = ("dataset", "sampler", "batch_sampler")
-    for one in (trainer.datamodule, *(getattr(x, part, None) for x in loaders for part in parts)):
-        if isinstance(getattr(one, "__dict__", None), dict):
-            yield vars(one)
+    owners = [trainer.datamodule]
+    for loader in getattr(trainer.fit_loop._combined_loader, "flattened", []):
+        owners += [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+    return [vars(one) for one in owners if isinstance(getattr(one, "__dict__", None), dict)]
 
 
 def _small_state_of(owner: Any) -> list[Any]:
