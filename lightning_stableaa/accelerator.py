@@ -15,12 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_stableaa import checkpoint
-from lightning_stableaa.core.acceptance import (
-    Evaluation,
-    TrustRegion,
-    decide,
-    veto_candidate,
-)
+from lightning_stableaa.core.acceptance import Evaluation, TrustRegion, decide, veto_candidate
 from lightning_stableaa.core.anderson import AndersonStep, anderson_step
 from lightning_stableaa.core.smoothing import MovingAverage
 from lightning_stableaa.distributed.communicator import Communicator
@@ -32,11 +27,7 @@ from lightning_stableaa.model.parameters import (
     holds_copy_of_weights,
     trainable_parameters,
 )
-from lightning_stableaa.model.step_monitor import (
-    OptimizerStepMonitor,
-    maximizes,
-    unwrap_optimizers,
-)
+from lightning_stableaa.model.step_monitor import OptimizerStepMonitor, maximizes, unwrap_optimizers
 from lightning_stableaa.model.trial import evaluate_candidate
 from lightning_stableaa.options import HistoryPlacement, Options, Safeguard, Smoothing, describe
 from lightning_stableaa.report import Status, StepReport
@@ -147,18 +138,16 @@ class AndersonAccelerator:
         self._optimizers = unwrap_optimizers(optimizer)
         self._process_group = process_group
         # now, and later after a step: between, toggle_optimizer may hide those of the others
-        self._parameters = trainable_parameters(self._optimizers)
-        if has_lazy_parameters(self._optimizers):
-            self._parameters = []  # complete before the first step
-        else:
+        self._parameters: list[Tensor] = []
+        if not has_lazy_parameters(self._optimizers):  # else they are complete after a step
+            self._refresh_parameters()
             FlatView(self._parameters)  # refuses what cannot be accelerated
         self.optimizer_steps = 0
         self.attempted = 0
         self.accepted = 0
         self.loss_evaluations = 0
         self.outcomes: Counter[Status] = Counter()
-        self.disabled: str | None = None  # why nothing is accelerated any longer
-        self._disabled_by = ""  # the same, before the other ranks know of it
+        self.disabled: str | None = None
         self._steps_since_attempt = 0
         self._cycle_steps = 0
         self._checks_left = _SELF_CHECKS
@@ -170,9 +159,7 @@ class AndersonAccelerator:
         self._average: MovingAverage | None = None
         self._pending_state: dict[str, Any] | None = None
         self._monitor = OptimizerStepMonitor(self._optimizers)
-        self._hooks: list[Any] = []
-        self._prepared = False
-        self._prepare_at_next_step()
+        self._monitor.prepare = self._prepare
 
     def __repr__(self) -> str:
         """Names the options that differ from the defaults, and what happened so far."""
@@ -210,13 +197,12 @@ class AndersonAccelerator:
             )
         if not self._monitor.poll():
             return _NO_STEP
-        if self._hooks and self._prepared:
-            self._remove_hooks()  # not within one of them: torch iterates over all of them
         self.optimizer_steps += 1
         if self.disabled is not None:
             return _DISABLED
         if self._iterates is None:
-            self._build(self._refreshed_parameters())
+            self._refresh_parameters()
+            self._build()
             return _PARAMETERS_CHANGED
         self._cycle_steps += 1
         self._steps_since_attempt += 1
@@ -282,7 +268,6 @@ class AndersonAccelerator:
     def detach(self) -> None:
         """Remove the hooks from the optimizers; the accelerator sees no further steps."""
         self._monitor.detach()
-        self._remove_hooks()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a bitwise continuation needs: plain containers and CPU tensors.
@@ -314,24 +299,30 @@ class AndersonAccelerator:
             setattr(self, name, int(state["counters"][name]))
         self.outcomes = Counter({Status(name): n for name, n in state["outcomes"].items()})
         self.disabled = state["disabled"]
-        self._pending_state = state if self.disabled is None else None
-        self._monitor.closure_wrote = bool(state["closure_wrote"])
-        self._cycle_steps = int(state["cycle_steps"])  # now: an attempt may be next
         self._steps_since_attempt = int(state["steps_since_attempt"])
+        self._cycle_steps = int(state["cycle_steps"])
+        self._checks_left = int(state["checks_left"])
+        self._draws_samples = bool(state["draws_samples"])
+        self._monitor.closure_wrote = bool(state["closure_wrote"])
+        self._events = int(state["events"])
+        self._trust_region.load_state_dict(state["trust_region"])
+        self._pending_state = state if self.disabled is None else None
         self._iterates = self._average = None
-        self._prepare_at_next_step()
+        self._monitor.prepare = self._prepare
 
     def _state(self, *, full: bool) -> dict[str, Any]:
         if self._pending_state is not None:  # loaded and not yet in use
             return self._pending_state
         if self._monitor.external_write() and not (self._has_backup and self._wrote_back()):
             self._note(Status.EXTERNAL_UPDATE)  # a continuation could not see it
-        iterates = self._iterates
+        iterates, events = self._iterates, self._events
         vectors = checkpoint.EMPTY
         if iterates is not None:
             vectors = checkpoint.save(iterates, self._average, self.options)
             if full:
                 vectors = checkpoint.gather_full(vectors, iterates)
+            if full and iterates.sharded:
+                events = int(iterates.communicator.any(events > 0, iterates.weights.device))
         return vectors | {
             "version": checkpoint.STATE_VERSION,
             "counters": {name: getattr(self, name) for name in _COUNTERS},
@@ -342,43 +333,28 @@ class AndersonAccelerator:
             "checks_left": self._checks_left,
             "draws_samples": self._draws_samples,
             "closure_wrote": self._monitor.closure_wrote,
-            "events": self._any_event(iterates) if full else self._events,
+            "events": events,
             "trust_region": self._trust_region.state_dict(),
         }
 
-    def _any_event(self, iterates: IterateStore | None) -> int:
-        if iterates is None or not iterates.sharded:
-            return self._events
-        any_rank = iterates.communicator.any(self._events > 0, iterates.weights.device)
-        return int(any_rank)
-
     # Setting up
 
-    def _prepare_at_next_step(self) -> None:
-        """Before the next optimizer step weights, devices and sharding are final."""
-        self._remove_hooks()
-        self._prepared = False
-        self._hooks = [one.register_step_pre_hook(self._prepare) for one in self._optimizers]
-
-    def _prepare(self, *_: object) -> None:
-        # lazy parameters: until the closure has seen a batch
-        if self._prepared or has_lazy_parameters(self._optimizers):
+    def _prepare(self) -> None:
+        """Before an optimizer step, at which weights, devices and sharding are final."""
+        if has_lazy_parameters(self._optimizers):  # until the closure has seen a batch
             return
-        self._prepared = True
+        self._monitor.prepare = None
         if self.disabled is None:
-            self._build(self._parameters or self._refreshed_parameters())
+            if not self._parameters:
+                self._refresh_parameters()
+            self._build()
 
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def _refreshed_parameters(self) -> list[Tensor]:
+    def _refresh_parameters(self) -> None:
         self._parameters = trainable_parameters(self._optimizers)
-        return self._parameters
 
-    def _build(self, parameters: Sequence[Tensor]) -> None:
-        """Begin a history of these parameters, from a loaded state if there is one; collective."""
+    def _build(self) -> None:
+        """Begin a history of the parameters, from a loaded state if there is one; collective."""
+        parameters = self._parameters
         device = parameters[0].device if parameters else torch.device("cpu")
         communicator = Communicator(self._process_group)
         state, self._pending_state = self._pending_state, None
@@ -411,18 +387,14 @@ class AndersonAccelerator:
                 of=options.smoothing.of,
                 num_unowned=iterates.num_unowned,
             )
-        self._cycle_steps = self._events = 0
         self._monitor.watch(iterates.parameters)
         if state is None or not self._restore(iterates, state):
+            self._cycle_steps = self._events = 0
             iterates.push_weights()
         self._monitor.backup = iterates if self.attempt_is_next else None
 
     def _restore(self, iterates: IterateStore, state: dict[str, Any]) -> bool:
         """Continue from a state, on all ranks or on none; a collective call."""
-        self._steps_since_attempt = int(state["steps_since_attempt"])
-        self._checks_left = int(state["checks_left"])
-        self._draws_samples = bool(state["draws_samples"])
-        self._trust_region.load_state_dict(state["trust_region"])
         if state["iterates"] is None:
             return False
         different = checkpoint.load(state, iterates, self._average, self.options)
@@ -432,10 +404,7 @@ class AndersonAccelerator:
                 "with another %s",
                 ", ".join(different),
             )
-            return False
-        self._cycle_steps = int(state["cycle_steps"])
-        self._events = int(state["events"])
-        return True
+        return not different
 
     # One cycle
 
@@ -470,7 +439,8 @@ class AndersonAccelerator:
         self._cycle_steps = 0
         if self._monitor.external_write():
             self._note(Status.EXTERNAL_UPDATE)
-        if not iterates.is_current(self._refreshed_parameters()):
+        self._refresh_parameters()
+        if not iterates.is_current(self._parameters):
             self._note(Status.PARAMETERS_CHANGED)
         if self._events and iterates.communicator.is_single_process:
             return self._handle_event(iterates, self._events)
@@ -490,23 +460,27 @@ class AndersonAccelerator:
             self.accepted += report.accepted
             self.loss_evaluations += report.loss_evaluations
             self.outcomes[report.status] += report.attempted
-        on = None if self._average is None else self._average.on
         self._monitor.backup = self._iterates if self.attempt_is_next else None
-        return dataclasses.replace(report, stored=True, rsd=rsd, smoothing_on=on)
+        return dataclasses.replace(report, stored=True, rsd=rsd, smoothing_on=self.smoothing_on)
 
     def _note(self, event: Status) -> None:
         self._events |= 1 << _EVENTS.index(event)
 
-    def _handle_event(self, iterates: IterateStore, events: int) -> StepReport:
+    def _handle_event(
+        self, iterates: IterateStore, events: int, unavailable: str | None = None
+    ) -> StepReport:
         """Undo as much of the history as the gravest of the events makes wrong."""
         event = _EVENTS[events.bit_length() - 1]
         self._events = 0
         if event is Status.DISABLED:
-            self.disable(self._disabled_by or "another process cannot evaluate its loss again")
+            reason = "another process cannot evaluate its loss again"
+            if unavailable is not None:
+                reason = f"the loss cannot be evaluated again: {unavailable}"
+            self.disable(reason)
             return _DISABLED
         self.outcomes[event] += 1
         if event is Status.PARAMETERS_CHANGED:
-            self._build(self._parameters)
+            self._build()
         else:
             if not iterates.communicator.is_single_process:
                 iterates.history.clear()  # which of the residuals are wrong, one rank alone knows
@@ -534,24 +508,24 @@ class AndersonAccelerator:
 
     def _store(self, iterates: IterateStore) -> float | None:
         """Append the end of the cycle to the history; the RSD of its window, if there is one."""
-        average, rsd = self._average, None
-        if average is not None:
-            before, moments = self._averages_into_history, average.moments()
-            if iterates.sharded and self.options.smoothing is not None:
-                combine = iterates.communicator.sum
-                if self.options.smoothing.rsd == "max":
-                    combine = iterates.communicator.max
-                moments = moments.to(iterates.weights.device)
-                combine(moments)
-            rsd = average.switch(moments)
-            if self._averages_into_history != before:
-                iterates.restart()  # the lag of an average is not a step of the optimizer
-            if self._averages_into_history:
-                iterates.push(average.mean)
-                return rsd
-            if average.on:
-                iterates.write_average(average.mean)
-                self._monitor.rebaseline()
+        average, smoothing = self._average, self.options.smoothing
+        if average is None or smoothing is None:
+            iterates.push_weights()
+            return None
+        before, moments = self._averages_into_history, average.moments()
+        if iterates.sharded:
+            communicator = iterates.communicator
+            moments = moments.to(iterates.weights.device)
+            communicator.max(moments) if smoothing.rsd == "max" else communicator.sum(moments)
+        rsd = average.switch(moments)
+        if self._averages_into_history != before:
+            iterates.restart()  # the lag of an average is not a step of the optimizer
+        if self._averages_into_history:
+            iterates.push(average.mean)
+            return rsd
+        if average.on:
+            iterates.write_average(average.mean)
+            self._monitor.rebaseline()
         iterates.push_weights()
         return rsd
 
@@ -562,13 +536,13 @@ class AndersonAccelerator:
 
         Decisions rest on numbers that all ranks share, so all of them take the same branch.
         """
-        if objective is not None and objective.unavailable is not None:
-            self._disabled_by = f"the loss cannot be evaluated again: {objective.unavailable}"
+        unavailable = None if objective is None else objective.unavailable
+        if unavailable is not None:
             self._note(Status.DISABLED)
         horizon = 0.0 if objective is None else self._trust_region.horizon
         step, events = self._propose(iterates, horizon)
         if events:
-            return self._handle_event(iterates, events)
+            return self._handle_event(iterates, events, unavailable)
         stochastic = objective is not None and (objective.stochastic or self._draws_samples)
         report = StepReport(
             status=Status.ACCEPTED,

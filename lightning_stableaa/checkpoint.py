@@ -52,18 +52,17 @@ def save(iterates: IterateStore, average: MovingAverage | None, options: Options
 
 def gather_full(saved: dict[str, Any], iterates: IterateStore) -> dict[str, Any]:
     """The vectors of all ranks, on the first one; a collective call if they are sharded."""
-    communicator = iterates.communicator if iterates.sharded else Communicator.single_process()
-    device = iterates.weights.device
+    holders, device = _holders(iterates), iterates.weights.device
     full = gather_state(
         {name: saved[name] for name in _VECTORS},
         length=iterates.full_length,
-        communicator=communicator,
+        communicator=holders,
         device=device,
     )
     if iterates.sharded_weights:
         fingerprint = saved["fingerprint"]
         checksum = torch.tensor(fingerprint["weights"], device=device)
-        parts = [int(one) for one in communicator.gather_to_first(checksum)]
+        parts = [int(one) for one in holders.gather_to_first(checksum)]
         full["fingerprint"] = fingerprint | {"weights": parts}
     return saved | full | {"shard": FULL}
 
@@ -91,12 +90,11 @@ def load(
         return different or ["state on another rank"]
     vectors = {name: saved[name] for name in _VECTORS}
     if full:
-        single = Communicator.single_process()
         vectors = shard_state(
             vectors,
             start=iterates.full_start,
             length=iterates.length,
-            communicator=communicator if iterates.sharded else single,
+            communicator=_holders(iterates),
         )
     iterates.load_state_dict(vectors["iterates"])
     if average is not None:
@@ -117,7 +115,12 @@ def _fingerprint(iterates: IterateStore, options: Options) -> dict[str, Any]:
     }
 
 
+def _holders(iterates: IterateStore) -> Communicator:
+    """The ranks that hold shards of the vectors; a single process where each holds all."""
+    return iterates.communicator if iterates.sharded else Communicator.single_process()
+
+
 def _shard(iterates: IterateStore) -> list[int]:
     """Which shard of the vectors this rank holds: rank, and number of ranks."""
-    communicator = iterates.communicator
-    return [communicator.rank, communicator.world_size] if iterates.sharded else [0, 1]
+    holders = _holders(iterates)
+    return [holders.rank, holders.world_size]

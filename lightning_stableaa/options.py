@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -31,11 +32,13 @@ def check_integer(option: str, value: object, minimum: int) -> None:
         raise ValueError(f"{option} must be >= {minimum}, got {value}")
 
 
-def check_real(option: str, value: object, interval: str, *, inside: bool) -> None:
-    """Raises TypeError or ValueError unless ``value`` is a number ``inside`` the interval."""
+def check_real(
+    option: str, value: object, interval: str, is_inside: Callable[[float], bool]
+) -> None:
+    """Raises TypeError or ValueError unless ``value`` is a number inside the interval."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{option} must be a number, got {value!r}")
-    if not inside:
+    if not is_inside(value):
         raise ValueError(f"{option} must be {interval}, got {float(value)}")
 
 
@@ -58,9 +61,8 @@ def describe(name: str, options: Any, **others: Any) -> str:
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in (given | others).items())})"
 
 
-def _number(value: object) -> float:
-    """The number, or NaN, which lies in no interval."""
-    return float(value) if isinstance(value, int | float) else math.nan
+def _is_finite_and_not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +95,7 @@ class Smoothing:
         _use_plain_numbers(self)
         if self.average_window is not None:
             check_integer("average_window", self.average_window, 2)
-        threshold = self.rsd_threshold
-        check_real("rsd_threshold", threshold, ">= 0", inside=_number(threshold) >= 0)
+        check_real("rsd_threshold", self.rsd_threshold, ">= 0", lambda value: value >= 0)
         check_choice("rsd", self.rsd, RsdKind)
         check_choice("of", self.of, RsdOf)
         check_choice("apply_to", self.apply_to, SmoothingApplyTo)
@@ -142,17 +143,15 @@ class Options:
                 "accelerate_every_n_steps must be a multiple of store_every_n_steps "
                 f"({self.store_every_n_steps}), got {self.accelerate_every_n_steps}"
             )
-        relaxation = _number(self.relaxation)
-        check_real("relaxation", self.relaxation, "in (0, 1]", inside=0 < relaxation <= 1)
+        check_real("relaxation", self.relaxation, "in (0, 1]", lambda value: 0 < value <= 1)
         for option in ("lag_compensation", "max_horizon"):
-            value = getattr(self, option)
-            allowed = 0 <= _number(value) < math.inf
-            check_real(option, value, "finite and >= 0 (0 for none)", inside=allowed)
+            interval = "finite and >= 0 (0 for none)"
+            check_real(option, getattr(self, option), interval, _is_finite_and_not_negative)
         if self.regularization is not None:
-            allowed = 0 <= _number(self.regularization) < math.inf
-            check_real("regularization", self.regularization, "finite and >= 0", inside=allowed)
+            value, interval = self.regularization, "finite and >= 0"
+            check_real("regularization", value, interval, _is_finite_and_not_negative)
         cap = self.max_extrapolation
-        check_real("max_extrapolation", cap, "> 0 (inf for no cap)", inside=_number(cap) > 0)
+        check_real("max_extrapolation", cap, "> 0 (inf for no cap)", lambda value: value > 0)
         check_choice("safeguard", self.safeguard, Safeguard)
         check_choice("history", self.history, HistoryPlacement)
         self._check_history_device()

@@ -12,11 +12,7 @@ from typing import Any, Literal
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_stableaa.accelerator import AndersonAccelerator
-from lightning_stableaa.callbacks.base import (
-    EngineCallback,
-    log_to_loggers,
-    log_to_progress_bar,
-)
+from lightning_stableaa.callbacks.base import EngineCallback, log_to_loggers, log_to_progress_bar
 from lightning_stableaa.callbacks.batch_objective import BatchObjective, has_own_loss
 from lightning_stableaa.callbacks.smoothing import SmoothingMonitor, log_smoothing
 from lightning_stableaa.callbacks.summary import summarize
@@ -175,10 +171,7 @@ class AndersonCallback(EngineCallback):
         if self.warmup_epochs is not None:
             steps = math.ceil(self.warmup_epochs * _steps_of_an_epoch(trainer))
             options = dataclasses.replace(options, warmup_steps=steps)
-        engine = AndersonAccelerator(
-            trainer.optimizers,
-            **{field.name: getattr(options, field.name) for field in dataclasses.fields(options)},
-        )
+        engine = AndersonAccelerator(trainer.optimizers, **vars(options))
         every = trainer.val_check_batch  # None: by time
         self._validates_within_epochs = every is not None and (
             trainer.check_val_every_n_epoch is None or every < trainer.num_training_batches
@@ -191,7 +184,7 @@ class AndersonCallback(EngineCallback):
     ) -> None:
         """Keep what the training step is about to change, where an evaluation is due."""
         if trainer.optimizers != self._optimizers:
-            self.follow_optimizers(trainer, pl_module)
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         engine, objective = self._engine, self._objective
         if engine is None or objective is None:
             return
@@ -209,7 +202,7 @@ class AndersonCallback(EngineCallback):
         if engine is None or objective is None:
             return
         if objective.is_due:
-            objective.set_batch(batch, batch_idx)
+            objective.batch = batch
         report = engine.step(objective)
         if report.stored:
             self._report(trainer, pl_module, engine, report)

@@ -81,12 +81,9 @@ class EngineCallback(LightningCallback):
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Follow the optimizers where they were replaced."""
-        if trainer.optimizers != self._optimizers:
-            self.follow_optimizers(trainer, pl_module)
-
-    def follow_optimizers(self, trainer: Any, pl_module: Any) -> None:
-        """An engine of the new ones; a pause where they cannot be accelerated."""
+        """Follow optimizers that were replaced; pause where the new ones cannot be accelerated."""
+        if trainer.optimizers == self._optimizers:
+            return
         self._release()
         try:
             self._create(trainer, pl_module)

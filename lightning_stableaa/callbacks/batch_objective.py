@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import atexit
-import copy
 import functools
-import importlib
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, redirect_stdout
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,11 +20,11 @@ from lightning_stableaa.callbacks.manual_optimization import (
     replace_attribute,
     single_objective,
 )
-from lightning_stableaa.distributed.dtensor import is_sharded, reshard_fsdp_modules
-from lightning_stableaa.model.kinds import NUMBERS, is_own, is_small_collection
+from lightning_stableaa.distributed.dtensor import is_sharded
+from lightning_stableaa.model.kinds import is_own, is_small_collection
 from lightning_stableaa.model.objective import Objective, scalar
 from lightning_stableaa.model.parameters import trainable_parameters
-from lightning_stableaa.model.rng import RNGSnapshot, is_generator
+from lightning_stableaa.model.rng import global_generators, is_generator
 from lightning_stableaa.model.snapshot import StateSnapshot, UnsupportedStateError
 from lightning_stableaa.model.step_monitor import maximizes, unwrap_optimizers
 
@@ -47,11 +43,15 @@ class BatchObjective(Objective):
         trainer: the Trainer.
         module: its LightningModule.
         stochastic: the loss is that of a sample; ``"auto"`` where an epoch has several batches.
+
+    Attributes:
+        batch: the one that was just trained on.
+        is_due: an evaluation follows the current batch.
     """
 
     def __init__(self, trainer: Any, module: Any, *, stochastic: bool | str) -> None:
         self._optimizers = unwrap_optimizers(trainer.optimizers)
-        trained = trainable_parameters(self._optimizers)
+        self._trained = trained = trainable_parameters(self._optimizers)
         several = trainer.world_size > 1
         super().__init__(
             self._loss_of_batch,  # pyright: ignore[reportArgumentType]  # may return a Mapping
@@ -67,17 +67,16 @@ class BatchObjective(Objective):
         )
         self._trainer = trainer
         self._module = module
-        self._tree = _tree_of(trainer)
-        self._batch: Any = None
-        self._batch_idx = 0
-        self._before: _TrainingState | None = None  # the training step
+        self.batch: Any = None
+        self._arguments: Sequence[Any] = ()  # of the training step
+        self._before: StateSnapshot | None = None  # the training step
         self._results: Any = None  # of the Trainer
         self._evaluated = False  # in this context
         self._unsupported: str | None = None
         self._failed: str | None = None  # what could not be put back, though it was supported
         self._unhook = ExitStack()
         self._leave = ExitStack()
-        self.is_due = False  # an evaluation follows the current batch
+        self.is_due = False
 
     def save_before_training_step(self) -> None:
         """Keep the state in which the current batch is going to be trained on.
@@ -89,25 +88,23 @@ class BatchObjective(Objective):
         strategy = self._trainer.strategy
         training_step = strategy.training_step
 
-        def save_and_train(batch: Any, *arguments: Any) -> Any:
+        def save_and_train(*arguments: Any) -> Any:
             self._unhook.close()
-            self._save(batch)
+            self._arguments = arguments
+            self._save(arguments[0])
             before = _states_of(self._optimizers)
-            output = training_step(batch, *arguments)
+            output = training_step(*arguments)
             if self._module.automatic_optimization and _states_of(self._optimizers) != before:
                 self._unsupported = "state of the optimizer, changed by training_step"
             return output
 
-        self._unhook.callback(replace_attribute(strategy, "training_step", save_and_train))
-
-    def set_batch(self, batch: Any, batch_idx: int) -> None:
-        """The batch that was just trained on."""
-        self._batch, self._batch_idx = batch, batch_idx
+        replace_attribute(self._unhook, strategy, "training_step", save_and_train)
 
     def forget(self) -> None:
         """Let go of the batch and its state."""
         self._unhook.close()
-        self._batch = self._before = self._unsupported = None
+        self.batch = self._before = self._unsupported = None
+        self._arguments = ()
         self.is_due = False
 
     @property
@@ -141,7 +138,7 @@ class BatchObjective(Objective):
             super().__enter__()
         else:
             self._leave.callback(self._before.again().restore)
-        for parameter in trainable_parameters(self._optimizers):
+        for parameter in self._trained:
             # toggle_optimizer would leave it changed, were there an error before untoggle_optimizer
             self._leave.callback(parameter.requires_grad_, parameter.requires_grad)
             self._leave.callback(setattr, parameter, "grad", parameter.grad)
@@ -149,23 +146,18 @@ class BatchObjective(Objective):
         self._leave.callback(setattr, loop, "_results", self._results)
         self._silence(trainer)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         try:
             self._leave.close()
         except UnsupportedStateError as failure:
             self._failed = str(failure)
 
     def _evaluate(self) -> Any:
-        for parameter in trainable_parameters(self._optimizers):
+        for parameter in self._trained:
             parameter.grad = None  # a backward pass in the training step adds to it
         loop = self._trainer.fit_loop.epoch_loop
         loop._results = _lazy_class(type(self._results))()
-        loop._results.batch = self._batch
+        loop._results.batch = self.batch
         if self._before is None:
             return super()._evaluate()
         moved = self._before.restore()
@@ -177,35 +169,33 @@ class BatchObjective(Objective):
 
     def _silence(self, trainer: Any) -> None:
         """Until the context is left, nothing is logged, printed or saved."""
-        held = [] if self._before is None else self._before.writers
+        held = () if self._before is None else filter(_is_writer, self._before.objects)
         for one in dict.fromkeys([*trainer.loggers, trainer.profiler, *held]):
             self._silence_writer(one)
         for module in filter(None, map(sys.modules.get, ("wandb", "mlflow"))):
             for name in [one for one in vars(module) if one.startswith("log")]:
-                self._leave.callback(replace_attribute(module, name, _nothing))
-        self._leave.callback(replace_attribute(trainer, "save_checkpoint", _nothing))
+                replace_attribute(self._leave, module, name, _nothing)
+        replace_attribute(self._leave, trainer, "save_checkpoint", _nothing)
         self._leave.enter_context(redirect_stdout(_nowhere()))
         if trainer.world_size > 1:
             # of what is logged with sync_dist, and thrown away
-            self._leave.callback(replace_attribute(trainer.strategy, "reduce", _unreduced))
+            replace_attribute(self._leave, trainer.strategy, "reduce", _unreduced)
             for name in ("all_gather", "barrier", "broadcast"):
                 communicate = getattr(trainer.strategy, name)
-                self._leave.callback(
-                    replace_attribute(trainer.strategy, name, self._notices(communicate))
-                )
+                replace_attribute(self._leave, trainer.strategy, name, self._notices(communicate))
 
     def _silence_writer(self, one: Any) -> None:
         silent = _silent_class(type(one))
         if silent is None:
             for name in [name for name in dir(one) if _writes(type(one), name)]:
-                self._leave.callback(replace_attribute(one, name, _nothing))
+                replace_attribute(self._leave, one, name, _nothing)
             return
         self._leave.callback(setattr, one, "__class__", type(one))
         one.__class__ = silent
         if "experiment" in vars(one):
             experiment = vars(one)["experiment"]
             hidden = _SilentExperiment(lambda: experiment)
-            self._leave.callback(replace_attribute(one, "experiment", hidden))
+            replace_attribute(self._leave, one, "experiment", hidden)
 
     def _notices(self, communicate: Callable[..., Any]) -> Callable[..., Any]:
         """A collective call of the training step, within which other ranks would wait for it."""
@@ -217,134 +207,66 @@ class BatchObjective(Objective):
         return noticed
 
     def _save(self, batch: Any) -> None:
-        trained = trainable_parameters(self._optimizers)
+        self._trained = trainable_parameters(self._optimizers)
         try:
-            self._before = _TrainingState(self._trainer, self._module, batch, trained, self._device)
+            self._before = self._snapshot(batch)
         except UnsupportedStateError as error:
             self._unsupported = str(error)
         except Exception as error:  # of an object that cannot be looked into
             self._unsupported = f"an object that raises {type(error).__name__}: {error}"
 
+    def _snapshot(self, batch: Any) -> StateSnapshot:
+        """Of everything that a training step reads or writes, but the trained weights."""
+        trainer, loop = self._trainer, self._trainer.fit_loop.epoch_loop
+        steps = (
+            loop.automatic_optimization.optim_progress.optimizer.step
+            if self._module.automatic_optimization
+            else loop.manual_optimization.optim_step_progress
+        )
+        roots = [
+            *(self._module, batch, vars(trainer._logger_connector)),
+            *[one.param_groups for one in self._optimizers],
+            *[vars(config.scheduler) for config in trainer.lr_scheduler_configs],
+            *_small_state_of(trainer),
+            *_small_state_of(trainer.datamodule),
+            *global_generators(self._device),
+        ]
+        return StateSnapshot(
+            roots,
+            self._trained,
+            attributes=[vars(steps.total), vars(steps.current), *_attributes_of_data(trainer)],
+            optimizers=self._optimizers,
+            settings=(trainer, trainer.fit_loop, loop),
+        )
+
     def _loss_of_batch(self) -> Any:
         with self._trainer.precision_plugin.train_step_context():
             if has_own_loss(self._module):
-                output = self._module.anderson_loss(self._batch)
+                output = self._module.anderson_loss(self.batch)
             elif self._module.automatic_optimization:
-                output = self._run_training_step()
+                output = self._module.training_step(*self._arguments)
             else:
                 with dry_run(self._trainer, self._optimizers) as (losses, stepped):
-                    output = self._run_training_step()
+                    output = self._module.training_step(*self._arguments)
                 if losses:
                     return single_objective(losses, stepped, len(self._optimizers))
                 if output is None:
                     raise ValueError("training_step neither calls manual_backward nor returns one")
         return output.get("loss") if isinstance(output, Mapping) else output
 
-    def _run_training_step(self) -> Any:
-        if self._takes_index:
-            return self._module.training_step(self._batch, self._batch_idx)
-        return self._module.training_step(self._batch)
 
-    @functools.cached_property
-    def _takes_index(self) -> bool:
-        """Whether Lightning passes ``batch_idx``."""
-        signature = importlib.import_module(f"{self._tree}.utilities.signature_utils")
-        step = self._module.training_step
-        return signature.is_param_in_hook_signature(step, "batch_idx", min_args=2)
-
-
-class _TrainingState:
-    """Everything that a training step reads or writes, but the trained weights."""
-
-    def __init__(
-        self,
-        trainer: Any,
-        module: Any,
-        batch: Any,
-        trained: Sequence[Tensor],
-        device: torch.device,
-    ) -> None:
-        self._sharded = is_sharded(trained)
-        self._reshard()
-        self._device = device
-        metrics = vars(trainer._logger_connector)
-        optimizers = unwrap_optimizers(trainer.optimizers)
-        settings = [one.param_groups for one in optimizers]
-        schedules = [vars(config.scheduler) for config in trainer.lr_scheduler_configs]
-        lists = filter(is_small_collection, vars(trainer).values())
-        self._state = StateSnapshot(
-            [module, batch, metrics, settings, schedules, *_state_of_data(trainer), *lists],
-            trained,
-            _attributes_of_data(trainer),
-            optimizers,
-        )
-        self.writers = [one for one in self._state.objects if _is_writer(one)]
-        loop = trainer.fit_loop.epoch_loop
-        self._owners = (trainer, trainer.fit_loop, loop)
-        steps = (
-            loop.automatic_optimization.optim_progress.optimizer.step
-            if module.automatic_optimization
-            else loop.manual_optimization.optim_step_progress
-        )
-        self._counters = [vars(one) for one in (steps.total, steps.current)]
-        self._read_rest()
-
-    def _read_rest(self) -> None:
-        self._rng = RNGSnapshot(self._device)
-        self._settings = [_numbers_of(one) for one in self._owners]
-        self._counts = [dict(one) for one in self._counters]
-
-    def again(self) -> _TrainingState:
-        """The same, as it is now."""
-        other = copy.copy(self)
-        other._reshard()
-        other._state = self._state.again()
-        other._read_rest()
-        return other
-
-    def restore(self) -> bool:
-        """Put everything back; whether a generator, global or within the state, had moved."""
-        self._reshard()
-        moved = self._state.drew_random_numbers()
-        self._state.restore()
-        moved = self._rng.restore() or moved
-        for owner, settings in zip(self._owners, self._settings, strict=True):
-            for name in _numbers_of(owner).keys() - settings.keys():
-                delattr(owner, name)
-            vars(owner).update(settings)
-        for counter, counts in zip(self._counters, self._counts, strict=True):
-            counter.update(counts)
-        return moved
-
-    def lost(self) -> bool:
-        """Whether a tensor was changed that ``restore`` cannot put back."""
-        return self._state.lost()
-
-    def _reshard(self) -> None:
-        """Let modules of FSDP2 hold their shards, not what they have gathered."""
-        if self._sharded:
-            reshard_fsdp_modules()
-
-
-def _attributes_of_data(trainer: Any) -> Iterator[dict[str, Any]]:
+def _attributes_of_data(trainer: Any) -> list[dict[str, Any]]:
     """Of the datamodule, the datasets and the samplers, which may be too large to be followed."""
-    loaders = getattr(trainer.fit_loop._combined_loader, "flattened", [])
-    parts = ("dataset", "sampler", "batch_sampler")
-    for one in (trainer.datamodule, *(getattr(x, part, None) for x in loaders for part in parts)):
-        if isinstance(getattr(one, "__dict__", None), dict):
-            yield vars(one)
+    owners = [trainer.datamodule]
+    for loader in getattr(trainer.fit_loop._combined_loader, "flattened", []):
+        owners += [getattr(loader, name, None) for name in ("dataset", "sampler", "batch_sampler")]
+    return [vars(one) for one in owners if isinstance(getattr(one, "__dict__", None), dict)]
 
 
-def _state_of_data(trainer: Any) -> Iterator[Any]:
-    """Generators of random numbers and small collections that the datamodule holds."""
-    for one in getattr(trainer.datamodule, "__dict__", {}).values():
-        if is_generator(one) or is_small_collection(one):
-            yield one
-
-
-def _numbers_of(owner: Any) -> dict[str, Any]:
-    """Plain settings of a Trainer or loop, such as ``should_stop`` and what a user added."""
-    return {name: one for name, one in vars(owner).items() if type(one) in NUMBERS}
+def _small_state_of(owner: Any) -> list[Any]:
+    """Generators of random numbers and small collections that an object holds."""
+    held = getattr(owner, "__dict__", {}).values()
+    return [one for one in held if is_generator(one) or is_small_collection(one)]
 
 
 def _is_writer(one: Any) -> bool:
@@ -457,12 +379,3 @@ class _SilentExperiment:
 def has_own_loss(module: nn.Module) -> bool:
     """Whether the module says itself by which loss candidates are compared."""
     return callable(getattr(module, "anderson_loss", None))
-
-
-def _tree_of(trainer: Any) -> str:
-    """``lightning.pytorch`` or ``pytorch_lightning``, whichever the Trainer is of."""
-    for kind in type(trainer).__mro__:
-        for tree in ("lightning.pytorch", "pytorch_lightning"):
-            if kind.__module__.startswith(f"{tree}."):
-                return tree
-    return "lightning.pytorch"

@@ -48,16 +48,13 @@ def dry_run(
         stepped.add(id(optimizer))
         return None if closure is None else closure()
 
-    def step_of_scheduler(*_: Any, **__: Any) -> None:
-        pass
-
     with ExitStack() as undo:
-        undo.callback(replace_attribute(trainer.strategy, "backward", backward))
-        undo.callback(replace_attribute(trainer.strategy, "optimizer_step", step_of_strategy))
+        replace_attribute(undo, trainer.strategy, "backward", backward)
+        replace_attribute(undo, trainer.strategy, "optimizer_step", step_of_strategy)
         for optimizer in optimizers:
-            undo.callback(replace_attribute(optimizer, "step", functools.partial(step, optimizer)))
+            replace_attribute(undo, optimizer, "step", functools.partial(step, optimizer))
         for config in trainer.lr_scheduler_configs:
-            undo.callback(replace_attribute(config.scheduler, "step", step_of_scheduler))
+            replace_attribute(undo, config.scheduler, "step", lambda *_, **__: None)
         yield losses, stepped
 
 
@@ -91,17 +88,10 @@ def single_objective(
     return sum(losses[1:], start=losses[0])
 
 
-def replace_attribute(owner: Any, name: str, value: Any) -> Callable[[], None]:
-    """Set an attribute of an instance; the result undoes it."""
-    attributes = vars(owner)
-    missing = name not in attributes
-    before = attributes.get(name)
+def replace_attribute(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute of an instance until the stack is closed."""
+    if name in vars(owner):
+        undo.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        undo.callback(delattr, owner, name)
     setattr(owner, name, value)
-
-    def undo() -> None:
-        if missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
-
-    return undo

@@ -6,11 +6,7 @@ import math
 from typing import Any
 
 from lightning_stableaa.accelerator import AndersonAccelerator
-from lightning_stableaa.callbacks.base import (
-    EngineCallback,
-    log_to_loggers,
-    log_to_progress_bar,
-)
+from lightning_stableaa.callbacks.base import EngineCallback, log_to_loggers, log_to_progress_bar
 from lightning_stableaa.options import RsdKind, RsdOf, Smoothing, SmoothingApplyTo, describe
 from lightning_stableaa.report import StepReport
 

@@ -22,8 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -38,8 +37,7 @@ REGULARIZATION = 3e-2
 NOISY = 1e-3
 
 
-@dataclass(frozen=True)
-class AndersonStep:
+class AndersonStep(NamedTuple):
     """A candidate as a step from the newest iterate.
 
     Attributes:
@@ -65,15 +63,8 @@ class AndersonStep:
 
     def packed(self) -> list[float]:
         """All numbers of the step, to travel between ranks; ``unpacked`` reads them."""
-        scalars = (
-            self.norm,
-            self.residual_norm,
-            self.noise,
-            self.gain,
-            self.mixing,
-            self.condition,
-        )
-        return [*scalars, *self.coefficients.tolist()]
+        coefficients, *scalars = self
+        return [*scalars, *coefficients.tolist()]
 
     @classmethod
     def unpacked(cls, numbers: Sequence[float]) -> AndersonStep:

@@ -50,6 +50,9 @@ class History:
         device: where the iterates live.
         num_unowned: leading elements that inner products leave out: another rank counts them.
         staging: how iterates come here from a GPU; ``None``: they are written in place.
+
+    Attributes:
+        contiguous: whether an iterate pushed now ends a cycle that began at the newest one.
     """
 
     def __init__(
@@ -72,10 +75,8 @@ class History:
         self._num_unowned = num_unowned
         self._first = 0  # physical row of the oldest iterate
         self._ends_cycle: list[bool] = []  # per iterate: did a cycle lead here from the previous?
-        self._contiguous = False  # will the next iterate end a cycle begun at the newest one?
+        self.contiguous = False
         self._num_differenced = 0  # the oldest so many rows hold differences, the others iterates
-        self._layout = (-1, -1)  # first row and number of the differences seen in ``_views``
-        self._views: list[tuple[Tensor, slice]] = []
         self._products = torch.zeros(  # of differences, by physical row
             depth + 1, depth + 1, dtype=torch.float64, device=device
         )
@@ -95,11 +96,6 @@ class History:
         return sum(self.is_residual)
 
     @property
-    def contiguous(self) -> bool:
-        """Whether an iterate pushed now ends a cycle that began at the newest one."""
-        return self._contiguous
-
-    @property
     def newest(self) -> Tensor:  # (length,)
         """The newest iterate, a view."""
         self._sync()
@@ -109,8 +105,8 @@ class History:
         """Append an iterate; ``write`` fills the row, (length,), that it is given."""
         if len(self) == self._rows.shape[0]:
             self._drop_oldest()
-        self._ends_cycle.append(self._contiguous)
-        self._contiguous = True
+        self._ends_cycle.append(self.contiguous)
+        self.contiguous = True
         row = self._rows[self._row(len(self) - 1)]
         if self._staging is None:
             write(row)
@@ -122,12 +118,12 @@ class History:
         if self._ends_cycle and not self._ends_cycle[-1]:
             self._ends_cycle.pop()  # a start without an end belongs to no residual
             self._undo_difference(len(self) - 1)
-        self._contiguous = False
+        self.contiguous = False
 
     def clear(self) -> None:
         """Forget all iterates."""
         self._ends_cycle.clear()
-        self._contiguous = False
+        self.contiguous = False
         self._num_differenced = 0
 
     def gram(self) -> Tensor:  # (q, q) float64, q = len(self) - 1
@@ -174,7 +170,7 @@ class History:
             "num_differenced": self._num_differenced,
             "products": self._products_of_differences().cpu(),
             "ends_cycle": list(self._ends_cycle),
-            "contiguous": self._contiguous,
+            "contiguous": self.contiguous,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -202,7 +198,7 @@ class History:
             self._rows.device
         )
         self._ends_cycle = [bool(one) for one in state["ends_cycle"]]
-        self._contiguous = bool(state["contiguous"])
+        self.contiguous = bool(state["contiguous"])
 
     @property
     def _chunk(self) -> int:
@@ -214,15 +210,12 @@ class History:
 
     def _segments(self) -> list[tuple[Tensor, slice]]:
         """The differences as columns, and their positions: one segment, or two round the end."""
-        count, capacity = len(self) - 1, self._rows.shape[0]
-        if self._layout != (self._first, count):
-            self._layout = (self._first, count)
-            before = min(count, capacity - self._first)
-            rows = self._rows[self._first : self._first + before]
-            self._views = [(rows.T, slice(0, before))]
-            if count > before:
-                self._views.append((self._rows[: count - before].T, slice(before, count)))
-        return self._views
+        count = len(self) - 1
+        before = min(count, self._rows.shape[0] - self._first)
+        segments = [(self._rows[self._first : self._first + before].T, slice(0, before))]
+        if count > before:
+            segments.append((self._rows[: count - before].T, slice(before, count)))
+        return segments
 
     def _sync(self) -> None:
         """Wait for iterates that are on their way from a GPU."""
@@ -230,16 +223,12 @@ class History:
             self._staging.synchronize()
 
     def _drop_oldest(self) -> None:
-        self._drop_first()
-        while len(self) > 1 and not self._ends_cycle[1]:  # its residual went with its start
-            self._drop_first()
-        if self._ends_cycle:
-            self._ends_cycle[0] = False
-
-    def _drop_first(self) -> None:
-        self._first = self._row(1)
-        self._num_differenced = max(0, self._num_differenced - 1)
-        del self._ends_cycle[0]
+        count = 1
+        while count + 1 < len(self) and not self._ends_cycle[count + 1]:
+            count += 1  # of no residual any longer
+        self._first = self._row(count)
+        self._num_differenced = max(0, self._num_differenced - count)
+        self._ends_cycle[: count + 1] = [False]
 
     def _form_differences(self) -> None:
         """Replace iterates that have a successor by the difference to it, and multiply."""

@@ -22,37 +22,26 @@ from lightning_stableaa.model.rng import is_generator
 
 NUMBERS = frozenset([int, float, complex, str, bytes, bool, tuple, type(None)])
 
-_ATOMS = (int, float, complex, str, bytes, bool, type(None), type, range, slice)
-
-ATOM_TYPES = (
-    frozenset(_ATOMS)
-    | {torch.dtype, torch.device, torch.Size, type(Ellipsis)}
-    | set(weakref.ProxyTypes)  # which pass for what they refer to
+ATOM_TYPES = frozenset(
+    [
+        *(int, float, complex, str, bytes, bool, type(None), type, range, slice, type(Ellipsis)),
+        *(torch.dtype, torch.device, torch.Size),
+        *weakref.ProxyTypes,  # which pass for what they refer to
+    ]
 )
 
 # What belongs to the program around a training step, and not to its state.
 FOREIGN_PACKAGES = frozenset(
     [
-        "lightning",
-        "pytorch_lightning",
-        "lightning_fabric",
-        "logging",
-        "threading",
-        "_thread",
-        "multiprocessing",
-        "concurrent",
-        "asyncio",
-        "tensorboard",
-        "wandb",
-        "mlflow",
-        "importlib",
-        "torch.distributed",
-        "torch._dynamo",
-        "torch.fx",
+        *("lightning", "pytorch_lightning", "lightning_fabric"),
+        *("tensorboard", "wandb", "mlflow", "logging"),
+        *("threading", "_thread", "multiprocessing", "concurrent", "asyncio", "importlib"),
+        *("torch.distributed", "torch._dynamo", "torch.fx"),
     ]
 )
 
-_PROGRAM = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
+# What training does not change.
+PROGRAM = (types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type)
 
 COLLECTIONS = (dict, list, tuple, set, frozenset, deque)
 
@@ -82,17 +71,35 @@ class Names(NamedTuple):
     imports: frozenset[str]
 
 
-def program_in(names: Iterable[str], scope: dict[str, Any]) -> Iterator[Any]:
-    """Functions, classes and modules of the user's own that code names."""
+def program_of(function: types.FunctionType) -> list[Any]:
+    """Functions, classes and modules of the user's own that its code names."""
+    names, scope = names_of(function.__code__), function.__globals__
+    pending = [*_named(names.scope, scope), *_imported(names.imports, scope)]
+    found: dict[int, Any] = {}
+    while pending:
+        one = pending.pop()
+        if id(one) not in found:
+            found[id(one)] = one
+            if isinstance(one, types.ModuleType):
+                pending += _named(names.attributes, vars(one))
+    return list(found.values())
+
+
+def _named(names: Iterable[str], scope: dict[str, Any]) -> Iterator[Any]:
     for name in names:
         one = scope.get(name)
-        module = one.__name__ if isinstance(one, types.ModuleType) else _module_of(one)
-        if isinstance(one, types.ModuleType | types.FunctionType | type) and is_own(module):
+        if isinstance(one, types.ModuleType):
+            module = one.__name__
+        elif isinstance(one, types.FunctionType | type):
+            module = getattr(one, "__module__", None)
+        else:
+            continue
+        if isinstance(module, str) and is_own(module):
             yield one
 
 
-def imported_by(names: Iterable[str], scope: dict[str, Any]) -> Iterator[types.ModuleType]:
-    """Modules of the user's own that code imports, by whole names or relative to its package."""
+def _imported(names: Iterable[str], scope: dict[str, Any]) -> Iterator[types.ModuleType]:
+    """By whole names, or relative to the package of the function."""
     package = str(scope.get("__package__") or "").split(".")
     parents = [".".join(package[:count]) for count in range(len(package) + 1)]
     for name in names:
@@ -100,16 +107,6 @@ def imported_by(names: Iterable[str], scope: dict[str, Any]) -> Iterator[types.M
             path = f"{parent}.{name}".strip(".")
             if path in sys.modules and is_own(path):
                 yield sys.modules[path]
-
-
-def _module_of(one: Any) -> str | None:
-    found = getattr(one, "__module__", None) if isinstance(one, types.FunctionType | type) else None
-    return found if isinstance(found, str) else None
-
-
-def is_program(value: Any) -> bool:
-    """Whether it is a function, a class or a module, which training does not change."""
-    return isinstance(value, _PROGRAM)
 
 
 def is_state(value: Any) -> bool:
@@ -140,7 +137,9 @@ def not_atoms(values: Iterable[Any]) -> list[Any]:
 
 @functools.lru_cache(maxsize=1024)
 def slots_of(kind: type) -> tuple[Any, ...]:
-    """The members of a class and of its bases that are slots."""
+    """The members of a class and of its bases that are slots; of a cell, what it refers to."""
+    if kind is types.CellType:
+        return (kind.cell_contents,)
     return tuple(
         one
         for base in kind.__mro__

@@ -7,14 +7,13 @@ import signal
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_stableaa.distributed.dtensor import full_tensor
-from lightning_stableaa.model.rng import RNGSnapshot
+from lightning_stableaa.model.rng import global_generators
 from lightning_stableaa.model.snapshot import StateSnapshot
 
 log = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class Objective:
         self._loss_fn = loss_fn
         self._device = device or torch.device("cpu")
         self._sign = -1.0 if maximize else 1.0
-        self._rng: RNGSnapshot | None = None
+        self._rng: StateSnapshot | None = None
         self.stochastic = stochastic
         self.collective = collective
         self.precision = float(torch.finfo(torch.float32).eps)  # of a loss
@@ -62,15 +61,10 @@ class Objective:
         return None
 
     def __enter__(self) -> Objective:
-        self._rng = RNGSnapshot(self._device)
+        self._rng = StateSnapshot(global_generators(self._device))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._rng = None
 
     def __call__(self) -> Tensor:  # () float64
@@ -84,15 +78,18 @@ class Objective:
             Exception: what the loss raised, where other ranks wait inside of it.
         """
         self.error = None
+        # autocast around the caller keeps casts of weights, which are others inside than outside
+        torch.clear_autocast_cache()
         try:
-            # enabled: the loss of a PINN differentiates the network itself
-            with torch.enable_grad(), _fresh_autocast_cache():
+            with torch.enable_grad():  # the loss of a PINN differentiates the network itself
                 loss = self._evaluate()
         except (Exception, SystemExit) as error:  # a candidate may be outside of the domain
             if self.collective or _is_of_signal(error):
                 raise
             self.error = error
             loss = None
+        finally:
+            torch.clear_autocast_cache()
         if loss is None:
             return torch.full((), torch.nan, dtype=torch.float64, device=self._device)
         loss = scalar(loss)
@@ -155,13 +152,3 @@ def _is_of_signal(error: BaseException) -> bool:
     return isinstance(error, SystemExit) and any(
         frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__)
     )
-
-
-@contextmanager
-def _fresh_autocast_cache() -> Iterator[None]:
-    """Autocast around the caller keeps casts of weights, which are others inside than outside."""
-    torch.clear_autocast_cache()
-    try:
-        yield
-    finally:
-        torch.clear_autocast_cache()

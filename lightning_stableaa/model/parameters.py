@@ -6,6 +6,7 @@ every parameter stay, so nothing recompiles and channels_last survives.
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -116,14 +117,10 @@ class FlatView:
         self._layout = _layout(tensors)
         self.length = sum(self._sizes)
         self.device = parts[0].device
-        self.dtype = self._segments[0].dtype
-        for one in self._segments:
-            self.dtype = torch.promote_types(self.dtype, one.dtype)
-
+        dtypes = {one.dtype for one in self._segments}
+        self.dtype = functools.reduce(torch.promote_types, dtypes)
         # on a CPU views of many tensors take longer than short copies of them
-        self._in_one_call = self.device.type == "cpu" and {one.dtype for one in self._segments} == {
-            self.dtype
-        }
+        self._in_one_call = self.device.type == "cpu" and len(dtypes) == 1
 
     def aliases(self, tensors: Sequence[Tensor]) -> bool:
         """Whether this is (still) the flat view of exactly these tensors."""

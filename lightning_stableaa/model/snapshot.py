@@ -9,14 +9,12 @@ import functools
 import gc
 import io
 import math
-import pickle
 import random
-import sys
 import threading
 import types
 import weakref
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,57 +23,49 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lightning_stableaa.distributed.dtensor import to_local
+from lightning_stableaa.distributed.dtensor import reshard_fsdp_modules, to_local
 from lightning_stableaa.model.contents import (
-    read_attributes,
-    read_cell,
-    read_class,
-    read_collection,
-    read_dict,
-    read_globals,
-    read_list,
-    read_module,
-    read_slots,
-    write_array,
-    write_attributes,
-    write_cell,
-    write_class,
-    write_collection,
-    write_dict,
-    write_file,
-    write_frame,
-    write_globals,
-    write_list,
-    write_sequence,
-    write_slots,
+    ARRAY,
+    ATTRIBUTES,
+    BUFFER,
+    DICT,
+    ELEMENTS,
+    FILE,
+    FRAME,
+    GENERATOR,
+    SETTINGS,
+    SLOTS,
+    STATE,
+    Access,
+    attributes_of,
+    read_elements,
+    state_named,
 )
 from lightning_stableaa.model.kinds import (
-    ATOM_TYPES,
     COLLECTIONS,
     CONTAINERS,
     FOREIGN_PACKAGES,
+    PROGRAM,
     SHARED_PACKAGES,
     functions_of,
-    imported_by,
     is_array,
     is_counted,
     is_foreign,
     is_frame,
     is_of,
     is_own,
-    is_program,
     is_state,
     names_of,
     not_atoms,
-    program_in,
+    program_of,
     slots_of,
 )
 from lightning_stableaa.model.parameters import is_dense
+from lightning_stableaa.model.rng import is_generator
 from lightning_stableaa.model.tensor_state import (
     TensorState,
     is_plain,
     memory_range,
-    version,
     written_memory,
 )
 
@@ -86,24 +76,15 @@ _COPIED_BYTES = 64 << 20
 # Objects that a snapshot follows at most: beyond it takes longer than many training steps.
 _MAX_OBJECTS = 100_000
 
-_Write = Callable[[Any, Any], object]
-
-_Kind = tuple[Any, Callable[[Any], Any], _Write]  # an object, how to read its contents and to write
-
 _NOT_FOLLOWED = FOREIGN_PACKAGES | {"torch"}  # of functions and classes
 
 _METHODS = (types.MethodType, types.BuiltinMethodType, types.MethodWrapperType)
 
 _TORCH_MODULES = ("torch.nn.", "torch._dynamo.", "torch.fx.")
 
-_MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))  # of every module
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+_SETTINGS_OF_MODULES = frozenset(vars(nn.Module())) - {"_parameters", "_buffers", "_modules"}
 
 
 class UnsupportedStateError(Exception):
@@ -126,9 +107,7 @@ class StateSnapshot:
             twice their memory, or 64 MiB; larger tensors are watched instead, see ``lost``, and
             larger arrays are taken for constants.
         optimizers: whose state is somebody else's to restore.
-
-    Attributes:
-        objects: everything that was reached.
+        settings: objects of which only numbers, strings and the like are kept.
 
     Raises:
         UnsupportedStateError: something cannot be copied: an iterator, or a generator function.
@@ -140,327 +119,245 @@ class StateSnapshot:
         trained: Iterable[Tensor] = (),
         attributes: Iterable[dict[str, Any]] = (),
         optimizers: Iterable[Optimizer] = (),
+        settings: Iterable[Any] = (),
     ) -> None:
         trained = list(trained)
         self._steppers = list(optimizers)
         self._trained = sorted(memory_range(to_local(one)) for one in trained)
         budget = max(_COPIED_BYTES, 2 * sum(to_local(one).nbytes for one in trained))
-        self._kinds: list[_Kind] = []  # of what was reached, and the contents of each
-        self._contents: list[Any] = []
-        self._large: list[Any] = []  # tensors and arrays
-        self._generators: list[int] = []  # positions among the kinds
-        self._seen: set[int] = set()
-        self.objects: list[Any] = []  # kept alive, so that no id is used again
+        self._kept: list[tuple[Any, Access, Any]] = []  # objects, and what they held
+        self._tensors: list[TensorState] = []
+        self._large: list[Any] = []  # tensors, arrays and frames, to be copied in the end
+        self._reached: dict[int, Any] = {}  # by id; kept alive, so that none is used again
+        reshard_fsdp_modules()  # they hold their shards, not what they have gathered
         for one in attributes:
-            self._keep(one, read_dict, write_dict)
+            self._keep(one, DICT)
+        for one in settings:
+            self._keep(one, SETTINGS)
         collects = gc.isenabled()
         gc.disable()  # it would look through all that is kept again and again
         try:
-            pending = list(roots)
-            while pending:
-                pending.extend(self._capture(pending.pop()))
+            self._follow(roots)
         finally:
             if collects:
                 gc.enable()
-        self._tensors: list[tuple[Tensor, bool]] = []  # and whether they are copied
         for one in sorted(self._large, key=_written_bytes):
             budget -= _written_bytes(one)
             if isinstance(one, Tensor):
-                self._tensors.append((one, budget >= 0))
+                self._tensors.append(TensorState.of(one, copied=budget >= 0))
                 if one.is_leaf and one.grad is not None and is_dense(one.grad):
-                    self._tensors.append((one.grad, budget >= 0))
+                    self._tensors.append(TensorState.of(one.grad, copied=budget >= 0))
             elif budget >= 0:
-                write = write_array if is_array(one) else write_frame
-                self._keep(one, lambda value: value.copy(), write)
-        self._states = [TensorState.of(one, copied=copied) for one, copied in self._tensors]
-        self._versions = [version(one) for one, copied in self._tensors if not copied]
+                self._keep(one, ARRAY if is_array(one) else FRAME)
+
+    @property
+    def objects(self) -> Iterable[Any]:
+        """Everything that was reached."""
+        return self._reached.values()
 
     def again(self) -> StateSnapshot:
         """Of the same objects, with the contents that they have now."""
+        reshard_fsdp_modules()
         other = copy.copy(self)
-        other._contents = [read(value) for value, read, _ in self._kinds]
-        other._states = [
-            TensorState.of(one, copied=copied, like=state)
-            for (one, copied), state in zip(self._tensors, self._states, strict=True)
-        ]
+        other._kept = [(value, how, how.read(value)) for value, how, _ in self._kept]
+        other._tensors = [one.again() for one in self._tensors]
         return other
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Put all contents back.
+    def restore(self) -> bool:
+        """Put all contents back; whether a generator of random numbers had moved since.
 
         Raises:
             UnsupportedStateError: an object refused them; all others were put back.
         """
-        failure: Exception | None = None
-        for (value, _, write), content in zip(self._kinds, self._contents, strict=True):
+        reshard_fsdp_modules()
+        moved, failure = False, None
+        for value, how, content in self._kept:
             try:
-                write(value, content)
+                moved = how.write(value, content) or moved
             except Exception as error:  # of an object with methods of its own
                 failure = failure or error
-        for (tensor, _), state in zip(self._tensors, self._states, strict=True):
-            state.restore(tensor)
+        for one in self._tensors:
+            one.restore()
         if failure is not None:
             raise UnsupportedStateError(f"an object that raises {failure!r}") from failure
+        return moved
 
     def lost(self) -> bool:
         """Whether a tensor too large to be copied was written since, through itself."""
-        uncopied = [one for one, copied in self._tensors if not copied]
-        return [version(one) for one in uncopied] != self._versions
+        return any(one.lost() for one in self._tensors)
 
-    def drew_random_numbers(self) -> bool:
-        """Whether a generator within the state has moved since."""
-        for position in self._generators:
-            value, read, _ = self._kinds[position]
-            if pickle.dumps(read(value)) != pickle.dumps(self._contents[position]):
-                return True
-        return False
-
-    def _keep(self, value: Any, read: Callable[[Any], Any], write: _Write) -> Any:
+    def _keep(self, value: Any, access: Access) -> Any:
         """The contents of an object, which ``restore`` is going to put back."""
-        content = read(value)
-        self._kinds.append((value, read, write))
-        self._contents.append(content)
+        content = access.read(value)
+        self._kept.append((value, access, content))
         return content
 
-    def _capture(self, value: Any) -> Iterable[Any]:
+    def _is_new(self, value: Any) -> bool:
+        """Whether an object is reached for the first time."""
+        if id(value) in self._reached:
+            return False
+        self._reached[id(value)] = value
+        if len(self._reached) > _MAX_OBJECTS:
+            raise UnsupportedStateError(f"more than {_MAX_OBJECTS:,} objects")
+        return True
+
+    def _follow(self, roots: Iterable[Any]) -> None:
+        pending = not_atoms(roots)
+        while pending:
+            value = pending.pop()
+            if self._is_new(value):
+                pending += not_atoms(self._inside(value))
+
+    def _inside(self, value: Any) -> Iterable[Any]:
         """Keep the contents of one object, and return the objects inside."""
         kind = type(value)
-        if kind in ATOM_TYPES or id(value) in self._seen:
-            return ()
-        self._see(value)
         if isinstance(value, Tensor):
-            self._capture_tensor(value)
             return self._inside_tensor(value)
-        if issubclass(kind, COLLECTIONS):
-            inside = self._capture_container(value)
-            if isinstance(value, defaultdict):
-                inside = [*inside, *not_atoms([value.default_factory])]
-            if kind.__module__ in ("builtins", "collections"):
-                return inside
-            return [*inside, *self._capture_object(value)]  # attributes of a subclass
-        if isinstance(value, functools.partial):
-            return not_atoms([value.func, *value.args, *value.keywords.values()])
+        if isinstance(value, COLLECTIONS):
+            return self._inside_collection(value)
         if isinstance(value, nn.Module):
-            return self._capture_module(value)
+            return self._inside_module(value)
         if isinstance(value, types.FunctionType):
-            return self._capture_function(value)
+            return self._inside_function(value)
         if isinstance(value, _METHODS):
-            return not_atoms([value.__self__, getattr(value, "__func__", None)])
+            return value.__self__, getattr(value, "__func__", None)
+        if isinstance(value, functools.partial):
+            return value.func, *value.args, *value.keywords.values()
         if isinstance(value, weakref.ReferenceType):
-            return not_atoms([value()])
-        if self._capture_generator(value) or self._capture_buffer(value):
+            return (value(),)
+        if is_generator(value):
+            if not isinstance(value, random.SystemRandom):  # of the operating system
+                self._keep(value, GENERATOR)
+            return ()
+        if isinstance(value, bytearray | array.array):
+            self._keep(value, BUFFER)
+            return ()
+        if kind in (io.StringIO, io.BytesIO):
+            self._keep(value, FILE)
             return ()
         if is_array(value):
-            return self._capture_array(value)
+            if value.flags.writeable:
+                self._large.append(value)
+            elements = value.ravel() if value.dtype == object else ()
+            return [*elements, *self._inside_object(value)]
         if is_frame(value):
             self._large.append(value)
             return ()
         if isinstance(value, Iterator) and not is_counted(value):
-            raise UnsupportedStateError(f"an iterator ({kind.__module__}.{kind.__qualname__})")
+            raise UnsupportedStateError(f"an iterator ({_name_of(kind)})")
         if is_of(kind, SHARED_PACKAGES):
-            raise UnsupportedStateError(
-                f"a {kind.__module__}.{kind.__qualname__}, which others may read or write"
-            )
+            raise UnsupportedStateError(f"a {_name_of(kind)}, which others may read or write")
         if isinstance(value, threading.Thread) and is_own(kind.__module__):
-            raise UnsupportedStateError(f"a thread ({kind.__module__}.{kind.__qualname__})")
-        if isinstance(value, threading.local):
-            return self._inside_attributes(value)
+            raise UnsupportedStateError(f"a thread ({_name_of(kind)})")
         if isinstance(value, Optimizer):
-            return self._capture_optimizer(value)
+            if any(value is one for one in self._steppers):
+                return (value.param_groups,)  # its steps are those of the training loop
+            return value.param_groups, value.state
         if isinstance(value, torch.utils.data.DataLoader):
-            return not_atoms([value.generator, getattr(value.sampler, "generator", None)])
-        if is_foreign(value):
+            return value.generator, getattr(value.sampler, "generator", None)
+        if is_foreign(value) and not isinstance(value, threading.local):
             return ()
-        return [*self._capture_object(value), *self._inside_classes(kind)]
+        return [*self._inside_object(value), *self._inside_classes(kind)]
 
-    def _see(self, value: Any) -> None:
-        self._seen.add(id(value))
-        self.objects.append(value)
-        if len(self.objects) > _MAX_OBJECTS:
-            raise UnsupportedStateError(f"more than {_MAX_OBJECTS:,} objects")
-
-    def _capture_container(self, value: Any) -> Iterable[Any]:
-        """By the methods of the builtin: a subclass may show something else."""
-        if isinstance(value, dict):
-            kept = self._keep(value, read_dict, write_dict)
-            return not_atoms([*kept, *kept.values()])
-        if isinstance(value, list):
-            return not_atoms(self._keep(value, read_list, write_list))
-        if isinstance(value, set | deque):
-            return not_atoms(self._keep(value, read_collection, write_collection))
-        kind: Any = tuple if isinstance(value, tuple) else frozenset
-        return not_atoms(kind.__iter__(value))
-
-    def _capture_module(self, module: nn.Module) -> Iterable[Any]:
-        attributes = self._keep(vars(module), read_dict, write_dict)
-        if type(module).__module__.startswith(_TORCH_MODULES):  # other attributes are settings
-            inside = [attributes["_parameters"], attributes["_buffers"], attributes["_modules"]]
-            inside += [
-                one
-                for name, one in attributes.items()
-                if name not in _MODULE_ATTRIBUTES
-                and type(one) not in ATOM_TYPES
-                and not is_program(one)
-            ]
-        else:
-            inside = [*not_atoms(attributes.values()), *self._inside_slots(module)]
-        for name in _HOOKS:
-            inside += attributes.get(name, {}).values()
-        if isinstance(module, torch.jit.ScriptModule):  # of a traced one, they are out of sight
-            inside += module.buffers()
-        return [*inside, *self._inside_classes(type(module))]
-
-    def _inside_classes(self, kind: type) -> Iterable[Any]:
-        """What all objects of a class share: containers, and of the user's own classes numbers."""
-        for base in kind.__mro__[:-1]:
-            own = is_own(base.__module__)
-            if id(base) in self._seen or is_of(base, _NOT_FOLLOWED):
-                continue
-            if not own and not issubclass(base, nn.Module):
-                continue
-            self._see(base)
-            if own:
-                self._keep(base, read_class, write_class)
-            for name, value in vars(base).items():
-                if name.startswith("__"):
-                    continue
-                shared = isinstance(value, CONTAINERS) or (own and is_state(value))
-                if shared and type(value) not in ATOM_TYPES:
-                    yield value
-                for function in functions_of(value):
-                    if is_own(function.__module__):
-                        yield function
-
-    def _capture_object(self, value: Any) -> Iterable[Any]:
-        return [*self._inside_attributes(value), *self._inside_slots(value)]
-
-    def _inside_attributes(self, value: Any) -> Iterable[Any]:
-        try:
-            attributes = object.__getattribute__(value, "__dict__")  # not by one of its own
-        except AttributeError:
-            return ()
-        if not isinstance(attributes, dict):  # of a class
-            return ()
-        content, _ = self._keep(value, read_attributes, write_attributes)
-        return not_atoms(content.values())
-
-    def _inside_slots(self, value: Any) -> Iterable[Any]:
-        if not slots_of(type(value)):
-            return ()
-        return not_atoms(self._keep(value, read_slots, write_slots).values())
-
-    def _capture_function(self, function: Any) -> Iterable[Any]:
-        """What a function remembers: attributes, defaults, cells, and the user's own globals."""
-        if (function.__module__ or "").split(".")[0] in _NOT_FOLLOWED:
-            return ()
-        inside = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-        inside += self._keep(vars(function), read_dict, write_dict).values()
-        for cell in function.__closure__ or ():
-            if id(cell) not in self._seen:
-                self._see(cell)
-                inside += self._keep(cell, read_cell, write_cell)
-        if is_own(function.__module__):
-            names, scope = names_of(function.__code__), function.__globals__
-            read = functools.partial(read_globals, names.scope)
-            inside += filter(is_state, self._keep(scope, read, write_globals).values())
-            pending: list[Any] = [*program_in(names.scope, scope)]
-            pending += imported_by(names.imports, scope)
-            visited: set[int] = set()
-            while pending:
-                one = pending.pop()
-                inside += self._inside_program(one)
-                if isinstance(one, types.ModuleType) and id(one) not in visited:
-                    visited.add(id(one))
-                    pending += program_in(names.attributes, vars(one))
-        return not_atoms(inside)
-
-    def _inside_program(self, one: Any) -> Iterable[Any]:
-        """The state of a function, a class or a module that code names."""
-        if isinstance(one, type):
-            return self._inside_classes(one)
-        if isinstance(one, types.FunctionType):
-            return (one,)
-        if id(one) in self._seen:
-            return ()
-        self._see(one)
-        return filter(is_state, self._keep(vars(one), read_module, write_globals).values())
-
-    def _capture_optimizer(self, optimizer: Optimizer) -> Iterable[Any]:
-        """Settings; the state too, but of an optimizer that the training loop steps."""
-        if any(optimizer is one for one in self._steppers):
-            return (optimizer.param_groups,)  # its steps are those of the training loop
-        return (optimizer.param_groups, optimizer.state)
-
-    def _capture_array(self, value: Any) -> Iterable[Any]:
-        if value.flags.writeable:
-            self._large.append(value)
-        inside = not_atoms(value.ravel()) if value.dtype == object else []
-        return [*inside, *self._inside_attributes(value)]
-
-    def _capture_buffer(self, value: Any) -> bool:
-        """Whether it is a sequence of bytes or numbers, or a file in memory, that was kept."""
-        if isinstance(value, bytearray | array.array):
-            self._keep(value, lambda one: one[:], write_sequence)
-        elif type(value) in (io.StringIO, io.BytesIO):
-            self._keep(value, lambda one: (one.getvalue(), one.tell()), write_file)
-        else:
-            return False
-        return True
-
-    def _capture_generator(self, value: Any) -> bool:
-        """Whether it is one of random numbers, whose state was kept."""
-        numpy = sys.modules.get("numpy")
-        if isinstance(value, torch.Generator):
-            self._keep_generator(
-                value,
-                lambda one: one.get_state().numpy(),  # a tensor never pickles to the same bytes
-                lambda one, state: one.set_state(torch.from_numpy(state)),
-            )
-        elif isinstance(value, random.SystemRandom):
-            pass  # of the operating system
-        elif isinstance(value, random.Random):
-            self._keep_generator(value, type(value).getstate, type(value).setstate)
-        elif numpy is not None and isinstance(value, numpy.random.Generator):
-            self._keep_generator(
-                value,
-                lambda one: one.bit_generator.state,
-                lambda one, state: setattr(one.bit_generator, "state", state),
-            )
-        elif numpy is not None and isinstance(value, numpy.random.RandomState):
-            read = functools.partial(type(value).get_state, legacy=False)
-            self._keep_generator(value, read, type(value).set_state)
-        elif numpy is not None and isinstance(value, numpy.random.BitGenerator):
-            self._keep_generator(
-                value, lambda one: one.state, lambda one, state: setattr(one, "state", state)
-            )
-        else:
-            return False
-        return True
-
-    def _keep_generator(self, value: Any, read: Callable[[Any], Any], write: _Write) -> None:
-        self._generators.append(len(self._kinds))
-        self._keep(value, read, write)
-
-    def _inside_tensor(self, tensor: Tensor) -> Iterable[Any]:
-        inside = self._inside_attributes(tensor)
-        if is_traceable_wrapper_subclass(tensor):  # DTensors, jagged and quantized ones
-            names, _ = tensor.__tensor_flatten__()
-            inside = [*inside, *(getattr(tensor, name) for name in names)]
+    def _inside_object(self, value: Any) -> list[Any]:
+        """What its attributes and slots refer to."""
+        inside: list[Any] = []
+        if attributes_of(value) is not None:
+            content, _ = self._keep(value, ATTRIBUTES)
+            inside += content.values()
+        if slots_of(type(value)):
+            inside += self._keep(value, SLOTS).values()
         return inside
 
-    def _capture_tensor(self, tensor: Tensor) -> None:
+    def _inside_tensor(self, tensor: Tensor) -> list[Any]:
+        is_wrapper = is_traceable_wrapper_subclass(tensor)  # DTensors, jagged and quantized ones
         with torch._C.DisableTorchFunctionSubclass():
-            if self._is_trained(tensor):
-                return
-            is_whole = is_dense(tensor) or is_lazy(tensor) or is_traceable_wrapper_subclass(tensor)
-            if is_plain(tensor) or not is_whole:
+            is_whole = is_dense(tensor) or is_lazy(tensor) or is_wrapper
+            if not self._is_trained(tensor) and (is_plain(tensor) or not is_whole):
                 self._large.append(tensor)
+        inside = self._inside_object(tensor)
+        if is_wrapper:
+            names, _ = tensor.__tensor_flatten__()
+            inside += [getattr(tensor, name) for name in names]
+        return inside
 
     def _is_trained(self, tensor: Tensor) -> bool:
         start, _ = memory_range(tensor)
         position = bisect.bisect_right(self._trained, (start, math.inf)) - 1
         return position >= 0 and start < self._trained[position][1]
+
+    def _inside_collection(self, value: Any) -> list[Any]:
+        """By the methods of the builtin: a subclass may show something else."""
+        if isinstance(value, dict):
+            kept = self._keep(value, DICT)
+            inside = [*kept, *kept.values()]
+            if isinstance(value, defaultdict):
+                inside.append(value.default_factory)
+        elif isinstance(value, tuple | frozenset):
+            inside = read_elements(value)
+        else:
+            inside = self._keep(value, ELEMENTS)
+        if type(value).__module__ in ("builtins", "collections"):
+            return inside
+        return [*inside, *self._inside_object(value)]  # attributes of a subclass
+
+    def _inside_module(self, module: nn.Module) -> Iterable[Any]:
+        inside = self._inside_object(module)
+        if type(module).__module__.startswith(_TORCH_MODULES):  # other attributes are settings
+            attributes = vars(module)
+            inside = [
+                one
+                for name, one in attributes.items()
+                if name not in _SETTINGS_OF_MODULES and not isinstance(one, PROGRAM)
+            ]
+            for name in _HOOKS:
+                inside += attributes.get(name, {}).values()
+        if isinstance(module, torch.jit.ScriptModule):  # of a traced one, they are out of sight
+            inside += module.buffers()
+        return [*inside, *self._inside_classes(type(module))]
+
+    def _inside_function(self, function: types.FunctionType) -> Iterable[Any]:
+        """What a function remembers: attributes, defaults, cells, and the user's own globals."""
+        if (function.__module__ or "").split(".")[0] in _NOT_FOLLOWED:
+            return
+        yield from function.__defaults__ or ()
+        yield from (function.__kwdefaults__ or {}).values()
+        yield from function.__closure__ or ()
+        yield from self._inside_object(function)
+        if not is_own(function.__module__):
+            return
+        names, scope = names_of(function.__code__), function.__globals__
+        yield from filter(is_state, self._keep(scope, state_named(names.scope)).values())
+        for one in program_of(function):
+            if isinstance(one, types.FunctionType):
+                yield one
+            elif isinstance(one, type):
+                yield from self._inside_classes(one)
+            elif self._is_new(one):
+                yield from filter(is_state, self._keep(vars(one), STATE).values())
+
+    def _inside_classes(self, kind: type) -> Iterable[Any]:
+        """What all objects of a class share: containers, and of the user's own classes numbers."""
+        for base in kind.__mro__[:-1]:
+            own = is_own(base.__module__)
+            followed = (own or issubclass(base, nn.Module)) and not is_of(base, _NOT_FOLLOWED)
+            if not followed or not self._is_new(base):
+                continue
+            if own:
+                self._keep(base, STATE)
+            for name, value in vars(base).items():
+                if name.startswith("__"):
+                    continue
+                if isinstance(value, CONTAINERS) or (own and is_state(value)):
+                    yield value
+                for function in functions_of(value):
+                    if is_own(function.__module__):
+                        yield function
+
+
+def _name_of(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _written_bytes(one: Any) -> int:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
 from lightning_stableaa.distributed.dtensor import is_dtensor, to_local
+from lightning_stableaa.model.iterates import IterateStore
 
 # Classes of Lightning, Fabric and Accelerate that pass a step on to the ``optimizer`` inside.
 _WRAPPERS = {"LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer"}
@@ -68,13 +69,6 @@ def _unwrap(optimizer: Any) -> Any:
     return optimizer.optimizer if names & _WRAPPERS else optimizer
 
 
-class Backup(Protocol):
-    """A copy of the weights."""
-
-    def copy_weights(self) -> None: ...
-    def is_unchanged(self) -> bool: ...
-
-
 class OptimizerStepMonitor:
     """Counts the steps of the optimizers of one training loop, and sees what else writes.
 
@@ -96,6 +90,8 @@ class OptimizerStepMonitor:
 
     Attributes:
         closure_wrote: whether the last closure wrote to the weights; True before the first.
+        backup: where the weights are copied as a step ends, if it is set.
+        prepare: called as a step begins, if it is set.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
@@ -107,16 +103,16 @@ class OptimizerStepMonitor:
         self._written = False
         self.closure_wrote = True  # nothing is known of an earlier one
         self._backed_up = False
-        self.backup: Backup | None = None
+        self.backup: IterateStore | None = None
+        self.prepare: Callable[[], object] | None = None
         self._hooks = []
         for one in optimizers:
             _hook_base_classes(one)
             before = one.register_step_pre_hook(self._before)
             after = one.register_step_post_hook(self._after)
             # first, so that what other hooks write is seen as theirs
-            hooks = getattr(one, "_optimizer_step_post_hooks", None)
-            if hooks is not None:
-                hooks.move_to_end(after.id, last=False)
+            hooks: Any = one._optimizer_step_post_hooks
+            hooks.move_to_end(after.id, last=False)
             self._hooks += [before, after]
 
     def poll(self) -> bool:
@@ -149,6 +145,8 @@ class OptimizerStepMonitor:
         self._hooks.clear()
 
     def _before(self, _: Optimizer, arguments: Any, options: Any) -> Any:
+        if self.prepare is not None:
+            self.prepare()
         if self._depth == 0 and list(map(_version_of, self._parameters)) != self._versions:
             self._written = True
         self._depth += 1

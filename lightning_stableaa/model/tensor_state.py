@@ -18,6 +18,7 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class TensorState(NamedTuple):
     """What a tensor refers to, and a copy of its elements where they are few enough."""
 
+    tensor: Tensor
     alias: Tensor
     memory: Tensor
     copy: Tensor | None
@@ -32,21 +33,30 @@ class TensorState(NamedTuple):
             alias = tensor.detach()
             memory = written_memory(alias) if is_dense(alias) else alias
             copy = None
-            if copied and like is not None and like.copy is not None:
-                copy = like.copy if like.holds(tensor, memory) else None
-            if copied and copy is None:
-                copy = memory.clone()
+            if copied:
+                copy = like.copy if like is not None and like.holds(memory) else memory.clone()
             grad = tensor.grad if tensor.is_leaf else None
-            return cls(alias, memory, copy, version(tensor), tensor.requires_grad, grad)
+            return cls(tensor, alias, memory, copy, version(tensor), tensor.requires_grad, grad)
 
-    def holds(self, tensor: Tensor, memory: Tensor) -> bool:
+    def again(self) -> TensorState:
+        """The state of now."""
+        return TensorState.of(self.tensor, copied=self.copy is not None, like=self)
+
+    def holds(self, memory: Tensor) -> bool:
         """Whether the elements in memory are those of the copy."""
-        assert self.copy is not None
-        if not is_dense(tensor):  # sparse, nested or quantized
-            return version(tensor) == self.version
-        return _same_content(memory, self.copy)
+        if not is_dense(self.tensor):  # sparse, nested or quantized
+            return version(self.tensor) == self.version
+        # on a CPU a look is as cheap as a copy, and memory that was not written to may be read-only
+        if self.copy is None or memory.device.type != "cpu":
+            return False
+        return torch.equal(_bits(memory), _bits(self.copy))
 
-    def restore(self, tensor: Tensor) -> None:
+    def lost(self) -> bool:
+        """Whether it was written to since, through the tensor itself, without a copy of before."""
+        return self.copy is None and version(self.tensor) != self.version
+
+    def restore(self) -> None:
+        tensor = self.tensor
         with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(tensor.is_inference()):
             if is_dense(tensor) and _geometry(tensor) != _geometry(self.alias):
                 tensor.data = self.alias
@@ -55,7 +65,7 @@ class TensorState(NamedTuple):
                     tensor.requires_grad_(self.requires_grad)
                 if tensor.grad is not self.grad:
                     tensor.grad = self.grad
-            if self.copy is not None and not self.holds(tensor, self.memory):
+            if self.copy is not None and not self.holds(self.memory):
                 (self.memory if is_dense(tensor) else tensor).copy_(self.copy)
 
 
@@ -72,13 +82,6 @@ def written_memory(tensor: Tensor) -> Tensor:
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     span = 1 + sum((size - 1) * step for size, step in steps)
     return tensor.as_strided((span,), (1,)) if 0 < span < tensor.numel() else tensor
-
-
-def _same_content(one: Tensor, other: Tensor) -> bool:
-    # on a CPU a look is as cheap as a copy, and memory that was not written to may be read-only
-    if one.device.type != "cpu":
-        return False
-    return torch.equal(_bits(one), _bits(other))
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.quasirandom import SobolEngine
 
 from lightning_stableaa.model import snapshot as snapshot_module
-from lightning_stableaa.model.rng import RNGSnapshot
+from lightning_stableaa.model.rng import global_generators
 from lightning_stableaa.model.snapshot import StateSnapshot, UnsupportedStateError
 
 CPU = torch.device("cpu")
@@ -55,7 +55,7 @@ def test_rng_snapshot_restores_numpy_state_exactly(
     """Also while it keeps a normal variate, which is when an odd number of them was drawn."""
     for _ in range(drawn_before):
         np.random.randn()
-    snapshot = RNGSnapshot(CPU)
+    snapshot = StateSnapshot(global_generators(CPU))
     before: Any = np.random.get_state()
     for _ in range(draws):
         function()
@@ -70,7 +70,7 @@ def test_rng_snapshot_of_other_bit_generator_restores_and_sees_moves() -> None:
     before = numpy_random.get_bit_generator()
     numpy_random.set_bit_generator(np.random.PCG64(3))
     try:
-        snapshot = RNGSnapshot(CPU)
+        snapshot = StateSnapshot(global_generators(CPU))
         for function in (random.random, np.random.rand, lambda: torch.rand(1).item()):
             assert not snapshot.restore()
             first = function()
@@ -621,8 +621,7 @@ def test_snapshot_reports_draws_from_generators_within(name: str) -> None:
     generator = make()
     snapshot = StateSnapshot([Attributes(source=generator)])
     draw()  # from the global ones
-    assert not snapshot.drew_random_numbers()
+    assert not snapshot.restore()
     use(generator)
-    assert snapshot.drew_random_numbers()
-    snapshot.restore()
-    assert not snapshot.drew_random_numbers()
+    assert snapshot.restore()
+    assert not snapshot.restore()
