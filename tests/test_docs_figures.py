@@ -67,8 +67,8 @@ def test_readme_small_problems_and_pdes_are_the_committed_ablations() -> None:
     better = [one["problems better / worse by 1 %"].split() for one in (small, pdes)]
     assert [one[2] for one in better] == ["0", "0"]
     best = "best validation at equal cost"
-    assert f"| {float(small[best]):.2f} (geometric mean)" in result("17 small problems")
-    assert f"{better[0][0]} of {better[0][4]} problems, none behind" in result("17 small problems")
+    assert f"| {float(small[best]):.2f} (geometric mean)" in result("18 small problems")
+    assert f"{better[0][0]} of {better[0][4]} problems, none behind" in result("18 small problems")
     assert f"| {float(pdes[best]):.2f} (geometric mean)" in result("seven PDEs")
     assert f"{better[1][0]} of {better[1][4]} problems, none behind" in result("seven PDEs")
 
