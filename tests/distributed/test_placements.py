@@ -382,14 +382,18 @@ def measure_memory(history: Any, size: int, depth: int) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are those of Linux")
-@pytest.mark.parametrize(("history", "vectors"), [("replicated", 6 + 2), ("sharded", 7 / 2 + 1)])
+@pytest.mark.parametrize(
+    ("history", "vectors", "work_space"),
+    # chunks of the Gram matrix, of a swap and of a gather, and what gloo buffers of a gather while
+    # the other process is late; 31 MiB are a vector
+    [("replicated", 6 + 2, 0.75), ("sharded", 7 / 2 + 1, 1.25)],
+)
 def test_memory_peak_of_a_rank_is_the_documented_bound(
-    history: str, vectors: float, ranks: Ranks
+    history: str, vectors: float, work_space: float, ranks: Ranks
 ) -> None:
     """Depth 6: m + 2 vectors, or (m + 1)/P + 1."""
     for peak in ranks.run(measure_memory, history, 8_000_000, 6):
-        # work space: chunks of the Gram matrix, of a swap and of a gather; 31 MiB are a vector
-        assert 0.95 * vectors <= peak <= vectors + 0.75
+        assert 0.95 * vectors <= peak <= vectors + work_space
 
 
 def placement_reasons() -> list[str | None]:
