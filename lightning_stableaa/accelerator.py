@@ -516,7 +516,8 @@ class AndersonAccelerator:
         if iterates.sharded:
             communicator = iterates.communicator
             moments = moments.to(iterates.weights.device)
-            communicator.max(moments) if smoothing.rsd == "max" else communicator.sum(moments)
+            combine = communicator.max if smoothing.rsd == "max" else communicator.sum
+            combine(moments)
         rsd = average.switch(moments)
         if self._averages_into_history != before:
             iterates.restart()  # the lag of an average is not a step of the optimizer

@@ -19,7 +19,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files come first, or one process runs them while the others have finished."""
-    import torch  # which takes seconds, and the process that hands out the tests does without
+    import torch  # takes seconds, and the controller of pytest-xdist does without
 
     # The tensors are small: a second thread only waits for the first, longer where cores are busy.
     torch.set_num_threads(1)

@@ -176,12 +176,12 @@ def evaluate(
 ) -> tuple[StepReport, Loop]:
     """One attempt after two given steps, between two given losses."""
     x = nn.Parameter(torch.zeros(2, dtype=torch.float64))
-    loop, report = Loop([x], accelerate_every_n_steps=2, **options), None
-    for residual in residuals:
-        losses = iter(torch.tensor([before, before, after], dtype=torch.float64))
-        report = loop.step(residual, loss=lambda losses=losses: next(losses), stochastic=stochastic)
-    assert report is not None
-    return report, loop
+    loop = Loop([x], accelerate_every_n_steps=2, **options)
+    losses = iter(torch.tensor([before, before, after], dtype=torch.float64))  # of the attempt
+    reports = [
+        loop.step(one, loss=lambda: next(losses), stochastic=stochastic) for one in residuals
+    ]
+    return reports[-1], loop
 
 
 @pytest.mark.parametrize(

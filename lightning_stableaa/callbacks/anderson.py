@@ -183,8 +183,7 @@ class AndersonCallback(EngineCallback):
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep what the training step is about to change, where an evaluation is due."""
-        if trainer.optimizers != self._optimizers:
-            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         engine, objective = self._engine, self._objective
         if engine is None or objective is None:
             return
